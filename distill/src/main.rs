@@ -1,0 +1,2 @@
+//! grafter
+fn main() {}

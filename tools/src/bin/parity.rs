@@ -1,0 +1,2 @@
+//! parity
+fn main() {}

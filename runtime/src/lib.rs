@@ -1,1 +1,16 @@
-//! grafter
+//! Devices, memory, streams, modules and launches.
+//!
+//! This crate knows bytes and kernels. It does not know tensors, gradients or models.
+//!
+//! - [`Device`] is a cheap handle: the CPU, or a CUDA device reached through the driver.
+//! - [`Buffer`] is memory on one device. It comes from the device's pool and returns there when dropped.
+//! - [`MemoryUsage`] says what a device's pool holds now and held at most.
+
+mod buffer;
+mod device;
+mod error;
+mod host;
+
+pub use buffer::Buffer;
+pub use device::{Device, DeviceKind, MemoryUsage};
+pub use error::{Error, Result};

@@ -1,0 +1,100 @@
+//! Memory on one device.
+
+use bytemuck::Pod;
+
+use crate::host::HostBlock;
+use crate::{Device, Error, Result};
+
+/// A block of memory on one device. It returns to the device's pool when dropped.
+pub struct Buffer {
+    device: Device,
+    storage: Storage,
+}
+
+enum Storage {
+    Host(HostBlock),
+}
+
+impl Buffer {
+    pub(crate) fn host(device: Device, block: HostBlock) -> Self {
+        Self { device, storage: Storage::Host(block) }
+    }
+
+    /// The device that owns the memory.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> usize {
+        match &self.storage {
+            Storage::Host(block) => block.bytes().len(),
+        }
+    }
+
+    /// Whether the buffer has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The contents as elements of type `T`; host memory only.
+    ///
+    /// # Errors
+    /// [`Error::NotOnHost`] on another device, [`Error::NotWholeElements`] when the length does not divide.
+    pub fn as_slice<T: Pod>(&self) -> Result<&[T]> {
+        match &self.storage {
+            Storage::Host(block) => bytemuck::try_cast_slice(block.bytes())
+                .map_err(|_| not_whole::<T>("reading a buffer", block.bytes().len())),
+        }
+    }
+
+    /// The contents as mutable elements of type `T`; host memory only.
+    ///
+    /// # Errors
+    /// As [`Buffer::as_slice`].
+    pub fn as_mut_slice<T: Pod>(&mut self) -> Result<&mut [T]> {
+        match &mut self.storage {
+            Storage::Host(block) => {
+                let bytes = block.bytes().len();
+                bytemuck::try_cast_slice_mut(block.bytes_mut()).map_err(|_| not_whole::<T>("writing a buffer", bytes))
+            }
+        }
+    }
+
+    /// Overwrites the whole buffer with `bytes` from the host.
+    ///
+    /// # Errors
+    /// [`Error::SizeMismatch`] when the lengths differ; driver errors on a GPU.
+    pub fn copy_from_host(&mut self, bytes: &[u8]) -> Result<()> {
+        let buffer = self.len();
+        if buffer != bytes.len() {
+            return Err(Error::SizeMismatch { operation: "copying to a buffer", buffer, given: bytes.len() });
+        }
+        match &mut self.storage {
+            Storage::Host(block) => block.bytes_mut().copy_from_slice(bytes),
+        }
+        Ok(())
+    }
+
+    /// Copies the whole buffer into `bytes` on the host.
+    ///
+    /// # Errors
+    /// [`Error::SizeMismatch`] when the lengths differ; driver errors on a GPU.
+    pub fn copy_to_host(&self, bytes: &mut [u8]) -> Result<()> {
+        if self.len() != bytes.len() {
+            return Err(Error::SizeMismatch {
+                operation: "copying from a buffer",
+                buffer: self.len(),
+                given: bytes.len(),
+            });
+        }
+        match &self.storage {
+            Storage::Host(block) => bytes.copy_from_slice(block.bytes()),
+        }
+        Ok(())
+    }
+}
+
+fn not_whole<T>(operation: &'static str, bytes: usize) -> Error {
+    Error::NotWholeElements { operation, bytes, element: size_of::<T>() }
+}

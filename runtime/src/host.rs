@@ -1,0 +1,184 @@
+//! The CPU's memory pool.
+//!
+//! Large blocks that go back to the operating system cost a page fault per 4 KiB when they are asked for again. A
+//! training step asks for the same sizes over and over, so freed blocks are kept, by size class, and handed out again.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::{Error, MemoryUsage, Result};
+
+/// Bytes of a cache line, the unit and alignment of every block.
+const LINE: usize = 64;
+/// Blocks below this size are left to the allocator, which is good at them.
+const SMALLEST_CACHED: usize = 64 << 10;
+
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([u8; LINE]);
+
+// SAFETY: `Line` is an array of bytes whose size (64) equals its alignment: no padding, every bit pattern is valid.
+unsafe impl bytemuck::Zeroable for Line {}
+// SAFETY: as above; the type is `Copy`, `'static` and has no interior mutability.
+unsafe impl bytemuck::Pod for Line {}
+
+/// Memory of the CPU: whole cache lines, initialised, returned to the pool when dropped.
+pub(crate) struct HostBlock {
+    lines: Vec<Line>,
+    bytes: usize,
+    pool: Arc<HostPool>,
+}
+
+impl HostBlock {
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &bytemuck::cast_slice(&self.lines)[..self.bytes]
+    }
+
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
+        &mut bytemuck::cast_slice_mut(&mut self.lines)[..self.bytes]
+    }
+}
+
+impl Drop for HostBlock {
+    fn drop(&mut self) {
+        let lines = std::mem::take(&mut self.lines);
+        self.pool.put_back(lines);
+    }
+}
+
+/// Counts and keeps the CPU's blocks.
+#[derive(Default)]
+pub(crate) struct HostPool {
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    in_use: usize,
+    peak: usize,
+    /// Free blocks by number of lines.
+    free: BTreeMap<usize, Vec<Vec<Line>>>,
+    free_bytes: usize,
+}
+
+impl HostPool {
+    /// A block of at least `bytes` bytes whose contents are unspecified (but initialised).
+    pub(crate) fn take(self: &Arc<Self>, bytes: usize) -> Result<HostBlock> {
+        let class = size_class(bytes);
+        let reused = {
+            let mut state = self.lock();
+            state.in_use += class * LINE;
+            state.peak = state.peak.max(state.in_use);
+            let found = state.free.get_mut(&class).and_then(Vec::pop);
+            if found.is_some() {
+                state.free_bytes -= class * LINE;
+            }
+            found
+        };
+        let lines = match reused {
+            Some(lines) => lines,
+            None => self.fresh(class, bytes)?,
+        };
+        Ok(HostBlock { lines, bytes, pool: Arc::clone(self) })
+    }
+
+    pub(crate) fn usage(&self) -> MemoryUsage {
+        let state = self.lock();
+        MemoryUsage { in_use: state.in_use, peak: state.peak, reserved: state.in_use + state.free_bytes }
+    }
+
+    /// Forgets the peak so far: it becomes what is in use now.
+    pub(crate) fn reset_peak(&self) {
+        let mut state = self.lock();
+        state.peak = state.in_use;
+    }
+
+    /// Gives every free block back to the operating system.
+    pub(crate) fn trim(&self) {
+        let mut state = self.lock();
+        state.free.clear();
+        state.free_bytes = 0;
+    }
+
+    fn fresh(&self, class: usize, bytes: usize) -> Result<Vec<Line>> {
+        let mut lines = Vec::new();
+        if lines.try_reserve_exact(class).is_err() {
+            let mut state = self.lock();
+            state.in_use -= class * LINE;
+            return Err(Error::OutOfMemory {
+                device: "cpu".to_owned(),
+                requested: bytes,
+                in_use: state.in_use,
+                peak: state.peak,
+                advice: "a smaller batch or sequence needs less".to_owned(),
+            });
+        }
+        lines.resize(class, Line([0; LINE]));
+        Ok(lines)
+    }
+
+    fn put_back(&self, lines: Vec<Line>) {
+        let class = lines.len();
+        let mut state = self.lock();
+        state.in_use -= class * LINE;
+        // Half again as much as is in use may wait; beyond that a change of sizes would hoard memory.
+        let keep = class * LINE >= SMALLEST_CACHED && state.free_bytes + class * LINE <= state.peak / 2;
+        if keep {
+            state.free_bytes += class * LINE;
+            state.free.entry(class).or_default().push(lines);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // The counters are plain numbers: a panic elsewhere cannot leave them half-written.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Number of lines of the class that holds `bytes`: at most an eighth larger than asked for.
+fn size_class(bytes: usize) -> usize {
+    let lines = bytes.div_ceil(LINE);
+    if lines * LINE < SMALLEST_CACHED {
+        return lines;
+    }
+    let step = (lines.next_power_of_two() / 16).max(1);
+    lines.div_ceil(step) * step
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_freed_block_is_handed_out_again_and_counted() {
+        let pool = Arc::new(HostPool::default());
+        let block = pool.take(1 << 20).unwrap();
+        assert_eq!(block.bytes().len(), 1 << 20);
+        let address = block.bytes().as_ptr();
+        let other = pool.take(1 << 20).unwrap();
+        drop(block);
+        assert_eq!(pool.usage().in_use, 1 << 20);
+        assert_eq!(pool.usage().peak, 2 << 20);
+        let again = pool.take(1 << 20).unwrap();
+        assert_eq!(again.bytes().as_ptr(), address);
+        drop((other, again));
+        pool.trim();
+        assert_eq!(pool.usage(), MemoryUsage { in_use: 0, peak: 2 << 20, reserved: 0 });
+    }
+
+    #[test]
+    fn a_size_class_wastes_at_most_an_eighth() {
+        for bytes in [0, 1, 63, 64, 65, 65_535, 65_536, 65_537, 1_000_003, 123_456_789] {
+            let class = size_class(bytes) * LINE;
+            assert!(class >= bytes && class <= bytes + bytes / 8 + LINE, "{bytes} became {class}");
+        }
+    }
+
+    #[test]
+    fn an_impossible_request_is_an_error_that_names_sizes() {
+        let pool = Arc::new(HostPool::default());
+        let message = pool.take(usize::MAX / 4).err().unwrap().to_string();
+        assert!(message.contains("out of memory on cpu") && message.contains("0 bytes are in use"), "{message}");
+        assert_eq!(pool.usage().in_use, 0);
+    }
+}

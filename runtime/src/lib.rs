@@ -10,6 +10,7 @@ mod buffer;
 mod device;
 mod error;
 mod host;
+pub mod matrix;
 
 pub use buffer::Buffer;
 pub use device::{Device, DeviceKind, MemoryUsage};

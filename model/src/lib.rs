@@ -1,1 +1,2 @@
-//! grafter
+//! Models: configurations, weights in and out, layers, initialisation and generation.
+pub mod config;

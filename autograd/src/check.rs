@@ -1,0 +1,49 @@
+//! Argument checks shared by the operators, so that each reads as one line and every message has the same form.
+
+use crate::{DType, Error, Result, Tensor};
+
+/// The tensor has exactly this shape.
+pub(crate) fn shape(operator: &'static str, argument: &'static str, tensor: &Tensor, expected: &[usize]) -> Result<()> {
+    if tensor.shape() == expected {
+        return Ok(());
+    }
+    Err(Error::Shape { operator, argument, expected: format!("{expected:?}"), found: tensor.shape().to_vec() })
+}
+
+/// The tensor has this many dimensions; `form` names them for the message, as in "[batch, time, channels]".
+pub(crate) fn rank(
+    operator: &'static str,
+    argument: &'static str,
+    tensor: &Tensor,
+    rank: usize,
+    form: &str,
+) -> Result<()> {
+    if tensor.shape().len() == rank {
+        return Ok(());
+    }
+    Err(Error::Shape { operator, argument, expected: form.to_owned(), found: tensor.shape().to_vec() })
+}
+
+/// The tensor holds u32 values.
+pub(crate) fn is_u32(operator: &'static str, argument: &'static str, tensor: &Tensor) -> Result<()> {
+    if tensor.dtype() == DType::U32 {
+        return Ok(());
+    }
+    Err(Error::ElementType { operator, argument, expected: "u32", found: tensor.dtype() })
+}
+
+/// The tensor holds floating-point values.
+pub(crate) fn is_float(operator: &'static str, argument: &'static str, tensor: &Tensor) -> Result<()> {
+    if tensor.dtype() != DType::U32 {
+        return Ok(());
+    }
+    Err(Error::ElementType { operator, argument, expected: "f32 or bf16", found: tensor.dtype() })
+}
+
+/// The tensor lives on the CPU, the only device that has this way.
+pub(crate) fn on_cpu(operator: &'static str, tensor: &Tensor) -> Result<()> {
+    if tensor.device().is_cpu() {
+        return Ok(());
+    }
+    Err(Error::NotOnDevice { operator, device: tensor.device().to_string() })
+}

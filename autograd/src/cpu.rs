@@ -1,0 +1,70 @@
+//! What the operators' CPU ways share: vector arithmetic.
+//!
+//! Loops that run inside [`simd`] are compiled for the widest vectors that the processor at hand has. The elementary
+//! functions here are branch-free polynomials, so that such loops vectorise; each states its error.
+
+use half::bf16;
+
+/// Runs `function` with the processor's widest vectors. The loops to be vectorised must be inlined into it.
+#[inline(always)]
+pub(crate) fn simd<R>(function: impl FnOnce() -> R) -> R {
+    pulp::Arch::new().dispatch(function)
+}
+
+/// Widens bf16 to f32, exactly.
+pub(crate) fn widen(narrow: &[bf16], wide: &mut [f32]) {
+    simd(
+        #[inline(always)]
+        || {
+            for (wide, narrow) in wide.iter_mut().zip(narrow) {
+                *wide = widen_one(*narrow);
+            }
+        },
+    );
+}
+
+/// One bf16 as f32, exactly.
+#[inline(always)]
+pub(crate) fn widen_one(narrow: bf16) -> f32 {
+    f32::from_bits(u32::from(narrow.to_bits()) << 16)
+}
+
+/// e^x with a relative error of at most 2 ulp; 0 below -103.9, infinity above 88.7, NaN for NaN.
+#[inline(always)]
+pub(crate) fn exp(x: f32) -> f32 {
+    const LOG2_E: f32 = std::f32::consts::LOG2_E;
+    // ln 2 in two parts: the first has trailing zeros, so its product with an integer is exact (Cody and Waite).
+    const LN_2_HIGH: f32 = 0.693_359_4;
+    const LN_2_LOW: f32 = -2.121_944_4e-4;
+    // Adding and subtracting 1.5·2²³ rounds to the nearest integer without a library call.
+    const ROUND: f32 = 12_582_912.0;
+    let clamped = if x > 89.0 { 89.0 } else { x };
+    let clamped = if clamped < -104.0 { -104.0 } else { clamped };
+    let shifted = clamped * LOG2_E + ROUND;
+    let exponent = shifted - ROUND;
+    let r = (clamped - exponent * LN_2_HIGH) - exponent * LN_2_LOW;
+    let polynomial = 1.987_569_1e-4f32;
+    let polynomial = polynomial * r + 1.398_199_9e-3;
+    let polynomial = polynomial * r + 8.333_452e-3;
+    let polynomial = polynomial * r + 4.166_579_6e-2;
+    let polynomial = polynomial * r + 1.666_666_6e-1;
+    let polynomial = polynomial * r + 5.000_000_1e-1;
+    let mantissa = (polynomial * r * r + r) + 1.0;
+    // Two factors, so that results in the denormal range and the last one before infinity come out right.
+    let integer = (shifted.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
+    let half = integer >> 1;
+    let first = f32::from_bits(((half + 127) as u32) << 23);
+    let second = f32::from_bits(((integer - half + 127) as u32) << 23);
+    mantissa * first * second
+}
+
+/// 1 / (1 + e^-x).
+#[inline(always)]
+pub(crate) fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + exp(-x))
+}
+
+/// ln(1 + e^x), or x above 20, as the reference implementations have it. Accurate for very negative x.
+pub(crate) fn softplus(x: f32) -> f32 {
+    if x > 20.0 { x } else { x.exp().ln_1p() }
+}

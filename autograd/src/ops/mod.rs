@@ -1,0 +1,36 @@
+//! The operators, one file each.
+//!
+//! Conventions:
+//! - A sequence tensor is `[batch, time, …]`, innermost dimension last, contiguous.
+//! - Floating-point inputs are f32 or bf16. A result has the element type of the operator's main input (the first);
+//!   arithmetic is f32 throughout.
+//! - Documents: where several documents share a row, `document_start` (u32, `[batch, time]`) holds for every token the
+//!   index in its row of its document's first token. It alone says what a token may see: key `j` is visible to query
+//!   `i` when `document_start[i] <= j <= i`; a convolution tap before `document_start[i]` is zero; a scan begins anew
+//!   where `document_start[i] == i`.
+
+mod attention;
+mod causal_conv1d;
+mod cross_entropy;
+mod divergence;
+mod elementwise;
+mod embedding;
+mod layout;
+mod linear;
+mod rms_norm;
+mod rope;
+mod selective_scan;
+mod swiglu;
+
+pub use attention::{AttentionOptions, attention};
+pub use causal_conv1d::{Activation, ConvolutionOptions, causal_conv1d, causal_conv1d_step};
+pub use cross_entropy::{CrossEntropy, IGNORED_LABEL, cross_entropy};
+pub use divergence::{Divergence, DivergenceLoss, DivergenceOptions, divergence};
+pub use elementwise::{add, add_in_place, mul, negative_exp, scale, scale_in_place, silu, softplus, sub, sum};
+pub use embedding::embedding;
+pub use layout::{repeat_chunks, split};
+pub use linear::linear;
+pub use rms_norm::rms_norm;
+pub use rope::{RotaryScaling, RotaryTable, rope};
+pub use selective_scan::{ScanInputs, ScanOutput, ScanStepInputs, selective_scan, selective_scan_step};
+pub use swiglu::swiglu;

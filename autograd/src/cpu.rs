@@ -29,6 +29,21 @@ pub(crate) fn widen_one(narrow: bf16) -> f32 {
     f32::from_bits(u32::from(narrow.to_bits()) << 16)
 }
 
+/// `Σ a[i] b[i]` of equally long slices, summed in 32 interleaved parts that are added in a fixed order.
+#[inline(always)]
+pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
+    const PARTS: usize = 32;
+    let mut sums = [0.0; PARTS];
+    let (a_chunks, b_chunks) = (a.chunks_exact(PARTS), b.chunks_exact(PARTS));
+    let rest: f32 = a_chunks.remainder().iter().zip(b_chunks.remainder()).map(|(a, b)| a * b).sum();
+    for (a, b) in a_chunks.zip(b_chunks) {
+        for part in 0..PARTS {
+            sums[part] += a[part] * b[part];
+        }
+    }
+    sums.iter().sum::<f32>() + rest
+}
+
 /// e^x with a relative error of at most 2 ulp; 0 below -103.9, infinity above 88.7, NaN for NaN.
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {

@@ -12,6 +12,7 @@
 mod attention;
 mod causal_conv1d;
 mod cross_entropy;
+mod decoding;
 mod divergence;
 mod elementwise;
 mod embedding;
@@ -25,6 +26,7 @@ mod swiglu;
 pub use attention::{AttentionOptions, attention};
 pub use causal_conv1d::{Activation, ConvolutionOptions, causal_conv1d, causal_conv1d_step};
 pub use cross_entropy::{CrossEntropy, IGNORED_LABEL, cross_entropy};
+pub use decoding::{attention_cached, convolution_state, last_step, with_room, write_time};
 pub use divergence::{Divergence, DivergenceLoss, DivergenceOptions, divergence};
 pub use elementwise::{add, add_in_place, mul, negative_exp, scale, scale_in_place, silu, softplus, sub, sum};
 pub use embedding::embedding;

@@ -1,0 +1,255 @@
+//! Operators on the caches of decoding. None is recorded: decoding has no backward.
+
+use rayon::prelude::*;
+
+use crate::{Error, Result, Tensor, check, cpu};
+
+/// A copy of `cache` (f32 `[batch, room, …]`) with room for `room` steps of time; the new steps are unspecified.
+///
+/// # Errors
+/// A shape error when `room` is less than there is; out of memory.
+pub fn with_room(cache: &Tensor, room: usize) -> Result<Tensor> {
+    const OPERATOR: &str = "with_room";
+    check::on_cpu(OPERATOR, cache)?;
+    let (batch, old, width) = batch_time_width(OPERATOR, "cache", cache)?;
+    if room < old {
+        return Err(Error::Invalid { operator: OPERATOR, message: format!("{room} steps of room for {old} steps") });
+    }
+    let mut shape = cache.shape().to_vec();
+    shape[1] = room;
+    let source = cache.host_slice::<f32>()?;
+    Tensor::compute(cache.device(), &shape, cache.dtype(), |target| {
+        for row in 0..batch {
+            let kept = &source[row * old * width..][..old * width];
+            let (copied, rest) = target[row * room * width..][..room * width].split_at_mut(kept.len());
+            copied.copy_from_slice(kept);
+            rest.fill(0.0);
+        }
+        Ok(())
+    })
+}
+
+/// Writes `step` (f32 `[batch, steps, …]`) into `cache` (f32 `[batch, room, …]`) from time `time` on, in place.
+///
+/// # Errors
+/// Shape errors; steps that do not fit the room.
+pub fn write_time(cache: &mut Tensor, step: &Tensor, time: usize) -> Result<()> {
+    const OPERATOR: &str = "write_time";
+    check::on_cpu(OPERATOR, cache)?;
+    let (batch, room, width) = batch_time_width(OPERATOR, "cache", cache)?;
+    let (step_batch, steps, step_width) = batch_time_width(OPERATOR, "step", step)?;
+    if step_batch != batch || step_width != width || time + steps > room {
+        return Err(Error::Shape {
+            operator: OPERATOR,
+            argument: "step",
+            expected: format!("[{batch}, at most {} steps, …] of {width} elements each", room.saturating_sub(time)),
+            found: step.shape().to_vec(),
+        });
+    }
+    let source = step.host_slice::<f32>()?;
+    let target = cache.make_mut::<f32>()?;
+    for row in 0..batch {
+        target[(row * room + time) * width..][..steps * width]
+            .copy_from_slice(&source[row * steps * width..][..steps * width]);
+    }
+    Ok(())
+}
+
+/// The last step of every row: `[batch, time, …]` to `[batch, …]`.
+///
+/// # Errors
+/// A shape error when there is no step.
+pub fn last_step(input: &Tensor) -> Result<Tensor> {
+    const OPERATOR: &str = "last_step";
+    check::on_cpu(OPERATOR, input)?;
+    let (batch, time, width) = batch_time_width(OPERATOR, "input", input)?;
+    if time == 0 {
+        return Err(Error::Shape {
+            operator: OPERATOR,
+            argument: "input",
+            expected: "at least one step of time".to_owned(),
+            found: input.shape().to_vec(),
+        });
+    }
+    let mut shape = input.shape().to_vec();
+    shape.remove(1);
+    let source = input.host_f32()?;
+    Tensor::compute(input.device(), &shape, input.dtype(), |output| {
+        for row in 0..batch {
+            output[row * width..][..width].copy_from_slice(&source[((row + 1) * time - 1) * width..][..width]);
+        }
+        Ok(())
+    })
+}
+
+/// The convolution state after a whole sequence: the last `width` inputs of every channel, oldest first, zero where
+/// the sequence is shorter. `input` `[batch, time, channels]` gives f32 `[batch, channels, width]`.
+///
+/// # Errors
+/// Shape errors that name the argument.
+pub fn convolution_state(input: &Tensor, width: usize) -> Result<Tensor> {
+    const OPERATOR: &str = "convolution_state";
+    check::on_cpu(OPERATOR, input)?;
+    check::rank(OPERATOR, "input", input, 3, "[batch, time, channels]")?;
+    let [batch, time, channels] = [input.shape()[0], input.shape()[1], input.shape()[2]];
+    let source = input.host_f32()?;
+    Tensor::compute(input.device(), &[batch, channels, width], crate::DType::F32, |state| {
+        for (index, value) in state.iter_mut().enumerate() {
+            let (column, channel, row) = (index % width, index / width % channels, index / width / channels);
+            *value = match (time + column).checked_sub(width) {
+                Some(step) => source[(row * time + step) * channels + channel],
+                None => 0.0,
+            };
+        }
+        Ok(())
+    })
+}
+
+/// Attention of the last `query time` positions over the first `length` positions of a cache.
+///
+/// - `query` f32 `[batch, query time, query heads, head size]`
+/// - `keys`, `values` f32 `[batch, room, key heads, head size]`, `length` of `room` filled, the queries' own included
+/// - `scale` and `window` as in [`super::AttentionOptions`]; result like `query`
+///
+/// # Errors
+/// Shape errors that name the argument.
+pub fn attention_cached(
+    query: &Tensor,
+    keys: &Tensor,
+    values: &Tensor,
+    length: usize,
+    scale: f32,
+    window: Option<usize>,
+) -> Result<Tensor> {
+    const OPERATOR: &str = "attention_cached";
+    check::on_cpu(OPERATOR, query)?;
+    check::rank(OPERATOR, "query", query, 4, "[batch, query time, query heads, head size]")?;
+    check::rank(OPERATOR, "keys", keys, 4, "[batch, room, key heads, head size]")?;
+    check::shape(OPERATOR, "values", values, keys.shape())?;
+    let [batch, query_time, heads, head_size] = *query.shape() else { unreachable!("the rank was checked") };
+    let [_, room, key_heads, _] = *keys.shape() else { unreachable!("the rank was checked") };
+    check::shape(OPERATOR, "keys", keys, &[batch, room, key_heads, head_size])?;
+    if length > room || query_time > length || key_heads == 0 || !heads.is_multiple_of(key_heads) {
+        return Err(Error::Invalid {
+            operator: OPERATOR,
+            message: format!(
+                "{query_time} queries of {heads} heads over {length} of {room} positions of {key_heads} heads: queries \
+                 must be the last positions and key heads must divide query heads"
+            ),
+        });
+    }
+    let (query_values, key_values) = (query.host_f32()?, keys.host_slice::<f32>()?);
+    let value_values = values.host_slice::<f32>()?;
+    let stride = key_heads * head_size;
+    Tensor::compute(query.device(), query.shape(), query.dtype(), |output| {
+        output.par_chunks_mut(head_size.max(1)).enumerate().for_each(|(index, output)| {
+            let (head, step, row) = (index % heads, index / heads % query_time, index / heads / query_time);
+            let last = length - query_time + step;
+            let first = window.map_or(0, |window| (last + 1).saturating_sub(window));
+            let query = &query_values[index * head_size..][..head_size];
+            let start = row * room * stride + head / (heads / key_heads) * head_size;
+            cpu::simd(
+                #[inline(always)]
+                || attend_one(query, &key_values[start..], &value_values[start..], stride, first..=last, scale, output),
+            );
+        });
+        Ok(())
+    })
+}
+
+#[inline(always)]
+fn attend_one(
+    query: &[f32],
+    keys: &[f32],
+    values: &[f32],
+    stride: usize,
+    visible: std::ops::RangeInclusive<usize>,
+    scale: f32,
+    output: &mut [f32],
+) {
+    let mut scores: Vec<f32> = visible
+        .clone()
+        .map(|position| {
+            let key = &keys[position * stride..][..query.len()];
+            scale * cpu::dot(query, key)
+        })
+        .collect();
+    let greatest = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let mut total = 0.0;
+    for score in &mut scores {
+        *score = cpu::exp(*score - greatest);
+        total += *score;
+    }
+    output.fill(0.0);
+    for (position, weight) in visible.zip(&scores) {
+        let value = &values[position * stride..][..output.len()];
+        for (output, value) in output.iter_mut().zip(value) {
+            *output += weight * value;
+        }
+    }
+    for output in output {
+        *output /= total;
+    }
+}
+
+fn batch_time_width(operator: &'static str, argument: &'static str, tensor: &Tensor) -> Result<(usize, usize, usize)> {
+    match tensor.shape() {
+        [batch, time, rest @ ..] => Ok((*batch, *time, rest.iter().product())),
+        _ => Err(Error::Shape {
+            operator,
+            argument,
+            expected: "[batch, time, …]".to_owned(),
+            found: tensor.shape().to_vec(),
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use runtime::Device;
+
+    use super::*;
+    use crate::ops::{AttentionOptions, attention};
+    use crate::{Tape, Var};
+
+    fn ramp(shape: &[usize], factor: f32) -> Tensor {
+        let values: Vec<f32> =
+            (0..shape.iter().product()).map(|i: usize| ((i * 37 % 101) as f32 - 50.0) * factor).collect();
+        Tensor::from_slice(&Device::cpu(), shape, &values).unwrap()
+    }
+
+    #[test]
+    fn attention_over_a_cache_with_room_is_attention_over_its_filled_part() {
+        for window in [None, Some(3)] {
+            let (keys, values, query) =
+                (ramp(&[2, 7, 2, 4], 0.02), ramp(&[2, 7, 2, 4], 0.01), ramp(&[2, 3, 6, 4], 0.03));
+            let options = AttentionOptions { scale: 0.5, document_start: None, window };
+            let constant = Var::constant;
+            let expected =
+                attention(&Tape::inference(), &constant(&query), &constant(&keys), &constant(&values), options)
+                    .unwrap();
+            let (keys, values) = (with_room(&keys, 11).unwrap(), with_room(&values, 11).unwrap());
+            let found = attention_cached(&query, &keys, &values, 7, 0.5, window).unwrap();
+            for (found, expected) in found.to_f32_vec().unwrap().iter().zip(expected.to_f32_vec().unwrap()) {
+                assert!((found - expected).abs() <= 1e-6, "{found} {expected}");
+            }
+        }
+    }
+
+    #[test]
+    fn steps_are_written_where_they_belong() {
+        let mut cache = with_room(&ramp(&[2, 1, 3], 1.0), 3).unwrap();
+        write_time(&mut cache, &Tensor::from_slice(&Device::cpu(), &[2, 1, 3], &[1.0f32; 6]).unwrap(), 2).unwrap();
+        let values = cache.to_vec::<f32>().unwrap();
+        assert_eq!(values[..3], [-50.0, -13.0, 24.0]);
+        assert_eq!(values[6..9], [1.0; 3]);
+        assert!(write_time(&mut cache, &ramp(&[2, 2, 3], 1.0), 2).is_err());
+    }
+
+    #[test]
+    fn a_short_sequence_leaves_zeros_in_front() {
+        let input = Tensor::from_slice(&Device::cpu(), &[1, 2, 2], &[1.0f32, 10.0, 2.0, 20.0]).unwrap();
+        let state = convolution_state(&input, 3).unwrap();
+        assert_eq!(state.to_vec::<f32>().unwrap(), [0.0, 1.0, 2.0, 0.0, 10.0, 20.0]);
+    }
+}

@@ -1,0 +1,279 @@
+//! The model: embedding, layers, final norm, head.
+
+use std::path::Path;
+
+use autograd::ops;
+use autograd::{DType, ParameterId, Parameters, Tape, Tensor, Var};
+use runtime::Device;
+
+use crate::architecture::parameter_specs;
+use crate::batch::TokenBatch;
+use crate::checkpoint::{self, SaveOptions, WeightFiles};
+use crate::config::ModelConfig;
+use crate::initialise;
+use crate::mixer::{Mixer, MixerCache, Projection};
+use crate::{Error, Result};
+
+/// In which type matrices are kept in memory. Arithmetic is f32 on the CPU either way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// f32: for training.
+    F32,
+    /// bf16 where the checkpoint has bf16, f32 otherwise: for inference, at half the memory and no loss.
+    AsStored,
+}
+
+/// A transformer or hybrid with its weights.
+#[derive(Clone, Debug)]
+pub struct Model {
+    /// What it is made of.
+    pub config: ModelConfig,
+    /// Its weights, in checkpoint names.
+    pub parameters: Parameters,
+    /// Whether training keeps only each layer's input and computes the layer again in the reverse pass.
+    pub checkpoint_layers: bool,
+    embedding: ParameterId,
+    layers: Vec<Option<Layer>>,
+    norm: ParameterId,
+    /// The embedding itself when tied.
+    head: ParameterId,
+}
+
+/// `h + mixer(norm(h))`, then `a + mlp(norm(a))`.
+#[derive(Clone, Debug)]
+struct Layer {
+    input_norm: ParameterId,
+    mixer: Mixer,
+    post_norm: ParameterId,
+    gate: Projection,
+    up: Projection,
+    down: Projection,
+    epsilon: f32,
+}
+
+/// What decoding continues from: each layer's state, and how many tokens it has seen.
+#[derive(Clone, Debug)]
+pub struct Cache {
+    layers: Vec<Option<MixerCache>>,
+    length: usize,
+}
+
+impl Model {
+    /// Reads a Hugging Face folder.
+    ///
+    /// # Errors
+    /// Everything that is wrong with the folder, each naming file and tensor.
+    pub fn load(folder: &Path, device: &Device, precision: Precision) -> Result<Self> {
+        let mut config = ModelConfig::read(folder)?;
+        let files = WeightFiles::open(folder)?;
+        files.resolve(&mut config)?;
+        let specs = parameter_specs(&config, |name| match precision {
+            Precision::F32 => DType::F32,
+            Precision::AsStored => files.stored_dtype(name),
+        });
+        let parameters = checkpoint::load(&files, &config, &specs, device)?;
+        Self::new(config, parameters)
+    }
+
+    /// A model with fresh weights: matrices normal with the configuration's `initializer_range` (0.02 unless given),
+    /// norms 1, Mamba mixers as M1 initialises them. The same seed gives the same weights.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub fn random(config: ModelConfig, seed: u64, device: &Device) -> Result<Self> {
+        let parameters = initialise::random_parameters(&config, seed, device)?;
+        Self::new(config, parameters)
+    }
+
+    /// A model from a configuration and its parameters.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchParameter`] when one is missing.
+    pub fn new(config: ModelConfig, parameters: Parameters) -> Result<Self> {
+        let find = |name: &str| {
+            parameters.find(name).ok_or_else(|| Error::NoSuchParameter { name: name.to_owned() })
+        };
+        let embedding = find("model.embed_tokens.weight")?;
+        let norm = find("model.norm.weight")?;
+        let head = if config.tied_embeddings { embedding } else { find("lm_head.weight")? };
+        let layers = (0..config.mixers.len())
+            .map(|layer| Layer::new(&config, &parameters, layer))
+            .collect::<Result<Vec<_>>>()?;
+        Ok(Self { config, parameters, checkpoint_layers: false, embedding, layers, norm, head })
+    }
+
+    /// Writes a Hugging Face folder, whole or not at all.
+    ///
+    /// # Errors
+    /// Files that cannot be written.
+    pub fn save(&self, folder: &Path, options: &SaveOptions<'_>) -> Result<()> {
+        checkpoint::save(folder, &self.config, &self.parameters, options)
+    }
+
+    /// Next-token logits, `[batch, time, vocabulary]`.
+    ///
+    /// # Errors
+    /// Those of the operators; a token id outside the vocabulary.
+    pub fn logits<'a>(&'a self, tape: &Tape<'a>, batch: &'a TokenBatch) -> Result<Var> {
+        let hidden = self.hidden(tape, batch)?;
+        self.head(tape, &hidden)
+    }
+
+    /// The residual stream after the final norm, `[batch, time, hidden]`.
+    ///
+    /// # Errors
+    /// Those of the operators; a token id outside the vocabulary.
+    pub fn hidden<'a>(&'a self, tape: &Tape<'a>, batch: &'a TokenBatch) -> Result<Var> {
+        self.hidden_observed(tape, batch, |_, _| {})
+    }
+
+    /// As [`Model::hidden`]; `observe` sees the residual stream after every layer.
+    ///
+    /// # Errors
+    /// As [`Model::hidden`].
+    pub fn hidden_observed<'a>(
+        &'a self,
+        tape: &Tape<'a>,
+        batch: &'a TokenBatch,
+        mut observe: impl FnMut(usize, &Var),
+    ) -> Result<Var> {
+        let mut hidden = self.embed(tape, &batch.tokens)?;
+        for (index, layer) in self.layers.iter().enumerate() {
+            if let Some(layer) = layer {
+                hidden = if self.checkpoint_layers {
+                    let parameters = &self.parameters;
+                    let mut outputs = tape.checkpoint(&[&hidden], move |tape, inputs| {
+                        layer
+                            .forward(tape, parameters, &inputs[0], batch)
+                            .map(|output| vec![output])
+                            .map_err(Error::into_autograd)
+                    })?;
+                    outputs.swap_remove(0)
+                } else {
+                    layer.forward(tape, &self.parameters, &hidden, batch)?
+                };
+            }
+            observe(index, &hidden);
+        }
+        self.final_norm(tape, &hidden)
+    }
+
+    /// From the final norm's output to logits: `[…, hidden]` to `[…, vocabulary]`.
+    ///
+    /// # Errors
+    /// Those of the operator.
+    pub fn head(&self, tape: &Tape<'_>, hidden: &Var) -> Result<Var> {
+        Ok(ops::linear(tape, hidden, &self.parameters.var(tape, self.head), None)?)
+    }
+
+    /// Reads whole prompts, one document per row: the logits of each row's last token (f32 `[batch, vocabulary]`) and
+    /// the cache to decode from.
+    ///
+    /// # Errors
+    /// Those of the operators; an empty prompt.
+    pub fn prefill(&self, batch: &TokenBatch) -> Result<(Tensor, Cache)> {
+        if batch.time() == 0 {
+            return Err(Error::Batch { message: "an empty prompt: give at least one token".to_owned() });
+        }
+        let tape = Tape::inference();
+        let mut hidden = self.embed(&tape, &batch.tokens)?;
+        let mut layers = Vec::with_capacity(self.layers.len());
+        for layer in &self.layers {
+            layers.push(match layer {
+                Some(layer) => {
+                    let normed = layer.norm(&tape, &self.parameters, layer.input_norm, &hidden)?;
+                    let (mixed, cache) = layer.mixer.prefill(&self.parameters, &normed, batch)?;
+                    hidden = ops::add(&tape, &hidden, &Var::constant(&mixed))?;
+                    hidden = layer.mlp_block(&tape, &self.parameters, &hidden)?;
+                    Some(cache)
+                }
+                None => None,
+            });
+        }
+        let last = ops::last_step(&hidden)?;
+        let normed = self.final_norm(&tape, &Var::constant(&last))?;
+        let logits = self.head(&tape, &normed)?.tensor().clone();
+        Ok((logits, Cache { layers, length: batch.time() }))
+    }
+
+    /// Reads one more token per row and returns its logits, f32 `[batch, vocabulary]`.
+    ///
+    /// # Errors
+    /// Those of the operators; a batch of another size than the cache's.
+    pub fn step(&self, tokens: &[u32], cache: &mut Cache) -> Result<Tensor> {
+        let batch = tokens.len();
+        let device = self.parameters.get(self.embedding).value.device().clone();
+        let tape = Tape::inference();
+        let positions = Tensor::from_slice(&device, &[batch, 1], &vec![cache.length as u32; batch])?;
+        let mut hidden = self.embed(&tape, &Tensor::from_slice(&device, &[batch, 1], tokens)?)?;
+        for (layer, cache) in self.layers.iter().zip(&mut cache.layers) {
+            if let (Some(layer), Some(cache)) = (layer, cache) {
+                let normed = layer.norm(&tape, &self.parameters, layer.input_norm, &hidden)?;
+                let mixed = layer.mixer.step(&self.parameters, &normed, &positions, cache)?;
+                hidden = ops::add(&tape, &hidden, &Var::constant(&mixed))?;
+                hidden = layer.mlp_block(&tape, &self.parameters, &hidden)?;
+            }
+        }
+        cache.length += 1;
+        let normed = self.final_norm(&tape, &hidden)?;
+        Ok(self.head(&tape, &normed)?.tensor().reshape(&[batch, self.config.vocabulary_size])?)
+    }
+
+    fn embed(&self, tape: &Tape<'_>, tokens: &Tensor) -> Result<Var> {
+        Ok(ops::embedding(tape, tokens, &self.parameters.var(tape, self.embedding), DType::F32)?)
+    }
+
+    fn final_norm(&self, tape: &Tape<'_>, hidden: &Var) -> Result<Var> {
+        Ok(ops::rms_norm(tape, hidden, &self.parameters.var(tape, self.norm), self.config.rms_norm_epsilon)?)
+    }
+}
+
+impl Cache {
+    /// Tokens read so far.
+    pub fn length(&self) -> usize {
+        self.length
+    }
+
+    /// Bytes of all layers' states.
+    pub fn bytes(&self) -> usize {
+        self.layers.iter().flatten().map(MixerCache::bytes).sum()
+    }
+}
+
+impl Layer {
+    fn new(config: &ModelConfig, parameters: &Parameters, index: usize) -> Result<Option<Self>> {
+        let Some(mixer) = Mixer::new(config, parameters, index)? else { return Ok(None) };
+        let prefix = format!("model.layers.{index}.");
+        let find = |name: &str| {
+            let name = format!("{prefix}{name}");
+            parameters.find(&name).ok_or(Error::NoSuchParameter { name })
+        };
+        Ok(Some(Self {
+            input_norm: find("input_layernorm.weight")?,
+            mixer,
+            post_norm: find("post_attention_layernorm.weight")?,
+            gate: Projection::new(parameters, &prefix, "mlp.gate_proj")?,
+            up: Projection::new(parameters, &prefix, "mlp.up_proj")?,
+            down: Projection::new(parameters, &prefix, "mlp.down_proj")?,
+            epsilon: config.rms_norm_epsilon,
+        }))
+    }
+
+    fn forward(&self, tape: &Tape<'_>, parameters: &Parameters, hidden: &Var, batch: &TokenBatch) -> Result<Var> {
+        let normed = self.norm(tape, parameters, self.input_norm, hidden)?;
+        let mixed = self.mixer.forward(tape, parameters, &normed, batch)?;
+        self.mlp_block(tape, parameters, &ops::add(tape, hidden, &mixed)?)
+    }
+
+    fn mlp_block(&self, tape: &Tape<'_>, parameters: &Parameters, hidden: &Var) -> Result<Var> {
+        let normed = self.norm(tape, parameters, self.post_norm, hidden)?;
+        let gate = self.gate.apply(tape, parameters, &normed)?;
+        let up = self.up.apply(tape, parameters, &normed)?;
+        let activated = ops::swiglu(tape, &gate, &up)?;
+        Ok(ops::add(tape, hidden, &self.down.apply(tape, parameters, &activated)?)?)
+    }
+
+    fn norm(&self, tape: &Tape<'_>, parameters: &Parameters, weight: ParameterId, hidden: &Var) -> Result<Var> {
+        Ok(ops::rms_norm(tape, hidden, &parameters.var(tape, weight), self.epsilon)?)
+    }
+}

@@ -2,6 +2,7 @@
 
 use bytemuck::Pod;
 
+use crate::cuda;
 use crate::host::HostBlock;
 use crate::{Device, Error, Result};
 
@@ -13,11 +14,24 @@ pub struct Buffer {
 
 enum Storage {
     Host(HostBlock),
+    Cuda(cuda::Block),
 }
 
 impl Buffer {
     pub(crate) fn host(device: Device, block: HostBlock) -> Self {
         Self { device, storage: Storage::Host(block) }
+    }
+
+    pub(crate) fn cuda(device: Device, block: cuda::Block) -> Self {
+        Self { device, storage: Storage::Cuda(block) }
+    }
+
+    /// The block on a GPU, if it is there that the buffer lives.
+    pub(crate) fn cuda_block(&self) -> Option<&cuda::Block> {
+        match &self.storage {
+            Storage::Host(_) => None,
+            Storage::Cuda(block) => Some(block),
+        }
     }
 
     /// The device that owns the memory.
@@ -29,6 +43,7 @@ impl Buffer {
     pub fn len(&self) -> usize {
         match &self.storage {
             Storage::Host(block) => block.bytes().len(),
+            Storage::Cuda(block) => block.bytes(),
         }
     }
 
@@ -45,6 +60,7 @@ impl Buffer {
         match &self.storage {
             Storage::Host(block) => bytemuck::try_cast_slice(block.bytes())
                 .map_err(|_| not_whole::<T>("reading a buffer", block.bytes().len())),
+            Storage::Cuda(_) => Err(not_on_host("reading a buffer in place", &self.device)),
         }
     }
 
@@ -58,6 +74,7 @@ impl Buffer {
                 let bytes = block.bytes().len();
                 bytemuck::try_cast_slice_mut(block.bytes_mut()).map_err(|_| not_whole::<T>("writing a buffer", bytes))
             }
+            Storage::Cuda(_) => Err(not_on_host("writing a buffer in place", &self.device)),
         }
     }
 
@@ -72,6 +89,7 @@ impl Buffer {
         }
         match &mut self.storage {
             Storage::Host(block) => block.bytes_mut().copy_from_slice(bytes),
+            Storage::Cuda(block) => block.copy_from_host(bytes)?,
         }
         Ok(())
     }
@@ -90,9 +108,26 @@ impl Buffer {
         }
         match &self.storage {
             Storage::Host(block) => bytes.copy_from_slice(block.bytes()),
+            Storage::Cuda(block) => block.copy_to_host(bytes)?,
         }
         Ok(())
     }
+
+    /// Sets every byte to zero.
+    ///
+    /// # Errors
+    /// Driver errors on a GPU.
+    pub fn set_zero(&mut self) -> Result<()> {
+        match &mut self.storage {
+            Storage::Host(block) => block.bytes_mut().fill(0),
+            Storage::Cuda(block) => block.set_zero()?,
+        }
+        Ok(())
+    }
+}
+
+fn not_on_host(operation: &'static str, device: &Device) -> Error {
+    Error::NotOnHost { operation, device: device.to_string() }
 }
 
 fn not_whole<T>(operation: &'static str, bytes: usize) -> Error {

@@ -4,6 +4,9 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::{Arc, OnceLock};
 
+use kernels_ptx::Kernel;
+
+use crate::cuda::{CudaDevice, Function, Stream};
 use crate::host::HostPool;
 use crate::{Buffer, Error, Result};
 
@@ -12,6 +15,8 @@ use crate::{Buffer, Error, Result};
 pub enum DeviceKind {
     /// The host's processor.
     Cpu,
+    /// A GPU, by its number.
+    Cuda(u32),
 }
 
 /// Bytes of device memory that this process holds.
@@ -34,6 +39,7 @@ pub struct Device {
 #[derive(Clone)]
 enum Inner {
     Cpu(Arc<HostPool>),
+    Cuda(&'static CudaDevice),
 }
 
 impl Device {
@@ -43,10 +49,19 @@ impl Device {
         Self { inner: Inner::Cpu(Arc::clone(POOL.get_or_init(Arc::default))) }
     }
 
+    /// The GPU of this number. It is opened once per process; all handles share one memory pool and one home stream.
+    ///
+    /// # Errors
+    /// Why there is no such GPU: no driver, no device of this number, or one that is too old or refuses.
+    pub fn cuda(ordinal: u32) -> Result<Self> {
+        Ok(Self { inner: Inner::Cuda(CudaDevice::open(ordinal)?) })
+    }
+
     /// What kind of device this is.
     pub fn kind(&self) -> DeviceKind {
-        match self.inner {
+        match &self.inner {
             Inner::Cpu(_) => DeviceKind::Cpu,
+            Inner::Cuda(device) => DeviceKind::Cuda(device.ordinal()),
         }
     }
 
@@ -62,6 +77,7 @@ impl Device {
     pub fn allocate(&self, bytes: usize) -> Result<Buffer> {
         match &self.inner {
             Inner::Cpu(pool) => Ok(Buffer::host(self.clone(), pool.take(bytes)?)),
+            Inner::Cuda(device) => Ok(Buffer::cuda(self.clone(), device.allocate(bytes)?)),
         }
     }
 
@@ -69,6 +85,7 @@ impl Device {
     pub fn memory_usage(&self) -> MemoryUsage {
         match &self.inner {
             Inner::Cpu(pool) => pool.usage(),
+            Inner::Cuda(device) => device.memory_usage(),
         }
     }
 
@@ -76,13 +93,70 @@ impl Device {
     pub fn reset_peak_memory(&self) {
         match &self.inner {
             Inner::Cpu(pool) => pool.reset_peak(),
+            Inner::Cuda(device) => device.reset_peak_memory(),
         }
     }
 
-    /// Gives memory that waits in the pool back to the system.
-    pub fn trim_memory(&self) {
+    /// Gives memory that waits in the pool back to the system. A GPU finishes its queued work first.
+    ///
+    /// # Errors
+    /// Driver errors, a fault of the queued work among them.
+    pub fn trim_memory(&self) -> Result<()> {
         match &self.inner {
             Inner::Cpu(pool) => pool.trim(),
+            Inner::Cuda(device) => device.trim_memory()?,
+        }
+        Ok(())
+    }
+
+    /// Bytes of the GPU's memory that no process holds, and all its bytes.
+    ///
+    /// # Errors
+    /// [`Error::NotAGpu`] on the CPU; driver errors.
+    pub fn free_and_total_memory(&self) -> Result<(usize, usize)> {
+        self.gpu("asking for device memory")?.free_and_total_memory()
+    }
+
+    /// Waits until all work queued on the device is done. The CPU has none.
+    ///
+    /// # Errors
+    /// A fault of that work, or another driver error.
+    pub fn synchronize(&self) -> Result<()> {
+        match &self.inner {
+            Inner::Cpu(_) => Ok(()),
+            Inner::Cuda(device) => device.synchronize(),
+        }
+    }
+
+    /// The GPU's home stream, on which everything queues that names no other.
+    ///
+    /// # Errors
+    /// [`Error::NotAGpu`] on the CPU.
+    pub fn home_stream(&self) -> Result<Stream> {
+        Ok(self.gpu("a stream")?.home().clone())
+    }
+
+    /// A new stream on the GPU, for work that may overlap that of the home stream.
+    ///
+    /// # Errors
+    /// [`Error::NotAGpu`] on the CPU; driver errors.
+    pub fn new_stream(&self) -> Result<Stream> {
+        Stream::new(self.gpu("a stream")?)
+    }
+
+    /// The kernel, compiled for the GPU by its driver the first time it is asked for.
+    ///
+    /// # Errors
+    /// [`Error::NotAGpu`] on the CPU, [`Error::Launch`] when the GPU cannot run such a kernel, [`Error::Module`] with the
+    /// compiler's log when the text is wrong; driver errors.
+    pub fn load(&self, kernel: &Kernel) -> Result<Function> {
+        Function::load(self.gpu("loading a kernel")?, kernel)
+    }
+
+    fn gpu(&self, operation: &'static str) -> Result<&'static CudaDevice> {
+        match &self.inner {
+            Inner::Cpu(_) => Err(Error::NotAGpu { operation, device: self.to_string() }),
+            Inner::Cuda(device) => Ok(device),
         }
     }
 }
@@ -90,11 +164,16 @@ impl Device {
 impl FromStr for Device {
     type Err = Error;
 
-    /// `cpu`, or `auto` for the best device there is.
+    /// `cpu`, `cuda:N` (`cuda` is `cuda:0`), or `auto`: the first GPU, or the CPU where none can be used.
     fn from_str(name: &str) -> Result<Self> {
         match name {
-            "cpu" | "auto" => Ok(Self::cpu()),
-            _ => Err(Error::UnknownDevice { name: name.to_owned() }),
+            "cpu" => Ok(Self::cpu()),
+            "cuda" => Self::cuda(0),
+            "auto" => Ok(Self::cuda(0).unwrap_or_else(|_| Self::cpu())),
+            _ => match name.strip_prefix("cuda:").and_then(|ordinal| ordinal.parse().ok()) {
+                Some(ordinal) => Self::cuda(ordinal),
+                None => Err(Error::UnknownDevice { name: name.to_owned() }),
+            },
         }
     }
 }
@@ -103,6 +182,7 @@ impl fmt::Display for Device {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.kind() {
             DeviceKind::Cpu => formatter.write_str("cpu"),
+            DeviceKind::Cuda(ordinal) => write!(formatter, "cuda:{ordinal}"),
         }
     }
 }

@@ -57,4 +57,71 @@ pub enum Error {
         /// What would help.
         advice: String,
     },
+    /// The NVIDIA driver is not installed.
+    #[error(
+        "no GPU: the NVIDIA driver's library {library} cannot be opened ({reason}); install the driver or use --device cpu"
+    )]
+    NoDriver {
+        /// The library's name.
+        library: &'static str,
+        /// What the dynamic loader said.
+        reason: String,
+    },
+    /// There is no GPU of the number asked for.
+    #[error("there is no cuda:{ordinal}: the driver shows {count} GPUs, numbered from 0; `grafter devices` lists them")]
+    NoSuchGpu {
+        /// The number asked for.
+        ordinal: u32,
+        /// How many there are.
+        count: u32,
+    },
+    /// A GPU that the kernels are not written for.
+    #[error(
+        "{name} has compute capability {}.{}; the kernels need 8.0 or newer: use --device cpu",
+        compute_capability.0, compute_capability.1
+    )]
+    GpuTooOld {
+        /// The product's name.
+        name: String,
+        /// Its compute capability (major, minor).
+        compute_capability: (u32, u32),
+    },
+    /// A call of the CUDA driver failed. Work that was queued earlier may be the cause.
+    #[error("CUDA driver call {call} failed with {name} ({code}): {advice}")]
+    Driver {
+        /// The driver's function.
+        call: &'static str,
+        /// The code that it returned.
+        code: u32,
+        /// The code's name.
+        name: String,
+        /// What the user can do.
+        advice: &'static str,
+    },
+    /// A kernel's text does not load.
+    #[error("kernel {kernel} cannot be loaded: {cause}{}{log}", if log.is_empty() { "" } else { "\n" })]
+    Module {
+        /// The kernel's name.
+        kernel: String,
+        /// What went wrong.
+        cause: String,
+        /// What the driver's compiler said; empty when it said nothing.
+        log: String,
+    },
+    /// A launch that does not fit the kernel's description or the GPU. Nothing was queued.
+    #[error("kernel {kernel} was not launched: {reason}")]
+    Launch {
+        /// The kernel's name.
+        kernel: String,
+        /// What was expected and what was given.
+        reason: String,
+    },
+    /// Something that only a GPU does was asked of another device.
+    #[error("{operation} needs a GPU, but the device is {device}: `grafter devices` lists the GPUs")]
+    NotAGpu {
+        /// What was attempted.
+        operation: &'static str,
+        /// The device.
+        device: String,
+    },
 }

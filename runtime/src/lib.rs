@@ -7,6 +7,7 @@
 //! - [`MemoryUsage`] says what a device's pool holds now and held at most.
 
 mod buffer;
+pub mod cuda;
 mod device;
 mod error;
 mod host;

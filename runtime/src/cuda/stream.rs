@@ -1,0 +1,174 @@
+//! Streams and events: the order of work on a GPU, and the time it takes.
+
+use std::ptr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use cust::sys::{self, CUevent_flags};
+
+use super::driver::call;
+use super::{CudaDevice, Handle};
+use crate::Result;
+
+/// A queue of work on one GPU. Work of one stream runs in order; work of different streams may overlap unless they use
+/// the same buffers. Clones name the same stream.
+#[derive(Clone)]
+pub struct Stream {
+    queue: Arc<Queue>,
+}
+
+pub(super) struct Queue {
+    device: &'static CudaDevice,
+    raw: Handle<sys::CUstream_st>,
+    home: bool,
+}
+
+impl Stream {
+    /// The device's home stream, which is never destroyed.
+    pub(super) fn home(device: &'static CudaDevice, raw: Handle<sys::CUstream_st>) -> Self {
+        Self { queue: Arc::new(Queue { device, raw, home: true }) }
+    }
+
+    /// A new stream beside the home stream.
+    pub(crate) fn new(device: &'static CudaDevice) -> Result<Self> {
+        device.activate()?;
+        let mut raw = ptr::null_mut();
+        // SAFETY: `raw` is a valid place for a handle; a context is current.
+        unsafe { call!(cuStreamCreate(&mut raw, sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32)) }?;
+        Ok(Self { queue: Arc::new(Queue { device, raw: Handle(raw), home: false }) })
+    }
+
+    /// An event behind everything that is queued so far. It tells when that work is done, and at what time.
+    ///
+    /// # Errors
+    /// Driver errors.
+    pub fn record(&self) -> Result<Event> {
+        let event = Event::new(self.queue.device, CUevent_flags::CU_EVENT_DEFAULT)?;
+        self.queue.record(&event)?;
+        Ok(event)
+    }
+
+    /// Makes all work that is queued from now on wait for the event.
+    ///
+    /// # Errors
+    /// Driver errors.
+    pub fn wait(&self, event: &Event) -> Result<()> {
+        self.queue.wait(event)
+    }
+
+    /// Waits on the host until everything queued so far is done.
+    ///
+    /// # Errors
+    /// A fault of that work, or another driver error.
+    pub fn synchronize(&self) -> Result<()> {
+        self.queue.synchronize()
+    }
+
+    pub(super) fn queue(&self) -> &Arc<Queue> {
+        &self.queue
+    }
+}
+
+impl Queue {
+    pub(super) fn device(&self) -> &'static CudaDevice {
+        self.device
+    }
+
+    pub(super) fn raw(&self) -> sys::CUstream {
+        self.raw.0
+    }
+
+    /// Whether this is the device's home stream.
+    pub(super) fn is_home(&self) -> bool {
+        self.home
+    }
+
+    /// Whether the two are one stream.
+    pub(super) fn is(&self, other: &Self) -> bool {
+        self.raw.0 == other.raw.0
+    }
+
+    /// Makes all work queued here from now on wait for all work queued on `other` so far.
+    pub(super) fn after(&self, other: &Self) -> Result<()> {
+        let event = Event::new(other.device, CUevent_flags::CU_EVENT_DISABLE_TIMING)?;
+        other.record(&event)?;
+        self.wait(&event)
+    }
+
+    fn record(&self, event: &Event) -> Result<()> {
+        self.device.activate()?;
+        // SAFETY: event and stream are alive and of the current context.
+        unsafe { call!(cuEventRecord(event.raw.0, self.raw.0)) }
+    }
+
+    fn wait(&self, event: &Event) -> Result<()> {
+        self.device.activate()?;
+        // SAFETY: event and stream are alive; the driver keeps what it needs of the event should it be destroyed.
+        unsafe { call!(cuStreamWaitEvent(self.raw.0, event.raw.0, 0)) }
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        self.device.activate()?;
+        // SAFETY: the stream is alive.
+        unsafe { call!(cuStreamSynchronize(self.raw.0)) }
+    }
+}
+
+impl Drop for Queue {
+    fn drop(&mut self) {
+        if !self.home && self.device.activate().is_ok() {
+            // A failure means a lost context, which the next call reports.
+            // SAFETY: nothing else holds the stream; the driver finishes its work before it frees it.
+            let _ = unsafe { call!(cuStreamDestroy_v2(self.raw.0)) };
+        }
+    }
+}
+
+/// A point in a stream's work.
+pub struct Event {
+    device: &'static CudaDevice,
+    raw: Handle<sys::CUevent_st>,
+}
+
+impl Event {
+    fn new(device: &'static CudaDevice, flags: CUevent_flags) -> Result<Self> {
+        device.activate()?;
+        let mut raw = ptr::null_mut();
+        // SAFETY: `raw` is a valid place for a handle; a context is current.
+        unsafe { call!(cuEventCreate(&mut raw, flags as u32)) }?;
+        Ok(Self { device, raw: Handle(raw) })
+    }
+
+    /// Waits on the host until the work before the event is done.
+    ///
+    /// # Errors
+    /// A fault of that work, or another driver error.
+    pub fn synchronize(&self) -> Result<()> {
+        self.device.activate()?;
+        // SAFETY: the event is alive.
+        unsafe { call!(cuEventSynchronize(self.raw.0)) }
+    }
+
+    /// Time on the GPU between an earlier event and this one, to about half a microsecond. Waits for this one.
+    ///
+    /// # Errors
+    /// A fault of the work before the event, an `earlier` event of another device, or another driver error.
+    pub fn elapsed_since(&self, earlier: &Self) -> Result<Duration> {
+        self.synchronize()?;
+        let mut milliseconds = 0.0;
+        // SAFETY: both events are alive; `milliseconds` is a valid place for the result.
+        unsafe { call!(cuEventElapsedTime(&mut milliseconds, earlier.raw.0, self.raw.0)) }?;
+        // Events that were recorded in the other order give a negative time.
+        Ok(Duration::try_from_secs_f32(milliseconds / 1e3).unwrap_or_default())
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        if self.device.activate().is_ok() {
+            // A failure means a lost context, which the next call reports.
+            // SAFETY: nothing else holds the event; the driver keeps it until work that waits for it is done.
+            let _ = unsafe { call!(cuEventDestroy_v2(self.raw.0)) };
+        }
+    }
+}

@@ -1,0 +1,393 @@
+//! The CUDA side of the runtime.
+//!
+//! Most of it needs a GPU: with `TEST_DEVICE=cuda:0` those tests run, otherwise each prints that it was skipped. The rest
+//! runs anywhere.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use kernels_ptx::kernels::{axpy::Axpy, fill::Fill};
+use kernels_ptx::{Element, Kernel};
+use runtime::cuda::{Argument, Function, Stream, devices};
+use runtime::{Buffer, Device, DeviceKind, Error};
+
+/// Around a warp, around nothing, and a prime number of elements that fills many blocks.
+const SIZES: [usize; 6] = [0, 1, 31, 32, 33, 1_000_003];
+
+/// The GPU to test on, for one test at a time: some of them measure its memory.
+struct Gpu {
+    device: Device,
+    _alone: MutexGuard<'static, ()>,
+}
+
+fn gpu(test: &str) -> Option<Gpu> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    let Some(name) = std::env::var("TEST_DEVICE").ok().filter(|name| name.starts_with("cuda")) else {
+        println!("skipped: {test} needs a GPU; set TEST_DEVICE=cuda:0");
+        return None;
+    };
+    // A test that failed leaves nothing behind that the next one minds.
+    let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    Some(Gpu { device: name.parse().unwrap(), _alone: alone })
+}
+
+fn upload<T: bytemuck::Pod>(device: &Device, values: &[T]) -> Buffer {
+    let mut buffer = device.allocate(size_of_val(values)).unwrap();
+    buffer.copy_from_host(bytemuck::cast_slice(values)).unwrap();
+    buffer
+}
+
+fn download<T: bytemuck::Pod>(buffer: &Buffer) -> Vec<T> {
+    let mut values = vec![T::zeroed(); buffer.len() / size_of::<T>()];
+    buffer.copy_to_host(bytemuck::cast_slice_mut(&mut values)).unwrap();
+    values
+}
+
+fn fill(function: &Function, buffer: &mut Buffer, value: u32) {
+    let count = (buffer.len() / 4) as u64;
+    let arguments = [Argument::Write(buffer, Element::U32), Argument::U32(value), Argument::U64(count)];
+    function.launch(Fill::grid(count).unwrap(), &arguments).unwrap();
+}
+
+fn fill_on(stream: &Stream, function: &Function, buffer: &mut Buffer, value: u32) {
+    let count = (buffer.len() / 4) as u64;
+    let arguments = [Argument::Write(buffer, Element::U32), Argument::U32(value), Argument::U64(count)];
+    function.launch_on(stream, Fill::grid(count).unwrap(), &arguments).unwrap();
+}
+
+/// The process still does all that it did before.
+fn assert_usable(device: &Device) {
+    let mut buffer = device.allocate(4 * 1_000).unwrap();
+    fill(&device.load(&Fill.build()).unwrap(), &mut buffer, 0xdead_beef);
+    assert_eq!(download::<u32>(&buffer), [0xdead_beef; 1_000]);
+}
+
+#[test]
+fn devices_are_listed_or_one_line_says_why_there_are_none() {
+    match devices() {
+        Ok(devices) => {
+            for (ordinal, device) in devices.iter().enumerate() {
+                println!("{device}");
+                assert_eq!(device.ordinal as usize, ordinal);
+                assert!(device.total_memory >= device.free_memory.unwrap_or(0) && device.total_memory > 1 << 30);
+                assert!(device.cuda_version.0 >= 11 && !device.name.is_empty());
+            }
+        }
+        Err(error) => {
+            let message = error.to_string();
+            println!("{message}");
+            assert_eq!(message.lines().count(), 1, "{message}");
+            let reasons = ["libcuda.so.1 cannot be opened", "cuInit failed with CUDA_ERROR_"];
+            assert!(reasons.iter().any(|reason| message.contains(reason)), "{message}");
+            assert!(matches!(Device::cuda(0), Err(Error::NoDriver { .. } | Error::Driver { .. })));
+            assert!("cuda:0".parse::<Device>().unwrap_err().to_string().contains("--device cpu"));
+            assert_eq!("auto".parse::<Device>().unwrap(), Device::cpu());
+        }
+    }
+}
+
+#[test]
+fn a_device_name_that_is_none_is_refused_with_the_names_there_are() {
+    for name in ["cuda:", "cuda:-1", "cuda:one", "gpu", "", "CPU", "cuda:99999999999"] {
+        let message = name.parse::<Device>().unwrap_err().to_string();
+        assert!(message.contains("cuda:0") && message.contains("auto"), "{name}: {message}");
+    }
+}
+
+#[test]
+fn the_cpu_says_that_kernels_and_streams_need_a_gpu() {
+    let device = Device::cpu();
+    device.synchronize().unwrap();
+    let message = device.load(&Fill.build()).err().unwrap().to_string();
+    assert_eq!(message, "loading a kernel needs a GPU, but the device is cpu: `grafter devices` lists the GPUs");
+    assert!(matches!(device.new_stream(), Err(Error::NotAGpu { .. })));
+    assert!(matches!(device.home_stream(), Err(Error::NotAGpu { .. })));
+}
+
+#[test]
+fn bytes_come_back_as_they_went() {
+    let Some(gpu) = gpu("copying to the GPU and back") else { return };
+    assert_eq!(gpu.device.kind(), DeviceKind::Cuda(0));
+    for size in SIZES {
+        let bytes: Vec<u8> = (0..size).map(|index| (index * 31 % 251) as u8).collect();
+        let mut buffer = upload(&gpu.device, &bytes);
+        assert_eq!(download::<u8>(&buffer), bytes);
+        buffer.set_zero().unwrap();
+        assert_eq!(download::<u8>(&buffer), vec![0; size]);
+    }
+    let mut buffer = gpu.device.allocate(8).unwrap();
+    assert!(matches!(buffer.copy_from_host(&[0; 7]), Err(Error::SizeMismatch { .. })));
+    assert!(matches!(buffer.as_slice::<u8>(), Err(Error::NotOnHost { .. })));
+    assert!(matches!(buffer.as_mut_slice::<u8>(), Err(Error::NotOnHost { .. })));
+}
+
+#[test]
+fn fill_writes_the_pattern_everywhere_and_nowhere_else() {
+    let Some(gpu) = gpu("fill") else { return };
+    let function = gpu.device.load(&Fill.build()).unwrap();
+    for size in SIZES {
+        // The kernel is told of fewer elements than the buffer has: those behind must stay.
+        let mut buffer = upload(&gpu.device, &vec![7_u32; size + 100]);
+        let arguments =
+            [Argument::Write(&mut buffer, Element::U32), Argument::U32(0x8000_0001), Argument::U64(size as u64)];
+        function.launch(Fill::grid(size as u64).unwrap(), &arguments).unwrap();
+        let values = download::<u32>(&buffer);
+        assert!(values[..size].iter().all(|&value| value == 0x8000_0001), "{size}");
+        assert!(values[size..].iter().all(|&value| value == 7), "{size}");
+    }
+}
+
+#[test]
+fn axpy_is_a_fused_multiply_add_to_the_bit() {
+    let Some(gpu) = gpu("axpy") else { return };
+    let function = gpu.device.load(&Axpy.build()).unwrap();
+    for size in SIZES {
+        let x: Vec<f32> = (0..size).map(|index| (index as f32 * 0.37).sin() * 3.0).collect();
+        let y: Vec<f32> = (0..size).map(|index| (index as f32 * 0.11).cos() - 0.5).collect();
+        let a = -1.7_f32;
+        let x_buffer = upload(&gpu.device, &x);
+        let mut y_buffer = upload(&gpu.device, &y);
+        let arguments = [
+            Argument::Write(&mut y_buffer, Element::F32),
+            Argument::Read(&x_buffer, Element::F32),
+            Argument::F32(a),
+            Argument::U64(size as u64),
+        ];
+        function.launch(Axpy::grid(size as u64).unwrap(), &arguments).unwrap();
+        // One rounding on both sides: no tolerance is needed.
+        let expected: Vec<u32> = x.iter().zip(&y).map(|(x, y)| a.mul_add(*x, *y).to_bits()).collect();
+        assert_eq!(download::<u32>(&y_buffer), expected, "{size} elements");
+        assert_eq!(download::<f32>(&x_buffer), x, "x was written");
+    }
+}
+
+#[test]
+fn wrong_arguments_are_refused_before_the_launch() {
+    let Some(gpu) = gpu("argument checks") else { return };
+    let function = gpu.device.load(&Fill.build()).unwrap();
+    let mut buffer = upload(&gpu.device, &[7_u32; 64]);
+    let mut elsewhere = Device::cpu().allocate(256).unwrap();
+    let refused = |grid: [u32; 3], arguments: &[Argument<'_>], expected: &str| {
+        let error = function.launch(grid, arguments).unwrap_err();
+        assert!(matches!(error, Error::Launch { .. }), "{error}");
+        assert!(error.to_string().contains(expected), "{error}");
+    };
+    refused([1, 1, 1], &[], "takes 3 arguments (y, value, count), 0 were given");
+    refused(
+        [1, 1, 1],
+        &[Argument::Write(&mut buffer, Element::U32), Argument::U64(1), Argument::U64(64)],
+        "argument 2 (value) must be a u32 number, but a u64 number was given",
+    );
+    refused(
+        [1, 1, 1],
+        &[Argument::Write(&mut buffer, Element::Bf16), Argument::U32(1), Argument::U64(64)],
+        "must be memory of u32 to write, but memory of bf16 to write was given",
+    );
+    refused(
+        [1, 1, 1],
+        &[Argument::Read(&buffer, Element::U32), Argument::U32(1), Argument::U64(64)],
+        "must be memory of u32 to write",
+    );
+    refused(
+        [1, 1, 1],
+        &[Argument::Write(&mut elsewhere, Element::U32), Argument::U32(1), Argument::U64(64)],
+        "the buffer for y lives on cpu, the kernel runs on cuda:0",
+    );
+    refused(
+        [1, 1_000_000, 1],
+        &[Argument::Write(&mut buffer, Element::U32), Argument::U32(1), Argument::U64(64)],
+        "1000000 blocks in y",
+    );
+    let mut kernel = Fill.build();
+    kernel.shared_bytes = 100 << 20;
+    let error = gpu.device.load(&kernel).err().unwrap();
+    assert!(matches!(error, Error::Launch { .. }) || error.to_string().contains("shared memory"), "{error}");
+    assert_eq!(download::<u32>(&buffer), [7; 64]);
+    assert_usable(&gpu.device);
+}
+
+#[test]
+fn a_text_that_does_not_assemble_is_an_error_with_the_log() {
+    let Some(gpu) = gpu("bad PTX") else { return };
+    let broken = |change: &dyn Fn(&mut Kernel)| {
+        let mut kernel = Fill.build();
+        change(&mut kernel);
+        gpu.device.load(&kernel).err().unwrap().to_string()
+    };
+    let message = broken(&|kernel| kernel.text = kernel.text.replace("st.global.u32", "st.globule.u32"));
+    println!("{message}");
+    assert!(message.contains("kernel fill_u32 cannot be loaded"), "{message}");
+    assert!(message.contains("cuModuleLoadDataEx") && message.contains("CUDA_ERROR_INVALID_PTX"), "{message}");
+    assert!(message.contains("globule") && message.contains("line"), "the compiler's log is missing: {message}");
+    let message = broken(&|kernel| kernel.name = "empty".to_owned());
+    assert!(message.contains("no entry of this name") && message.contains("CUDA_ERROR_NOT_FOUND"), "{message}");
+    let message = broken(&|kernel| kernel.text.push('\0'));
+    assert!(message.contains("nul"), "{message}");
+    assert_usable(&gpu.device);
+}
+
+#[test]
+fn out_of_memory_names_sizes_and_leaves_the_process_usable() {
+    let Some(gpu) = gpu("out of memory") else { return };
+    let (free, total) = gpu.device.free_and_total_memory().unwrap();
+    let held = upload(&gpu.device, &vec![5_u8; 3 << 20]);
+    for bytes in [1 << 40, free + (1 << 30), usize::MAX] {
+        let error = gpu.device.allocate(bytes).err().unwrap();
+        let message = error.to_string();
+        println!("{message}");
+        assert!(matches!(error, Error::OutOfMemory { .. }), "{message}");
+        let in_use = gpu.device.memory_usage().in_use;
+        for part in [
+            "out of memory on cuda:0",
+            &format!("{bytes} bytes were requested"),
+            &format!("{in_use} bytes are in use"),
+            &format!("{total} bytes"),
+            "reserved",
+            "nvidia-smi",
+        ] {
+            assert!(message.contains(part), "\"{part}\" is missing: {message}");
+        }
+        assert_usable(&gpu.device);
+    }
+
+    // Until nothing is left.
+    let mut blocks = Vec::new();
+    let error = loop {
+        match gpu.device.allocate(2 << 30) {
+            Ok(block) => blocks.push(block),
+            Err(error) => break error,
+        }
+        assert!(blocks.len() * (2 << 30) <= total, "more memory than there is");
+    };
+    assert!(matches!(error, Error::OutOfMemory { .. }), "{error}");
+    assert!(gpu.device.memory_usage().in_use >= blocks.len() * (2 << 30));
+    blocks.clear();
+    assert_usable(&gpu.device);
+    assert!(download::<u8>(&held).iter().all(|&byte| byte == 5), "memory in use was touched");
+    drop(held);
+
+    gpu.device.trim_memory().unwrap();
+    assert_eq!(gpu.device.memory_usage().in_use, 0);
+    assert_eq!(gpu.device.memory_usage().reserved, 0);
+    assert_usable(&gpu.device);
+}
+
+#[test]
+fn ten_thousand_iterations_leave_memory_flat() {
+    let Some(gpu) = gpu("flat memory") else { return };
+    let function = gpu.device.load(&Fill.build()).unwrap();
+    let side = gpu.device.new_stream().unwrap();
+    let iteration = |index: u32| {
+        // 4 bytes to 4 MiB: small blocks, large blocks, splits and merges.
+        let elements = 1 + (index as usize).wrapping_mul(2_654_435_761) % (1 << (index % 21));
+        let mut first = gpu.device.allocate(4 * elements).unwrap();
+        let mut second = gpu.device.allocate(4 * (elements / 2 + 1)).unwrap();
+        fill(&function, &mut first, index);
+        fill_on(&side, &function, &mut second, !index);
+        let done = side.record().unwrap();
+        if index % 100 == 0 {
+            done.synchronize().unwrap();
+            assert!(download::<u32>(&first).iter().all(|&value| value == index), "iteration {index}");
+            assert!(download::<u32>(&second).iter().all(|&value| value == !index), "iteration {index}");
+        }
+    };
+    (0..1_000).for_each(iteration);
+    gpu.device.synchronize().unwrap();
+    let usage = gpu.device.memory_usage();
+    let (free, _) = gpu.device.free_and_total_memory().unwrap();
+    (1_000..11_000).for_each(iteration);
+    gpu.device.synchronize().unwrap();
+    assert_eq!(gpu.device.memory_usage().in_use, usage.in_use);
+    assert_eq!(gpu.device.memory_usage().reserved, usage.reserved);
+    let (free_after, _) = gpu.device.free_and_total_memory().unwrap();
+    println!("free before {free} and after {free_after}; {usage:?}");
+    // The smallest block has 512 bytes: were even one per iteration lost to the driver, it would be 5 MB.
+    assert!(free.saturating_sub(free_after) <= 2 << 20, "{free} bytes were free before, {free_after} after");
+}
+
+#[test]
+fn events_measure_the_time_of_the_work_between_them() {
+    let Some(gpu) = gpu("events") else { return };
+    let function = gpu.device.load(&Fill.build()).unwrap();
+    let stream = gpu.device.home_stream().unwrap();
+    let mut buffer = gpu.device.allocate(256 << 20).unwrap();
+    let mut measure = |launches: u32| {
+        gpu.device.synchronize().unwrap();
+        let clock = Instant::now();
+        let start = stream.record().unwrap();
+        for value in 0..launches {
+            fill(&function, &mut buffer, value);
+        }
+        let end = stream.record().unwrap();
+        let elapsed = end.elapsed_since(&start).unwrap();
+        (elapsed, clock.elapsed())
+    };
+    measure(3);
+    let (long, wall) = measure(100);
+    println!("100 fills of 256 MiB: {long:?} on the GPU, {wall:?} on the clock");
+    // No memory writes 20 TB/s, and the host saw the start before and the end after.
+    assert!(long > Duration::from_secs_f64(100.0 * f64::from(256 << 20) / 20e12), "{long:?}");
+    assert!(long <= wall + Duration::from_millis(1), "{long:?} on the GPU, {wall:?} on the clock");
+    let (short, _) = measure(10);
+    assert!(short < long / 2, "{short:?} for a tenth of {long:?}");
+}
+
+#[test]
+fn a_buffer_is_in_order_whatever_stream_it_is_used_on() {
+    let Some(gpu) = gpu("streams") else { return };
+    let function = gpu.device.load(&Fill.build()).unwrap();
+    let side = gpu.device.new_stream().unwrap();
+    let elements = 64 << 20;
+    for round in 0..20_u32 {
+        // Slow work on the side stream writes 1, then the home stream writes 2: the read must see 2.
+        let mut buffer = gpu.device.allocate(4 * elements).unwrap();
+        for _ in 0..5 {
+            fill_on(&side, &function, &mut buffer, 1);
+        }
+        fill(&function, &mut buffer, round + 2);
+        assert!(download::<u32>(&buffer).iter().all(|&value| value == round + 2), "round {round}");
+
+        // A block that goes back while the side stream still writes it must not be handed on before.
+        for _ in 0..5 {
+            fill_on(&side, &function, &mut buffer, 1);
+        }
+        drop(buffer);
+        let mut next = gpu.device.allocate(4 * elements).unwrap();
+        fill(&function, &mut next, round + 3);
+        assert!(download::<u32>(&next).iter().all(|&value| value == round + 3), "round {round}");
+
+        // And the side stream sees what the home stream wrote.
+        let mut sum = upload(&gpu.device, &vec![0.5_f32; 1_000]);
+        let x = upload(&gpu.device, &vec![2.0_f32; 1_000]);
+        let arguments = [
+            Argument::Write(&mut sum, Element::F32),
+            Argument::Read(&x, Element::F32),
+            Argument::F32(3.0),
+            Argument::U64(1_000),
+        ];
+        let axpy = gpu.device.load(&Axpy.build()).unwrap();
+        axpy.launch_on(&side, Axpy::grid(1_000).unwrap(), &arguments).unwrap();
+        assert_eq!(download::<f32>(&sum), vec![6.5; 1_000]);
+    }
+    let event = gpu.device.home_stream().unwrap().record().unwrap();
+    side.wait(&event).unwrap();
+    side.synchronize().unwrap();
+}
+
+#[test]
+fn any_thread_may_use_the_device() {
+    let Some(gpu) = gpu("threads") else { return };
+    std::thread::scope(|scope| {
+        for thread in 0..8_u32 {
+            let device = gpu.device.clone();
+            scope.spawn(move || {
+                for round in 0..200_u32 {
+                    let value = thread * 1_000 + round;
+                    let mut buffer = device.allocate(4 * (1_000 + 37 * value as usize)).unwrap();
+                    fill(&device.load(&Fill.build()).unwrap(), &mut buffer, value);
+                    assert!(download::<u32>(&buffer).iter().all(|&found| found == value));
+                }
+            });
+        }
+    });
+}

@@ -201,7 +201,7 @@ fn wrong_arguments_are_refused_before_the_launch() {
     let mut kernel = Fill.build();
     kernel.shared_bytes = 100 << 20;
     let error = gpu.device.load(&kernel).err().unwrap();
-    assert!(matches!(error, Error::Launch { .. }) || error.to_string().contains("shared memory"), "{error}");
+    assert!(matches!(error, Error::Launch { .. }) && error.to_string().contains("shared memory"), "{error}");
     assert_eq!(download::<u32>(&buffer), [7; 64]);
     assert_usable(&gpu.device);
 }
@@ -295,8 +295,10 @@ fn ten_thousand_iterations_leave_memory_flat() {
     gpu.device.synchronize().unwrap();
     let usage = gpu.device.memory_usage();
     let (free, _) = gpu.device.free_and_total_memory().unwrap();
+    let clock = Instant::now();
     (1_000..11_000).for_each(iteration);
     gpu.device.synchronize().unwrap();
+    println!("10,000 iterations of two blocks, two launches and an event: {:?}", clock.elapsed());
     assert_eq!(gpu.device.memory_usage().in_use, usage.in_use);
     assert_eq!(gpu.device.memory_usage().reserved, usage.reserved);
     let (free_after, _) = gpu.device.free_and_total_memory().unwrap();
@@ -390,4 +392,38 @@ fn any_thread_may_use_the_device() {
             });
         }
     });
+}
+
+/// The environment variable that tells a child process to do what loses its GPU context.
+const CHILD: &str = "GRAFTER_TEST_FAULTING_CHILD";
+
+#[test]
+fn a_kernel_that_faults_is_an_error_with_advice_and_nothing_panics() {
+    if std::env::var_os(CHILD).is_some() {
+        let device: Device = std::env::var("TEST_DEVICE").unwrap().parse().unwrap();
+        let function = device.load(&Fill.build()).unwrap();
+        let stream = device.new_stream().unwrap();
+        let mut buffer = device.allocate(4096).unwrap();
+        // The argument claims 4 TiB behind a buffer of 4 KiB.
+        let arguments = [Argument::Write(&mut buffer, Element::U32), Argument::U32(1), Argument::U64(1 << 40)];
+        function.launch_on(&stream, [1 << 30, 1, 1], &arguments).unwrap();
+        println!("reported: {}", device.synchronize().unwrap_err());
+        println!("again: {}", buffer.copy_to_host(&mut [0; 4096]).unwrap_err());
+        println!("allocation: {}", device.allocate(1 << 30).err().unwrap());
+        drop((buffer, stream));
+        println!("dropped");
+        return;
+    }
+    let Some(_gpu) = gpu("a faulting kernel") else { return };
+    // The fault takes the whole process's context with it: a process of its own.
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "a_kernel_that_faults_is_an_error_with_advice_and_nothing_panics", "--nocapture"])
+        .env(CHILD, "1")
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    println!("{text}{}", String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success());
+    assert!(text.contains("reported: CUDA driver call cuCtxSynchronize failed with CUDA_ERROR_ILLEGAL_ADDRESS (700)"));
+    assert!(text.contains("start the process again") && text.contains("dropped"));
 }

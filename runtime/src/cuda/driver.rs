@@ -89,12 +89,10 @@ fn advice(code: u32) -> &'static str {
         100 => "no GPU is visible: see nvidia-smi and the variable CUDA_VISIBLE_DEVICES, or use --device cpu",
         101 => "`grafter devices` lists the GPUs that there are",
         46 | 201 | 708 => "the GPU is taken or was reset by another process: see nvidia-smi, then start again",
-        209 | 218 | 222 | 223 => {
-            "the driver cannot compile this kernel: it needs a GPU of compute capability 8.0 or newer and a driver of \
-             CUDA 12 or newer"
-        }
+        209 | 222 | 223 => "the kernels need a GPU of compute capability 8.0 or newer and a driver of CUDA 12 or newer",
+        218 => "the kernel's text is wrong, or newer than the driver: the compiler's log says which",
         214 | 220 => "the GPU's hardware reports a fault: see nvidia-smi -q and the kernel log, then reset the GPU",
-        500 => "the installed driver lacks this function: install a newer one",
+        500 => "the module, or a driver older than the program expects, has nothing of this name",
         700 | 702 | 714..=719 => {
             "a kernel faulted and the GPU's context is lost: start the process again; compute-sanitizer names the kernel"
         }

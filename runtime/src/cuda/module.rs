@@ -26,13 +26,25 @@ pub struct Function {
     loaded: Arc<Loaded>,
 }
 
-/// The functions of a device by entry name and text. They stay loaded as long as the process lives: there are no more of
-/// them than kernels.
-pub(super) type LoadedFunctions = HashMap<(String, String), Arc<Loaded>>;
+/// The functions of a device by their text: one per description that was loaded from it. They stay loaded as long as the
+/// process lives: there are no more of them than kernels.
+pub(super) type LoadedFunctions = HashMap<String, Vec<Arc<Loaded>>>;
 
 pub(super) struct Loaded {
     kernel: Kernel,
     raw: Handle<sys::CUfunc_st>,
+}
+
+impl Loaded {
+    /// Whether a launch of `kernel`, whose text is the same, is a launch of this.
+    fn is(&self, kernel: &Kernel) -> bool {
+        let own = &self.kernel;
+        own.name == kernel.name
+            && own.parameters == kernel.parameters
+            && own.block == kernel.block
+            && own.shared_bytes == kernel.shared_bytes
+            && own.target == kernel.target
+    }
 }
 
 impl Function {
@@ -41,15 +53,15 @@ impl Function {
     /// # Errors
     /// [`Error::Module`] with the compiler's log, or a driver error.
     pub(crate) fn load(device: &'static CudaDevice, kernel: &Kernel) -> Result<Self> {
-        let key = (kernel.name.clone(), kernel.text.clone());
         let mut functions = device.functions();
-        if let Some(loaded) = functions.get(&key) {
+        let mut known = functions.get(&kernel.text).into_iter().flatten();
+        if let Some(loaded) = known.find(|loaded| loaded.is(kernel)) {
             return Ok(Self { device, loaded: Arc::clone(loaded) });
         }
         launch::check_kernel(kernel, device.limits())?;
         device.activate()?;
         let loaded = Arc::new(Loaded { kernel: kernel.clone(), raw: load(kernel)? });
-        functions.insert(key, Arc::clone(&loaded));
+        functions.entry(kernel.text.clone()).or_default().push(Arc::clone(&loaded));
         Ok(Self { device, loaded })
     }
 

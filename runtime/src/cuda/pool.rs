@@ -5,8 +5,8 @@
 //! [`Pool::trim`], or until the driver has no more memory. Asking the driver costs a synchronisation of the whole GPU, a
 //! block from the pool costs two tree look-ups.
 //!
-//! Blocks up to 1 MiB and larger ones live in separate segments, so that small long-lived blocks do not cut up the
-//! memory that large short-lived ones need.
+//! Blocks of up to 1 MiB, of up to 10 MiB and larger ones live in separate segments: a small block that lives long would
+//! otherwise keep a whole large segment from going back.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -16,12 +16,12 @@ use crate::{MemoryUsage, Result};
 const UNIT: usize = 512;
 /// The largest block that is cut from a small segment.
 const SMALL_LIMIT: usize = 1 << 20;
-/// Bytes of a small segment, and the unit of the large ones (the driver maps memory in pages of this size).
+/// Bytes of a small segment, and the unit of all others (the driver maps memory in pages of this size).
 const SMALL_SEGMENT: usize = 2 << 20;
-/// Blocks below this size share large segments.
-const SHARED_LIMIT: usize = 10 << 20;
-/// Bytes of a shared large segment.
-const SHARED_SEGMENT: usize = 20 << 20;
+/// The largest block that is cut from a medium segment.
+const MEDIUM_LIMIT: usize = 10 << 20;
+/// Bytes of a medium segment.
+const MEDIUM_SEGMENT: usize = 20 << 20;
 
 /// Where segments come from.
 pub(super) trait Source {
@@ -43,8 +43,8 @@ pub(super) trait Source {
 pub(super) struct Pool {
     /// Every block by its address; blocks tile their segments.
     blocks: BTreeMap<u64, Block>,
-    /// Free blocks of small and of large segments as (bytes, address).
-    free: [BTreeSet<(usize, u64)>; 2],
+    /// Free blocks of each class as (bytes, address).
+    free: [BTreeSet<(usize, u64)>; 3],
     in_use: usize,
     peak: usize,
     reserved: usize,
@@ -55,7 +55,19 @@ struct Block {
     bytes: usize,
     /// Address and bytes of the segment that the block is part of.
     segment: (u64, usize),
+    class: Class,
     free: bool,
+}
+
+/// What sizes a segment serves.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Class {
+    /// Up to 1 MiB.
+    Small,
+    /// Up to 10 MiB.
+    Medium,
+    /// Above; a new segment serves one block at first.
+    Large,
 }
 
 impl Pool {
@@ -137,7 +149,7 @@ impl Pool {
     }
 
     fn best_fit(&mut self, bytes: usize) -> Option<(u64, Block)> {
-        let &(found, address) = self.free[large(bytes)].range((bytes, 0)..).next()?;
+        let &(found, address) = self.free[Class::of(bytes) as usize].range((bytes, 0)..).next()?;
         debug_assert!(found >= bytes);
         let block = *self.blocks.get(&address)?;
         self.forget_free(address, block);
@@ -146,12 +158,11 @@ impl Pool {
 
     /// A new segment as one block that is not in the free lists.
     fn grow(&mut self, bytes: usize, source: &mut impl Source) -> Result<Option<(u64, Block)>> {
-        let wanted = if bytes <= SMALL_LIMIT {
-            SMALL_SEGMENT
-        } else if bytes < SHARED_LIMIT {
-            SHARED_SEGMENT
-        } else {
-            bytes.next_multiple_of(SMALL_SEGMENT)
+        let class = Class::of(bytes);
+        let wanted = match class {
+            Class::Small => SMALL_SEGMENT,
+            Class::Medium => MEDIUM_SEGMENT,
+            Class::Large => bytes.next_multiple_of(SMALL_SEGMENT),
         };
         let least = bytes.next_multiple_of(SMALL_SEGMENT);
         let mut reserved = source.reserve(wanted)?.map(|address| (address, wanted));
@@ -164,13 +175,13 @@ impl Pool {
         }
         let Some(segment) = reserved else { return Ok(None) };
         self.reserved += segment.1;
-        Ok(Some((segment.0, Block { bytes: segment.1, segment, free: true })))
+        Ok(Some((segment.0, Block { bytes: segment.1, segment, class, free: true })))
     }
 
     /// Makes the first `bytes` bytes of a block used; the rest becomes a free block if it is worth keeping apart.
     fn cut(&mut self, address: u64, mut block: Block, bytes: usize) {
         let rest = block.bytes - bytes;
-        let worth_keeping = if large(bytes) == 1 { rest > SMALL_LIMIT } else { rest >= UNIT };
+        let worth_keeping = if block.class == Class::Small { rest >= UNIT } else { rest > SMALL_LIMIT };
         if worth_keeping {
             self.remember_free(address + bytes as u64, Block { bytes: rest, ..block });
             block.bytes = bytes;
@@ -183,24 +194,25 @@ impl Pool {
 
     fn remember_free(&mut self, address: u64, mut block: Block) {
         block.free = true;
-        self.free[size_list(block)].insert((block.bytes, address));
+        self.free[block.class as usize].insert((block.bytes, address));
         self.blocks.insert(address, block);
     }
 
     fn forget_free(&mut self, address: u64, block: Block) {
-        self.free[size_list(block)].remove(&(block.bytes, address));
+        self.free[block.class as usize].remove(&(block.bytes, address));
         self.blocks.remove(&address);
     }
 }
 
-/// The free list that serves a request: 0 for small blocks, 1 for large ones.
-fn large(bytes: usize) -> usize {
-    usize::from(bytes > SMALL_LIMIT)
-}
-
-/// The free list that a block belongs to: that of its segment.
-fn size_list(block: Block) -> usize {
-    usize::from(block.segment.1 > SMALL_SEGMENT)
+impl Class {
+    /// The class that serves a block of this size.
+    fn of(bytes: usize) -> Self {
+        match bytes {
+            0..=SMALL_LIMIT => Self::Small,
+            _ if bytes <= MEDIUM_LIMIT => Self::Medium,
+            _ => Self::Large,
+        }
+    }
 }
 
 #[cfg(test)]
@@ -345,7 +357,7 @@ mod tests {
         // 60 MiB wait in the pool; 90 MiB fit only when they go back.
         let second = pool.take(90 << 20, &mut machine).unwrap().unwrap();
         assert_eq!(pool.usage().reserved, 90 << 20);
-        // 8 MiB would come in a shared segment of 20 MiB; the last 10 MiB hold it alone.
+        // 8 MiB would come in a medium segment of 20 MiB; the last 10 MiB hold it alone.
         let third = pool.take(8 << 20, &mut machine).unwrap().unwrap();
         assert_eq!(pool.take(4 << 20, &mut machine).unwrap(), None);
         assert_consistent(&pool, &machine);
@@ -353,6 +365,18 @@ mod tests {
             pool.put_back(address);
         }
         assert!(pool.take(100 << 20, &mut machine).unwrap().is_some());
+    }
+
+    #[test]
+    fn a_small_block_does_not_keep_a_large_segment() {
+        let mut pool = Pool::default();
+        let mut machine = Machine::of(1 << 30);
+        let large = pool.take(256 << 20, &mut machine).unwrap().unwrap();
+        pool.put_back(large);
+        let _small = pool.take(100, &mut machine).unwrap().unwrap();
+        let _medium = pool.take(3 << 20, &mut machine).unwrap().unwrap();
+        pool.trim(&mut machine).unwrap();
+        assert_eq!(pool.usage().reserved, SMALL_SEGMENT + MEDIUM_SEGMENT);
     }
 
     #[test]

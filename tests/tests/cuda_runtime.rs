@@ -285,7 +285,7 @@ fn ten_thousand_iterations_leave_memory_flat() {
         fill(&function, &mut first, index);
         fill_on(&side, &function, &mut second, !index);
         let done = side.record().unwrap();
-        if index % 100 == 0 {
+        if index.is_multiple_of(100) {
             done.synchronize().unwrap();
             assert!(download::<u32>(&first).iter().all(|&value| value == index), "iteration {index}");
             assert!(download::<u32>(&second).iter().all(|&value| value == !index), "iteration {index}");

@@ -44,6 +44,53 @@ pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
     sums.iter().sum::<f32>() + rest
 }
 
+/// As [`dot`], with the second factor in bf16.
+#[inline(always)]
+pub(crate) fn dot_bf16(a: &[f32], b: &[bf16]) -> f32 {
+    const PARTS: usize = 32;
+    let mut sums = [0.0; PARTS];
+    let (a_chunks, b_chunks) = (a.chunks_exact(PARTS), b.chunks_exact(PARTS));
+    let rest: f32 = a_chunks.remainder().iter().zip(b_chunks.remainder()).map(|(a, b)| a * widen_one(*b)).sum();
+    for (a, b) in a_chunks.zip(b_chunks) {
+        for part in 0..PARTS {
+            sums[part] += a[part] * widen_one(b[part]);
+        }
+    }
+    sums.iter().sum::<f32>() + rest
+}
+
+/// The sum of a slice, formed in 32 interleaved parts that are added in a fixed order.
+#[inline(always)]
+pub(crate) fn total(values: &[f32]) -> f32 {
+    const PARTS: usize = 32;
+    let mut sums = [0.0; PARTS];
+    let chunks = values.chunks_exact(PARTS);
+    let rest: f32 = chunks.remainder().iter().sum();
+    for chunk in chunks {
+        for (sum, value) in sums.iter_mut().zip(chunk) {
+            *sum += value;
+        }
+    }
+    sums.iter().sum::<f32>() + rest
+}
+
+/// The greatest element; NaN if there is one, minus infinity if there is none.
+#[inline(always)]
+pub(crate) fn maximum(values: &[f32]) -> f32 {
+    const PARTS: usize = 32;
+    // Comparisons with NaN are false, so `!(a >= b)` lets it through and keeps it.
+    let greater = |a: f32, b: f32| if !(a >= b) { if a.is_nan() { a } else { b } } else { a };
+    let mut greatest = [f32::NEG_INFINITY; PARTS];
+    let chunks = values.chunks_exact(PARTS);
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        for (greatest, value) in greatest.iter_mut().zip(chunk) {
+            *greatest = greater(*greatest, *value);
+        }
+    }
+    greatest.iter().chain(rest).fold(f32::NEG_INFINITY, |a, b| greater(a, *b))
+}
+
 /// e^x with a relative error of at most 2 ulp; 0 below -103.9, infinity above 88.7, NaN for NaN.
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {

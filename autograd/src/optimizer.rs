@@ -1,6 +1,11 @@
 //! AdamW, gradient clipping and learning-rate schedules.
 
-use crate::{Gradients, Parameters, Result, Tensor};
+use rayon::prelude::*;
+
+use crate::{DType, Error, Gradients, Parameters, Result, Tensor, check, cpu};
+
+/// Elements that one thread takes at a time, and the unit in which norms are summed.
+const BLOCK: usize = 1 << 15;
 
 /// Constants of [`AdamW`].
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -51,7 +56,29 @@ impl AdamW {
         step: u64,
         moments: Vec<Option<(Tensor, Tensor)>>,
     ) -> Result<Self> {
-        let _ = parameters;
+        const OPERATOR: &str = "restoring AdamW";
+        if moments.len() != parameters.len() {
+            return Err(Error::Invalid {
+                operator: OPERATOR,
+                message: format!("moments of {} parameters for {} parameters", moments.len(), parameters.len()),
+            });
+        }
+        for ((_, parameter), moments) in parameters.iter().zip(&moments) {
+            for moment in moments.iter().flat_map(|(first, second)| [first, second]) {
+                if moment.shape() != parameter.value.shape() || moment.dtype() != DType::F32 {
+                    return Err(Error::Invalid {
+                        operator: OPERATOR,
+                        message: format!(
+                            "{}: moments are {} {:?}, expected f32 {:?}",
+                            parameter.name,
+                            moment.dtype(),
+                            moment.shape(),
+                            parameter.value.shape()
+                        ),
+                    });
+                }
+            }
+        }
         Ok(Self { options, step, moments })
     }
 
@@ -60,8 +87,52 @@ impl AdamW {
     /// # Errors
     /// Shape errors; out of memory.
     pub fn update(&mut self, parameters: &mut Parameters, gradients: &Gradients, learning_rate: f32) -> Result<()> {
-        let _ = (parameters, gradients, learning_rate, &self.options);
-        unimplemented!()
+        self.step += 1;
+        let AdamWOptions { beta1, beta2, epsilon, weight_decay } = self.options;
+        // Powers in f64: 1 - beta2^t loses all its digits in f32 for the first steps.
+        let exponent = self.step as f64;
+        let first_correction = 1.0 - f64::from(beta1).powf(exponent);
+        let second_correction = 1.0 - f64::from(beta2).powf(exponent);
+        let rate = (f64::from(learning_rate) / first_correction) as f32;
+        let inverse_root = (1.0 / second_correction.sqrt()) as f32;
+        for ((_, parameter), moments) in parameters.iter_mut().zip(&mut self.moments) {
+            if !parameter.trainable {
+                continue;
+            }
+            let Some(gradient) = gradients.get(&parameter.value) else { continue };
+            check::shape("AdamW", "gradient", gradient, parameter.value.shape())?;
+            let keep = if parameter.decay { 1.0 - learning_rate * weight_decay } else { 1.0 };
+            let (first, second) = match moments {
+                Some(moments) => moments,
+                None => {
+                    let zeros = || Tensor::zeros(gradient.device(), gradient.shape(), DType::F32);
+                    moments.insert((zeros()?, zeros()?))
+                }
+            };
+            let gradient = gradient.host_f32()?;
+            parameter
+                .value
+                .make_mut::<f32>()?
+                .par_chunks_mut(BLOCK)
+                .zip(first.make_mut::<f32>()?.par_chunks_mut(BLOCK))
+                .zip(second.make_mut::<f32>()?.par_chunks_mut(BLOCK))
+                .zip(gradient.par_chunks(BLOCK))
+                .for_each(|(((value, first), second), gradient)| {
+                    cpu::simd(
+                        #[inline(always)]
+                        || {
+                            for index in 0..value.len() {
+                                let g = gradient[index];
+                                first[index] = beta1 * first[index] + (1.0 - beta1) * g;
+                                second[index] = beta2 * second[index] + (1.0 - beta2) * g * g;
+                                let scale = second[index].sqrt() * inverse_root + epsilon;
+                                value[index] = keep * value[index] - rate * first[index] / scale;
+                            }
+                        },
+                    );
+                });
+        }
+        Ok(())
     }
 }
 
@@ -70,8 +141,13 @@ impl AdamW {
 /// # Errors
 /// Driver errors.
 pub fn gradient_norm(parameters: &Parameters, gradients: &Gradients) -> Result<f64> {
-    let _ = (parameters, gradients);
-    unimplemented!()
+    let mut squares = 0.0;
+    for (_, parameter) in parameters.iter().filter(|(_, parameter)| parameter.trainable) {
+        if let Some(gradient) = gradients.get(&parameter.value) {
+            squares += square_sum(gradient)?;
+        }
+    }
+    Ok(squares.sqrt())
 }
 
 /// Scales all gradients by `limit / norm` when `norm` exceeds `limit` (as PyTorch: `limit / (norm + 1e-6)`).
@@ -79,8 +155,34 @@ pub fn gradient_norm(parameters: &Parameters, gradients: &Gradients) -> Result<f
 /// # Errors
 /// Driver errors.
 pub fn clip_gradients(gradients: &mut Gradients, norm: f64, limit: f64) -> Result<()> {
-    let _ = (gradients, norm, limit);
-    unimplemented!()
+    if norm > limit {
+        gradients.scale((limit / (norm + 1e-6)) as f32)?;
+    }
+    Ok(())
+}
+
+fn square_sum(tensor: &Tensor) -> Result<f64> {
+    let values = tensor.host_f32()?;
+    let blocks: Vec<f64> = values
+        .par_chunks(BLOCK)
+        .map(|block| {
+            cpu::simd(
+                #[inline(always)]
+                || {
+                    let mut sums = [0.0f64; 16];
+                    let chunks = block.chunks_exact(16);
+                    let rest: f64 = chunks.remainder().iter().map(|value| f64::from(*value).powi(2)).sum();
+                    for chunk in chunks {
+                        for (sum, value) in sums.iter_mut().zip(chunk) {
+                            *sum += f64::from(*value) * f64::from(*value);
+                        }
+                    }
+                    sums.iter().sum::<f64>() + rest
+                },
+            )
+        })
+        .collect();
+    Ok(blocks.iter().sum())
 }
 
 /// How the learning rate falls after warm-up.
@@ -112,7 +214,98 @@ pub struct Schedule {
 impl Schedule {
     /// The rate of step `step`, counted from 1.
     pub fn rate(&self, step: u64) -> f64 {
-        let _ = step;
-        unimplemented!()
+        if step < self.warmup_steps {
+            return self.base * step as f64 / self.warmup_steps as f64;
+        }
+        let length = self.decay_steps.saturating_sub(self.warmup_steps);
+        let progress = if length == 0 { 1.0 } else { ((step - self.warmup_steps) as f64 / length as f64).min(1.0) };
+        let height = match self.decay {
+            Decay::Constant => 1.0,
+            Decay::Linear => 1.0 - progress,
+            Decay::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * progress).cos()),
+        };
+        self.minimum + (self.base - self.minimum) * height
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use runtime::Device;
+
+    use super::*;
+    use crate::{Parameter, Tape, ops};
+
+    fn one_parameter(values: &[f32], decay: bool) -> Parameters {
+        let mut parameters = Parameters::default();
+        let value = Tensor::from_slice(&Device::cpu(), &[values.len()], values).unwrap();
+        parameters.push(Parameter { name: "w".to_owned(), value, trainable: true, decay });
+        parameters
+    }
+
+    fn gradients_of_squares(parameters: &Parameters) -> Gradients {
+        let tape = Tape::new();
+        let (id, _) = parameters.iter().next().unwrap();
+        let w = parameters.var(&tape, id);
+        let loss = ops::sum(&tape, &ops::mul(&tape, &w, &w).unwrap()).unwrap();
+        tape.backward(&loss).unwrap()
+    }
+
+    const OPTIONS: AdamWOptions = AdamWOptions { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.1 };
+
+    #[test]
+    fn the_first_step_moves_by_the_rate_against_the_sign_after_decay() {
+        let mut parameters = one_parameter(&[2.0, -3.0], true);
+        let gradients = gradients_of_squares(&parameters);
+        AdamW::new(OPTIONS, &parameters).update(&mut parameters, &gradients, 0.5).unwrap();
+        let (_, parameter) = parameters.iter().next().unwrap();
+        let values = parameter.value.to_vec::<f32>().unwrap();
+        assert!((values[0] - (2.0 * 0.95 - 0.5)).abs() < 1e-6 && (values[1] - (-3.0 * 0.95 + 0.5)).abs() < 1e-6);
+    }
+
+    #[test]
+    fn frozen_parameters_and_their_norm_stay_out() {
+        let mut parameters = one_parameter(&[3.0, 4.0], false);
+        let gradients = gradients_of_squares(&parameters);
+        assert!((gradient_norm(&parameters, &gradients).unwrap() - 10.0).abs() < 1e-9);
+        for (_, parameter) in parameters.iter_mut() {
+            parameter.trainable = false;
+        }
+        assert_eq!(gradient_norm(&parameters, &gradients).unwrap(), 0.0);
+        AdamW::new(OPTIONS, &parameters).update(&mut parameters, &gradients, 0.5).unwrap();
+        assert_eq!(parameters.iter().next().unwrap().1.value.to_vec::<f32>().unwrap(), [3.0, 4.0]);
+    }
+
+    #[test]
+    fn clipping_scales_only_what_is_too_long() {
+        let parameters = one_parameter(&[3.0, 4.0], false);
+        let mut gradients = gradients_of_squares(&parameters);
+        clip_gradients(&mut gradients, 10.0, 20.0).unwrap();
+        assert!((gradient_norm(&parameters, &gradients).unwrap() - 10.0).abs() < 1e-9);
+        clip_gradients(&mut gradients, 10.0, 1.0).unwrap();
+        assert!((gradient_norm(&parameters, &gradients).unwrap() - 1.0).abs() < 1e-6);
+    }
+
+    #[test]
+    fn moments_of_another_shape_are_refused_by_name() {
+        let parameters = one_parameter(&[3.0, 4.0], false);
+        let wrong = Tensor::zeros(&Device::cpu(), &[3], DType::F32).unwrap();
+        let error = AdamW::restore(OPTIONS, &parameters, 1, vec![Some((wrong.clone(), wrong))]).unwrap_err();
+        assert!(error.to_string().contains("w: moments are f32 [3], expected f32 [2]"), "{error}");
+        assert!(AdamW::restore(OPTIONS, &parameters, 1, Vec::new()).is_err());
+    }
+
+    #[test]
+    fn rates_rise_and_fall() {
+        let schedule = Schedule { base: 2e-3, minimum: 0.0, warmup_steps: 2, decay_steps: 12, decay: Decay::Linear };
+        let expected = [1e-3, 2e-3, 1.8e-3, 1.6e-3, 1.4e-3];
+        for (step, expected) in (1..).zip(expected) {
+            assert!((schedule.rate(step) - expected).abs() < 1e-12, "step {step}: {}", schedule.rate(step));
+        }
+        assert_eq!(schedule.rate(12), 0.0);
+        assert_eq!(schedule.rate(1000), 0.0);
+        let cosine = Schedule { minimum: 1e-4, decay: Decay::Cosine, ..schedule };
+        assert!((cosine.rate(7) - (1e-4 + (2e-3 - 1e-4) / 2.0)).abs() < 1e-12);
+        let constant = Schedule { warmup_steps: 0, decay: Decay::Constant, ..schedule };
+        assert_eq!(constant.rate(1), 2e-3);
     }
 }

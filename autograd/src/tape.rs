@@ -260,18 +260,19 @@ impl<'a> Tape<'a> {
 /// Gradients of leaves, by tensor.
 #[derive(Default)]
 pub struct Gradients {
-    by_tensor: HashMap<TensorId, (Tensor, Tensor)>,
+    // Identities, not tensors: holding a leaf here would make an optimizer's update copy it.
+    by_tensor: HashMap<TensorId, Tensor>,
 }
 
 impl Gradients {
     /// The gradient of a leaf; `None` when the result does not depend on it.
     pub fn get(&self, leaf: &Tensor) -> Option<&Tensor> {
-        self.by_tensor.get(&leaf.id()).map(|(_, gradient)| gradient)
+        self.by_tensor.get(&leaf.id())
     }
 
     /// Takes the gradient of a leaf out.
     pub fn take(&mut self, leaf: &Tensor) -> Option<Tensor> {
-        self.by_tensor.remove(&leaf.id()).map(|(_, gradient)| gradient)
+        self.by_tensor.remove(&leaf.id())
     }
 
     /// Adds `gradient` to what is there for `leaf`.
@@ -279,13 +280,18 @@ impl Gradients {
     /// # Errors
     /// [`Error::Shape`] when the shapes differ.
     pub fn add(&mut self, leaf: &Tensor, gradient: Tensor) -> Result<()> {
-        match self.by_tensor.get_mut(&leaf.id()) {
-            Some((_, sum)) => ops::add_in_place(sum, &gradient),
-            None => {
-                self.by_tensor.insert(leaf.id(), (leaf.clone(), gradient));
-                Ok(())
-            }
+        self.add_by_id(leaf.id(), gradient)
+    }
+
+    /// Multiplies every gradient by `factor`.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub fn scale(&mut self, factor: f32) -> Result<()> {
+        for gradient in self.by_tensor.values_mut() {
+            ops::scale_in_place(gradient, factor)?;
         }
+        Ok(())
     }
 
     /// Adds every gradient of `other` to this set's.
@@ -293,10 +299,20 @@ impl Gradients {
     /// # Errors
     /// As [`Gradients::add`].
     pub fn merge(&mut self, other: Self) -> Result<()> {
-        for (leaf, gradient) in other.by_tensor.into_values() {
-            self.add(&leaf, gradient)?;
+        for (leaf, gradient) in other.by_tensor {
+            self.add_by_id(leaf, gradient)?;
         }
         Ok(())
+    }
+
+    fn add_by_id(&mut self, leaf: TensorId, gradient: Tensor) -> Result<()> {
+        match self.by_tensor.get_mut(&leaf) {
+            Some(sum) => ops::add_in_place(sum, &gradient),
+            None => {
+                self.by_tensor.insert(leaf, gradient);
+                Ok(())
+            }
+        }
     }
 }
 

@@ -47,3 +47,11 @@ pub(crate) fn on_cpu(operator: &'static str, tensor: &Tensor) -> Result<()> {
     }
     Err(Error::NotOnDevice { operator, device: tensor.device().to_string() })
 }
+
+/// The option is a positive, finite number.
+pub(crate) fn positive(operator: &'static str, option: &str, value: f32) -> Result<()> {
+    if value > 0.0 && value.is_finite() {
+        return Ok(());
+    }
+    Err(Error::Invalid { operator, message: format!("{option} is {value}: expected a positive number") })
+}

@@ -91,6 +91,27 @@ pub(crate) fn maximum(values: &[f32]) -> f32 {
     greatest.iter().chain(rest).fold(f32::NEG_INFINITY, |a, b| greater(a, *b))
 }
 
+/// ln Σ e^(factor · x) over a slice of logits, without overflow. The sum is formed in f64 over blocks, since a
+/// vocabulary is long. NaN if any logit is.
+#[inline(always)]
+pub(crate) fn log_sum_exp(logits: &[f32], factor: f32) -> f32 {
+    const PARTS: usize = 32;
+    let greatest = maximum(logits) * factor;
+    let mut sum = 0.0f64;
+    for block in logits.chunks(32 * PARTS) {
+        let mut sums = [0.0f32; PARTS];
+        let chunks = block.chunks_exact(PARTS);
+        let rest: f32 = chunks.remainder().iter().map(|logit| exp(logit * factor - greatest)).sum();
+        for chunk in chunks {
+            for (sum, logit) in sums.iter_mut().zip(chunk) {
+                *sum += exp(logit * factor - greatest);
+            }
+        }
+        sum += f64::from(sums.iter().sum::<f32>() + rest);
+    }
+    (f64::from(greatest) + sum.ln()) as f32
+}
+
 /// e^x with a relative error of at most 2 ulp; 0 below -103.9, infinity above 88.7, NaN for NaN.
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {

@@ -1,6 +1,10 @@
 //! Cross-entropy of logits against labels.
 
-use crate::{Result, Tape, Tensor, Var};
+use rayon::prelude::*;
+
+use crate::{Error, Result, Tape, Tensor, Var, check, cpu};
+
+const OPERATOR: &str = "cross_entropy";
 
 /// The label of a position that does not count.
 pub const IGNORED_LABEL: u32 = u32::MAX;
@@ -23,6 +27,127 @@ pub struct CrossEntropy {
 /// # Errors
 /// Shape errors that name the argument; a label outside the vocabulary; a denominator that is not positive.
 pub fn cross_entropy(tape: &Tape<'_>, logits: &Var, labels: &Tensor, denominator: f32) -> Result<CrossEntropy> {
-    let _ = (tape, logits, labels, denominator);
-    unimplemented!()
+    check::on_cpu(OPERATOR, logits)?;
+    check::is_float(OPERATOR, "logits", logits)?;
+    check::is_u32(OPERATOR, "labels", labels)?;
+    check::shape(OPERATOR, "labels", labels, &logits.shape()[..logits.shape().len().saturating_sub(1)])?;
+    check::positive(OPERATOR, "denominator", denominator)?;
+    let vocabulary = logits.last_dimension();
+    let label_values = labels.host_slice::<u32>()?;
+    let outside = |label: &u32| *label != IGNORED_LABEL && *label as usize >= vocabulary;
+    if let Some(position) = label_values.iter().position(outside) {
+        return Err(Error::IndexOutOfRange {
+            operator: OPERATOR,
+            argument: "labels",
+            position,
+            value: label_values[position] as usize,
+            limit: vocabulary,
+        });
+    }
+    let (per_token, log_sums) = forward_cpu(logits, label_values)?;
+    let total: f64 = per_token.iter().map(|loss| f64::from(*loss)).sum();
+    let loss = Tensor::from_slice(logits.device(), &[], &[(total / f64::from(denominator)) as f32])?;
+    let per_token = Tensor::from_slice(logits.device(), labels.shape(), &per_token)?;
+    let (saved_logits, saved_labels) = (logits.tensor().clone(), labels.clone());
+    let loss = tape.record_one(&[logits], loss, move |gradient, _| {
+        let factor = gradient.item()? / denominator;
+        Ok(vec![Some(backward_cpu(&saved_logits, saved_labels.host_slice()?, &log_sums, factor)?)])
+    });
+    Ok(CrossEntropy { loss, per_token })
+}
+
+/// Loss and log-sum-exp of every row; both 0 where the label is ignored.
+fn forward_cpu(logits: &Tensor, labels: &[u32]) -> Result<(Vec<f32>, Vec<f32>)> {
+    let values = logits.host_f32()?;
+    let vocabulary = logits.last_dimension().max(1);
+    Ok(labels
+        .par_iter()
+        .zip(values.par_chunks(vocabulary))
+        .map(|(&label, row)| {
+            if label == IGNORED_LABEL {
+                return (0.0, 0.0);
+            }
+            let log_sum = cpu::simd(
+                #[inline(always)]
+                || cpu::log_sum_exp(row, 1.0),
+            );
+            (log_sum - row[label as usize], log_sum)
+        })
+        .unzip())
+}
+
+/// `factor · (softmax(logits) - onehot(label))`; 0 where the label is ignored.
+fn backward_cpu(logits: &Tensor, labels: &[u32], log_sums: &[f32], factor: f32) -> Result<Tensor> {
+    let values = logits.host_f32()?;
+    let vocabulary = logits.last_dimension().max(1);
+    Tensor::compute(logits.device(), logits.shape(), logits.dtype(), |output| {
+        output
+            .par_chunks_mut(vocabulary)
+            .zip(values.par_chunks(vocabulary))
+            .zip(labels.par_iter().zip(log_sums))
+            .for_each(|((output, row), (&label, &log_sum))| {
+                if label == IGNORED_LABEL {
+                    output.fill(0.0);
+                    return;
+                }
+                cpu::simd(
+                    #[inline(always)]
+                    || {
+                        for (output, logit) in output.iter_mut().zip(row) {
+                            *output = factor * cpu::exp(logit - log_sum);
+                        }
+                    },
+                );
+                output[label as usize] -= factor;
+            });
+        Ok(())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use runtime::Device;
+
+    use super::*;
+    use crate::DType;
+
+    #[test]
+    fn uniform_logits_cost_the_logarithm_of_the_vocabulary() {
+        let device = Device::cpu();
+        let logits = Tensor::zeros(&device, &[3, 5], DType::F32).unwrap();
+        let labels = Tensor::from_slice(&device, &[3], &[4, IGNORED_LABEL, 0]).unwrap();
+        let tape = Tape::new();
+        let result = cross_entropy(&tape, &tape.leaf(&logits), &labels, 2.0).unwrap();
+        assert!((result.loss.item().unwrap() - 5f32.ln()).abs() < 1e-6);
+        assert_eq!(result.per_token.to_vec::<f32>().unwrap()[1], 0.0);
+        let gradient = tape.backward(&result.loss).unwrap().take(&logits).unwrap().to_vec::<f32>().unwrap();
+        let expected = [0.1, 0.1, 0.1, 0.1, -0.4, 0.0, 0.0, 0.0, 0.0, 0.0, -0.4, 0.1, 0.1, 0.1, 0.1];
+        for (found, expected) in gradient.iter().zip(expected) {
+            assert!((found - expected).abs() < 1e-6, "{gradient:?}");
+        }
+    }
+
+    #[test]
+    fn large_logits_do_not_overflow_and_nan_is_not_hidden() {
+        let device = Device::cpu();
+        let labels = Tensor::from_slice(&device, &[1], &[1u32]).unwrap();
+        let loss = |logits: &[f32]| {
+            let logits = Var::constant(&Tensor::from_slice(&device, &[1, logits.len()], logits).unwrap());
+            cross_entropy(&Tape::inference(), &logits, &labels, 1.0).unwrap().loss.item().unwrap()
+        };
+        assert_eq!(loss(&[3e38, 0.0]), 3e38);
+        assert_eq!(loss(&[-1e30, 1e30]), 0.0);
+        assert!(loss(&[f32::NAN, 0.0]).is_nan());
+        assert!(loss(&[0.0, 0.0, f32::NAN]).is_nan());
+    }
+
+    #[test]
+    fn a_label_outside_the_vocabulary_is_named() {
+        let device = Device::cpu();
+        let logits = Var::constant(&Tensor::zeros(&device, &[1, 5], DType::F32).unwrap());
+        let labels = Tensor::from_slice(&device, &[1], &[5u32]).unwrap();
+        let message = cross_entropy(&Tape::inference(), &logits, &labels, 1.0).unwrap_err().to_string();
+        assert_eq!(message, "cross_entropy: labels[0] is 5, expected a value below 5");
+        assert!(cross_entropy(&Tape::inference(), &logits, &labels, 0.0).is_err());
+    }
 }

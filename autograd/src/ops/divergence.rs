@@ -1,6 +1,10 @@
 //! Divergences between the student's and the teacher's next-token distributions: the distillation losses.
 
-use crate::{Result, Tape, Tensor, Var};
+use rayon::prelude::*;
+
+use crate::{Result, Tape, Tensor, Var, check, cpu};
+
+const OPERATOR: &str = "divergence";
 
 /// Which divergence, of student `q` and teacher `p`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,6 +56,289 @@ pub fn divergence(
     teacher: &Tensor,
     options: DivergenceOptions<'_>,
 ) -> Result<DivergenceLoss> {
-    let _ = (tape, student, teacher, options);
-    unimplemented!()
+    check::on_cpu(OPERATOR, student)?;
+    check::is_float(OPERATOR, "student", student)?;
+    check::is_float(OPERATOR, "teacher", teacher)?;
+    check::shape(OPERATOR, "teacher", teacher, student.shape())?;
+    check::positive(OPERATOR, "student_temperature", options.student_temperature)?;
+    check::positive(OPERATOR, "teacher_temperature", options.teacher_temperature)?;
+    check::positive(OPERATOR, "denominator", options.denominator)?;
+    let positions = &student.shape()[..student.shape().len().saturating_sub(1)];
+    let mask = match options.mask {
+        Some(mask) => {
+            check::shape(OPERATOR, "mask", mask, positions)?;
+            Some(mask.to_f32_vec()?)
+        }
+        None => None,
+    };
+    let weight = |row: usize| mask.as_ref().map_or(1.0, |mask| mask[row]);
+    let rows = Rows {
+        divergence: options.divergence,
+        student_factor: 1.0 / options.student_temperature,
+        teacher_factor: 1.0 / options.teacher_temperature,
+    };
+    let statistics = rows.forward_cpu(student, teacher)?;
+    // A position that does not count must not spoil the sum, whatever its value.
+    let total: f64 = statistics
+        .iter()
+        .enumerate()
+        .filter(|(row, _)| weight(*row) != 0.0)
+        .map(|(row, row_statistics)| f64::from(weight(row)) * f64::from(row_statistics.value))
+        .sum();
+    let per_token: Vec<f32> = statistics.iter().map(|row| row.value).collect();
+    let per_token = Tensor::from_slice(student.device(), positions, &per_token)?;
+    let loss = (total / f64::from(options.denominator)) as f32;
+    let loss = Tensor::from_slice(student.device(), &[], &[loss])?;
+    let (saved_student, saved_teacher) = (student.tensor().clone(), teacher.clone());
+    let loss = tape.record_one(&[student], loss, move |gradient, _| {
+        let factor = gradient.item()? * rows.student_factor / options.denominator;
+        let weights: Vec<f32> =
+            (0..statistics.len()).map(|row| factor * mask.as_ref().map_or(1.0, |mask| mask[row])).collect();
+        Ok(vec![Some(rows.backward_cpu(&saved_student, &saved_teacher, &statistics, &weights)?)])
+    });
+    Ok(DivergenceLoss { loss, per_token })
+}
+
+/// What is computed for every row of logits.
+#[derive(Clone, Copy)]
+struct Rows {
+    divergence: Divergence,
+    student_factor: f32,
+    teacher_factor: f32,
+}
+
+/// A row's divergence and what the backward pass needs to compute its terms again.
+#[derive(Clone, Copy)]
+struct RowStatistics {
+    value: f32,
+    student_log_sum: f32,
+    teacher_log_sum: f32,
+    /// `Σ q a`, the mean of the slope with respect to q (reverse KL and Jensen-Shannon).
+    mean_slope: f32,
+}
+
+impl Rows {
+    fn forward_cpu(self, student: &Tensor, teacher: &Tensor) -> Result<Vec<RowStatistics>> {
+        let vocabulary = student.last_dimension().max(1);
+        let (s, t) = (student.host_f32()?, teacher.host_f32()?);
+        Ok(s.par_chunks(vocabulary)
+            .zip(t.par_chunks(vocabulary))
+            .map(|(student, teacher)| {
+                cpu::simd(
+                    #[inline(always)]
+                    || self.row_statistics(student, teacher),
+                )
+            })
+            .collect())
+    }
+
+    #[inline(always)]
+    fn row_statistics(self, student: &[f32], teacher: &[f32]) -> RowStatistics {
+        let student_log_sum = cpu::log_sum_exp(student, self.student_factor);
+        let teacher_log_sum = cpu::log_sum_exp(teacher, self.teacher_factor);
+        let logs = |student: f32, teacher: f32| {
+            (student * self.student_factor - student_log_sum, teacher * self.teacher_factor - teacher_log_sum)
+        };
+        let (value, mean_slope) = match self.divergence {
+            Divergence::ReverseKl => {
+                let value = sum_pairs(student, teacher, |student, teacher| {
+                    let (log_q, log_p) = logs(student, teacher);
+                    times(cpu::exp(log_q), log_q - log_p)
+                });
+                (value, value)
+            }
+            Divergence::ForwardKl => {
+                let value = sum_pairs(student, teacher, |student, teacher| {
+                    let (log_q, log_p) = logs(student, teacher);
+                    times(cpu::exp(log_p), log_p - log_q)
+                });
+                (value, 0.0)
+            }
+            Divergence::SoftCrossEntropy => {
+                let value = sum_pairs(student, teacher, |student, teacher| {
+                    let (log_q, log_p) = logs(student, teacher);
+                    times(cpu::exp(log_p), -log_q)
+                });
+                (value, 0.0)
+            }
+            Divergence::JensenShannon => {
+                let half_student = sum_pairs(student, teacher, |student, teacher| {
+                    let (log_q, log_p) = logs(student, teacher);
+                    times(cpu::exp(log_q), 0.5 * (log_q - log_mean(log_q, log_p)))
+                });
+                let half_teacher = sum_pairs(student, teacher, |student, teacher| {
+                    let (log_q, log_p) = logs(student, teacher);
+                    times(cpu::exp(log_p), 0.5 * (log_p - log_mean(log_q, log_p)))
+                });
+                (half_student + half_teacher, half_student)
+            }
+        };
+        RowStatistics { value: value as f32, student_log_sum, teacher_log_sum, mean_slope: mean_slope as f32 }
+    }
+
+    /// The gradient with respect to the student's scaled logits, times each row's weight. With `a` the slope with
+    /// respect to q: `q (a - Σ q a)` where the slope depends on q, `q - p` for the two that are linear in ln q.
+    fn backward_cpu(
+        self,
+        student: &Tensor,
+        teacher: &Tensor,
+        statistics: &[RowStatistics],
+        weights: &[f32],
+    ) -> Result<Tensor> {
+        let vocabulary = student.last_dimension().max(1);
+        let (s, t) = (student.host_f32()?, teacher.host_f32()?);
+        Tensor::compute(student.device(), student.shape(), student.dtype(), |output| {
+            output
+                .par_chunks_mut(vocabulary)
+                .zip(s.par_chunks(vocabulary).zip(t.par_chunks(vocabulary)))
+                .zip(statistics.par_iter().zip(weights))
+                .for_each(|((output, (student, teacher)), (row, &weight))| {
+                    if weight == 0.0 {
+                        output.fill(0.0);
+                        return;
+                    }
+                    cpu::simd(
+                        #[inline(always)]
+                        || {
+                            for ((output, student), teacher) in output.iter_mut().zip(student).zip(teacher) {
+                                let log_q = student * self.student_factor - row.student_log_sum;
+                                let log_p = teacher * self.teacher_factor - row.teacher_log_sum;
+                                let q = cpu::exp(log_q);
+                                *output = weight
+                                    * match self.divergence {
+                                        Divergence::ReverseKl => times(q, log_q - log_p - row.mean_slope),
+                                        Divergence::ForwardKl | Divergence::SoftCrossEntropy => q - cpu::exp(log_p),
+                                        Divergence::JensenShannon => {
+                                            times(q, 0.5 * (log_q - log_mean(log_q, log_p)) - row.mean_slope)
+                                        }
+                                    };
+                            }
+                        },
+                    );
+                });
+            Ok(())
+        })
+    }
+}
+
+/// `probability · value`, 0 where the probability is 0 even if the value is infinite; NaN stays NaN.
+#[inline(always)]
+fn times(probability: f32, value: f32) -> f32 {
+    if probability == 0.0 { 0.0 } else { probability * value }
+}
+
+/// `ln((e^a + e^b) / 2)`.
+#[inline(always)]
+fn log_mean(a: f32, b: f32) -> f32 {
+    let (high, low) = if a > b { (a, b) } else { (b, a) };
+    high + (0.5 * (1.0 + cpu::exp(low - high))).ln()
+}
+
+/// `Σ term(student[v], teacher[v])`, in f32 over short blocks and in f64 over those.
+#[inline(always)]
+fn sum_pairs(student: &[f32], teacher: &[f32], term: impl Fn(f32, f32) -> f32) -> f64 {
+    const PARTS: usize = 32;
+    let mut total = 0.0f64;
+    for (student, teacher) in student.chunks(16 * PARTS).zip(teacher.chunks(16 * PARTS)) {
+        let mut sums = [0.0f32; PARTS];
+        let (student_chunks, teacher_chunks) = (student.chunks_exact(PARTS), teacher.chunks_exact(PARTS));
+        let (student_rest, teacher_rest) = (student_chunks.remainder(), teacher_chunks.remainder());
+        for (student, teacher) in student_chunks.zip(teacher_chunks) {
+            for part in 0..PARTS {
+                sums[part] += term(student[part], teacher[part]);
+            }
+        }
+        let rest: f32 = student_rest.iter().zip(teacher_rest).map(|(student, teacher)| term(*student, *teacher)).sum();
+        total += sums.iter().map(|sum| f64::from(*sum)).sum::<f64>() + f64::from(rest);
+    }
+    total
+}
+
+#[cfg(test)]
+mod tests {
+    use runtime::Device;
+
+    use super::*;
+    use crate::gradient_check;
+
+    const ALL: [Divergence; 4] =
+        [Divergence::ReverseKl, Divergence::ForwardKl, Divergence::JensenShannon, Divergence::SoftCrossEntropy];
+
+    fn options(divergence: Divergence) -> DivergenceOptions<'static> {
+        DivergenceOptions {
+            divergence,
+            student_temperature: 1.0,
+            teacher_temperature: 1.0,
+            mask: None,
+            denominator: 1.0,
+        }
+    }
+
+    fn logits(probabilities: &[f32]) -> Tensor {
+        let logits: Vec<f32> = probabilities.iter().map(|p| p.ln()).collect();
+        Tensor::from_slice(&Device::cpu(), &[1, logits.len()], &logits).unwrap()
+    }
+
+    fn value(divergence_kind: Divergence, student: &[f32], teacher: &[f32]) -> f32 {
+        let student = Var::constant(&logits(student));
+        divergence(&Tape::inference(), &student, &logits(teacher), options(divergence_kind))
+            .unwrap()
+            .loss
+            .item()
+            .unwrap()
+    }
+
+    #[test]
+    fn two_symbols_fix_the_direction() {
+        let (q, p) = ([0.9f32, 0.1], [0.5f32, 0.5]);
+        let reverse = 0.9 * (0.9f32 / 0.5).ln() + 0.1 * (0.1f32 / 0.5).ln();
+        let forward = 0.5 * (0.5f32 / 0.9).ln() + 0.5 * (0.5f32 / 0.1).ln();
+        assert!((value(Divergence::ReverseKl, &q, &p) - reverse).abs() < 1e-6);
+        assert!((value(Divergence::ForwardKl, &q, &p) - forward).abs() < 1e-6);
+        assert!((value(Divergence::SoftCrossEntropy, &q, &p) - forward - 2f32.ln()).abs() < 1e-6);
+        let jensen_shannon = value(Divergence::JensenShannon, &q, &p);
+        assert!((jensen_shannon - value(Divergence::JensenShannon, &p, &q)).abs() < 1e-7);
+        assert!(jensen_shannon > 0.0 && jensen_shannon < 2f32.ln());
+    }
+
+    #[test]
+    fn equal_distributions_do_not_diverge_even_where_they_are_zero() {
+        for kind in [Divergence::ReverseKl, Divergence::ForwardKl, Divergence::JensenShannon] {
+            assert!(value(kind, &[0.3, 0.7], &[0.3, 0.7]).abs() < 1e-6);
+            assert!(value(kind, &[0.3, 0.7, 0.0], &[0.3, 0.7, 0.0]).abs() < 1e-6, "{kind:?}");
+        }
+        assert_eq!(value(Divergence::ReverseKl, &[0.5, 0.5], &[1.0, 0.0]), f32::INFINITY);
+        assert!(value(Divergence::ReverseKl, &[f32::NAN, 0.5], &[0.5, 0.5]).is_nan());
+    }
+
+    #[test]
+    fn gradients_sum_to_zero_agree_with_differences_and_respect_the_mask() {
+        let device = Device::cpu();
+        let values: Vec<f32> = (0..3 * 37).map(|i| ((i * 53 % 97) as f32 - 48.0) / 20.0).collect();
+        let student = Tensor::from_slice(&device, &[3, 37], &values).unwrap();
+        let reversed: Vec<f32> = values.iter().rev().copied().collect();
+        let teacher = Tensor::from_slice(&device, &[3, 37], &reversed).unwrap();
+        let mask = Tensor::from_slice(&device, &[3], &[1.0f32, 0.0, 0.5]).unwrap();
+        for kind in ALL {
+            let options = DivergenceOptions {
+                student_temperature: 1.5,
+                teacher_temperature: 0.8,
+                mask: Some(&mask),
+                denominator: 1.5,
+                ..options(kind)
+            };
+            let tape = Tape::new();
+            let result = divergence(&tape, &tape.leaf(&student), &teacher, options).unwrap();
+            let gradient = tape.backward(&result.loss).unwrap().take(&student).unwrap().to_vec::<f32>().unwrap();
+            for (row, gradient) in gradient.chunks(37).enumerate() {
+                assert!(gradient.iter().sum::<f32>().abs() < 1e-6, "{kind:?} row {row}");
+                assert_eq!(row == 1, gradient.iter().all(|value| *value == 0.0), "{kind:?} row {row}");
+            }
+            let check = gradient_check(std::slice::from_ref(&student), 1e-2, |tape, inputs| {
+                Ok(divergence(tape, &inputs[0], &teacher, options)?.loss)
+            })
+            .unwrap();
+            assert!(check.worst[0] <= 5e-3, "{kind:?}: {check:?}");
+        }
+    }
 }

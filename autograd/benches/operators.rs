@@ -1,0 +1,259 @@
+//! Operators at the sizes of SmolLM2-135M: hidden 576, 9 query and 3 key heads of 64, MLP 1536, vocabulary 49,152, one
+//! sequence of 512 tokens. `cargo bench -p grafter-autograd` runs them; throughput is operations (matrix products and
+//! attention) or bytes read and written (the others).
+
+use autograd::ops::{
+    self, Activation, AttentionOptions, ConvolutionOptions, Divergence, DivergenceOptions, ScanInputs,
+};
+use autograd::optimizer::{AdamW, AdamWOptions};
+use autograd::{DType, Parameter, Parameters, Tape, Tensor, Var};
+use divan::Bencher;
+use divan::counter::{BytesCount, ItemsCount};
+use runtime::Device;
+
+const TIME: usize = 512;
+const HIDDEN: usize = 576;
+const MLP: usize = 1536;
+const VOCABULARY: usize = 49_152;
+
+fn main() {
+    divan::main();
+}
+
+/// Values in [-1, 1) that look like nothing in particular.
+fn noise(shape: &[usize]) -> Tensor {
+    let mut state = shape.iter().fold(0x9e37_79b9u64, |state, size| state.wrapping_mul(31).wrapping_add(*size as u64));
+    let values: Vec<f32> = (0..shape.iter().product())
+        .map(|_: usize| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        })
+        .collect();
+    Tensor::from_slice(&Device::cpu(), shape, &values).expect("memory for the input")
+}
+
+/// Times `function` forward.
+fn forward(bencher: Bencher<'_, '_>, inputs: &[Tensor], function: impl Fn(&Tape<'_>, &[Var]) -> Var + Sync) {
+    let variables: Vec<Var> = inputs.iter().map(Var::constant).collect();
+    bencher.bench_local(|| function(&Tape::inference(), &variables));
+}
+
+/// Times the backward pass of `function` alone, all inputs needing gradients.
+fn backward(bencher: Bencher<'_, '_>, inputs: &[Tensor], function: impl Fn(&Tape<'_>, &[Var]) -> Var + Sync) {
+    bencher
+        .with_inputs(|| {
+            let tape = Tape::new();
+            let variables: Vec<Var> = inputs.iter().map(|input| tape.leaf(input)).collect();
+            let output = function(&tape, &variables);
+            let seed = noise(output.shape());
+            (tape, output, seed)
+        })
+        .bench_local_values(|(tape, output, seed)| tape.backward_from(vec![(output, seed)]));
+}
+
+fn linear(tape: &Tape<'_>, inputs: &[Var]) -> Var {
+    ops::linear(tape, &inputs[0], &inputs[1], None).expect("shapes agree")
+}
+
+#[divan::bench(args = [(512, MLP), (512, VOCABULARY), (1, MLP), (1, VOCABULARY)])]
+fn linear_forward(bencher: Bencher<'_, '_>, (rows, out): (usize, usize)) {
+    let bencher = bencher.counter(ItemsCount::new(2 * rows * out * HIDDEN));
+    forward(bencher, &[noise(&[rows, HIDDEN]), noise(&[out, HIDDEN])], linear);
+}
+
+#[divan::bench(args = [(512, MLP), (512, VOCABULARY), (1, MLP), (1, VOCABULARY)])]
+fn linear_forward_bf16_weight(bencher: Bencher<'_, '_>, (rows, out): (usize, usize)) {
+    let bencher = bencher.counter(ItemsCount::new(2 * rows * out * HIDDEN));
+    let weight = noise(&[out, HIDDEN]).cast(DType::Bf16).expect("memory for the weight");
+    forward(bencher, &[noise(&[rows, HIDDEN]), weight], linear);
+}
+
+#[divan::bench(args = [MLP, VOCABULARY])]
+fn linear_backward(bencher: Bencher<'_, '_>, out: usize) {
+    let bencher = bencher.counter(ItemsCount::new(4 * TIME * out * HIDDEN));
+    backward(bencher, &[noise(&[TIME, HIDDEN]), noise(&[out, HIDDEN])], linear);
+}
+
+fn attention(tape: &Tape<'_>, inputs: &[Var]) -> Var {
+    let options = AttentionOptions { scale: 0.125, document_start: None, window: None };
+    ops::attention(tape, &inputs[0], &inputs[1], &inputs[2], options).expect("shapes agree")
+}
+
+fn attention_inputs() -> [Tensor; 3] {
+    [noise(&[1, TIME, 9, 64]), noise(&[1, TIME, 3, 64]), noise(&[1, TIME, 3, 64])]
+}
+
+#[divan::bench]
+fn attention_forward(bencher: Bencher<'_, '_>) {
+    forward(bencher.counter(ItemsCount::new(2 * 9 * TIME * TIME * 64)), &attention_inputs(), attention);
+}
+
+#[divan::bench]
+fn attention_backward(bencher: Bencher<'_, '_>) {
+    backward(bencher.counter(ItemsCount::new(5 * 9 * TIME * TIME * 64)), &attention_inputs(), attention);
+}
+
+fn rms_norm(tape: &Tape<'_>, inputs: &[Var]) -> Var {
+    ops::rms_norm(tape, &inputs[0], &inputs[1], 1e-5).expect("shapes agree")
+}
+
+#[divan::bench]
+fn rms_norm_forward(bencher: Bencher<'_, '_>) {
+    let bencher = bencher.counter(BytesCount::new(2 * TIME * HIDDEN * 4));
+    forward(bencher, &[noise(&[TIME, HIDDEN]), noise(&[HIDDEN])], rms_norm);
+}
+
+#[divan::bench]
+fn rms_norm_backward(bencher: Bencher<'_, '_>) {
+    let bencher = bencher.counter(BytesCount::new(3 * TIME * HIDDEN * 4));
+    backward(bencher, &[noise(&[TIME, HIDDEN]), noise(&[HIDDEN])], rms_norm);
+}
+
+fn swiglu(tape: &Tape<'_>, inputs: &[Var]) -> Var {
+    ops::swiglu(tape, &inputs[0], &inputs[1]).expect("shapes agree")
+}
+
+#[divan::bench]
+fn swiglu_forward(bencher: Bencher<'_, '_>) {
+    let bencher = bencher.counter(BytesCount::new(3 * TIME * MLP * 4));
+    forward(bencher, &[noise(&[TIME, MLP]), noise(&[TIME, MLP])], swiglu);
+}
+
+#[divan::bench]
+fn swiglu_backward(bencher: Bencher<'_, '_>) {
+    let bencher = bencher.counter(BytesCount::new(5 * TIME * MLP * 4));
+    backward(bencher, &[noise(&[TIME, MLP]), noise(&[TIME, MLP])], swiglu);
+}
+
+#[divan::bench]
+fn rope_forward(bencher: Bencher<'_, '_>) {
+    let table = ops::RotaryTable::new(64, 1e5, ops::RotaryScaling::None).expect("an even head size");
+    let positions: Vec<u32> = (0..TIME as u32).collect();
+    let positions = Tensor::from_slice(&Device::cpu(), &[1, TIME], &positions).expect("memory for positions");
+    let bencher = bencher.counter(BytesCount::new(2 * TIME * HIDDEN * 4));
+    forward(bencher, &[noise(&[1, TIME, 9, 64])], |tape, inputs| {
+        ops::rope(tape, &inputs[0], &positions, &table).expect("shapes agree")
+    });
+}
+
+#[divan::bench]
+fn embedding_forward(bencher: Bencher<'_, '_>) {
+    let ids: Vec<u32> = (0..TIME).map(|i| (i * 7919 % VOCABULARY) as u32).collect();
+    let ids = Tensor::from_slice(&Device::cpu(), &[1, TIME], &ids).expect("memory for ids");
+    let bencher = bencher.counter(BytesCount::new(2 * TIME * HIDDEN * 4));
+    forward(bencher, &[noise(&[VOCABULARY, HIDDEN])], |tape, inputs| {
+        ops::embedding(tape, &ids, &inputs[0], DType::F32).expect("ids lie in the vocabulary")
+    });
+}
+
+fn convolution(tape: &Tape<'_>, inputs: &[Var]) -> Var {
+    let options = ConvolutionOptions { activation: Activation::Silu, document_start: None, initial_state: None };
+    ops::causal_conv1d(tape, &inputs[0], &inputs[1], Some(&inputs[2]), options).expect("shapes agree")
+}
+
+fn convolution_inputs() -> [Tensor; 3] {
+    [noise(&[1, TIME, HIDDEN]), noise(&[HIDDEN, 4]), noise(&[HIDDEN])]
+}
+
+#[divan::bench]
+fn causal_conv1d_forward(bencher: Bencher<'_, '_>) {
+    forward(bencher.counter(BytesCount::new(2 * TIME * HIDDEN * 4)), &convolution_inputs(), convolution);
+}
+
+#[divan::bench]
+fn causal_conv1d_backward(bencher: Bencher<'_, '_>) {
+    backward(bencher.counter(BytesCount::new(3 * TIME * HIDDEN * 4)), &convolution_inputs(), convolution);
+}
+
+fn scan(tape: &Tape<'_>, inputs: &[Var]) -> Var {
+    let inputs = ScanInputs {
+        input: &inputs[0],
+        delta: &inputs[1],
+        a: &inputs[2],
+        b: &inputs[3],
+        c: &inputs[4],
+        d: Some(&inputs[5]),
+        gate: Some(&inputs[6]),
+        delta_bias: Some(&inputs[7]),
+        delta_softplus: true,
+        initial_state: None,
+        document_start: None,
+    };
+    ops::selective_scan(tape, inputs).expect("shapes agree").output
+}
+
+fn scan_inputs() -> [Tensor; 8] {
+    let mut a = noise(&[HIDDEN, 16]);
+    for value in a.make_mut::<f32>().expect("host memory") {
+        *value = -1.5 - *value;
+    }
+    let sequence = || noise(&[1, TIME, HIDDEN]);
+    let (b, c) = (noise(&[1, TIME, 12, 16]), noise(&[1, TIME, 36, 16]));
+    [sequence(), sequence(), a, b, c, noise(&[HIDDEN]), sequence(), noise(&[HIDDEN])]
+}
+
+#[divan::bench]
+fn selective_scan_forward(bencher: Bencher<'_, '_>) {
+    forward(bencher.counter(ItemsCount::new(TIME * HIDDEN * 16)), &scan_inputs(), scan);
+}
+
+#[divan::bench]
+fn selective_scan_backward(bencher: Bencher<'_, '_>) {
+    backward(bencher.counter(ItemsCount::new(TIME * HIDDEN * 16)), &scan_inputs(), scan);
+}
+
+fn reverse_kl(tape: &Tape<'_>, inputs: &[Var]) -> Var {
+    let options = DivergenceOptions {
+        divergence: Divergence::ReverseKl,
+        student_temperature: 1.0,
+        teacher_temperature: 1.0,
+        mask: None,
+        denominator: TIME as f32,
+    };
+    ops::divergence(tape, &inputs[0], &inputs[1], options).expect("shapes agree").loss
+}
+
+#[divan::bench]
+fn reverse_kl_forward(bencher: Bencher<'_, '_>) {
+    let bencher = bencher.counter(BytesCount::new(2 * TIME * VOCABULARY * 4));
+    forward(bencher, &[noise(&[TIME, VOCABULARY]), noise(&[TIME, VOCABULARY])], reverse_kl);
+}
+
+#[divan::bench]
+fn reverse_kl_backward(bencher: Bencher<'_, '_>) {
+    let bencher = bencher.counter(BytesCount::new(3 * TIME * VOCABULARY * 4));
+    backward(bencher, &[noise(&[TIME, VOCABULARY]), noise(&[TIME, VOCABULARY])], reverse_kl);
+}
+
+fn cross_entropy(tape: &Tape<'_>, inputs: &[Var]) -> Var {
+    let labels: Vec<u32> = (0..TIME).map(|i| (i * 7919 % VOCABULARY) as u32).collect();
+    let labels = Tensor::from_slice(&Device::cpu(), &[TIME], &labels).expect("memory for labels");
+    ops::cross_entropy(tape, &inputs[0], &labels, TIME as f32).expect("labels lie in the vocabulary").loss
+}
+
+#[divan::bench]
+fn cross_entropy_forward(bencher: Bencher<'_, '_>) {
+    forward(bencher.counter(BytesCount::new(TIME * VOCABULARY * 4)), &[noise(&[TIME, VOCABULARY])], cross_entropy);
+}
+
+#[divan::bench]
+fn cross_entropy_backward(bencher: Bencher<'_, '_>) {
+    backward(bencher.counter(BytesCount::new(2 * TIME * VOCABULARY * 4)), &[noise(&[TIME, VOCABULARY])], cross_entropy);
+}
+
+#[divan::bench]
+fn adamw(bencher: Bencher<'_, '_>) {
+    let mut parameters = Parameters::default();
+    let value = noise(&[MLP, 4 * HIDDEN]);
+    let count = value.count();
+    parameters.push(Parameter { name: "weight".to_owned(), value, trainable: true, decay: true });
+    let options = AdamWOptions { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1 };
+    let mut optimizer = AdamW::new(options, &parameters);
+    let gradient = noise(&[MLP, 4 * HIDDEN]);
+    bencher.counter(BytesCount::new(7 * count * 4)).bench_local(|| {
+        let mut gradients = autograd::Gradients::default();
+        let (id, _) = parameters.iter().next().expect("one parameter");
+        gradients.add(&parameters.get(id).value, gradient.clone()).expect("a first gradient");
+        optimizer.update(&mut parameters, &gradients, 1e-4).expect("shapes agree");
+    });
+}

@@ -1,6 +1,21 @@
 //! What a model is made of: the normal form of every configuration that we read.
+//!
+//! [`ModelConfig::read`] accepts the Hugging Face configurations of Llama, Mistral and the Apriel hybrids; every other
+//! key of the file is kept in [`ModelConfig::source`], and [`ModelConfig::to_json`] gives it back.
+
+mod apriel2;
+mod hugging_face;
+mod keys;
+mod rope;
+
+use std::path::{Path, PathBuf};
 
 use autograd::ops::RotaryScaling;
+use keys::Keys;
+use serde_json::{Map, Value};
+
+use crate::json;
+use crate::{Error, Result};
 
 /// Which Hugging Face class a checkpoint is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,5 +109,111 @@ pub struct ModelConfig {
     /// Tokens that end generation.
     pub eos_tokens: Vec<u32>,
     /// The configuration file as it was read, unknown keys included: what is written back when a model is saved.
-    pub source: serde_json::Map<String, serde_json::Value>,
+    pub source: Map<String, Value>,
 }
+
+impl ModelConfig {
+    /// Reads `config.json` of a model folder, and the tokens that end generation from `generation_config.json` too
+    /// where there is one.
+    ///
+    /// # Errors
+    /// [`Error::Io`] and [`Error::Format`] for files that cannot be read; [`Error::Configuration`] for a key that is
+    /// missing, of the wrong kind, or not supported.
+    pub fn read(folder: &Path) -> Result<Self> {
+        let path = folder.join("config.json");
+        let mut config = Self::from_json(&json::read_object(&path)?).map_err(in_file(&path))?;
+        let path = folder.join("generation_config.json");
+        if path.exists() {
+            let generation = json::read_object(&path)?;
+            for token in Keys::new(&generation).tokens("eos_token_id").map_err(in_file(&path))? {
+                if !config.eos_tokens.contains(&token) {
+                    config.eos_tokens.push(token);
+                }
+            }
+        }
+        Ok(config)
+    }
+
+    /// The configuration that a `config.json` describes.
+    ///
+    /// Where a key is absent the default of the Hugging Face class applies. `mamba.dt_rank` is what the file says (or
+    /// the customary `hidden / 16`, rounded up); [`WeightFiles::resolve`](crate::checkpoint::WeightFiles::resolve)
+    /// replaces it by what the weights say.
+    ///
+    /// # Errors
+    /// [`Error::Configuration`] for a key that is missing, of the wrong kind, or not supported.
+    pub fn from_json(source: &Map<String, Value>) -> Result<Self> {
+        let keys = Keys::new(source);
+        const SUPPORTED: &str = "supported are \"llama\", \"mistral\", \"apriel_ssm_thinker_hybrid\", \
+                                 \"apriel_hybrid_ssm\", \"apriel_ssm_hybrid\", \"apriel2\" and \"apriel2_text\"";
+        let Some(model_type) = keys.text("model_type")? else {
+            return Err(keys.fail("model_type", format!("this key is missing; {SUPPORTED}")));
+        };
+        if keys.value("quantization_config").is_some() {
+            return Err(keys.fail(
+                "quantization_config",
+                "quantised weights are not supported: use a checkpoint in float32, bfloat16 or float16",
+            ));
+        }
+        match model_type {
+            "llama" => hugging_face::read(&keys, Family::Llama, source),
+            "mistral" => hugging_face::read(&keys, Family::Mistral, source),
+            "apriel_ssm_thinker_hybrid" | "apriel_hybrid_ssm" | "apriel_ssm_hybrid" => {
+                hugging_face::read(&keys, Family::AprielHybrid, source)
+            }
+            "apriel2" | "apriel2_text" => apriel2::read(&keys, source),
+            other => Err(keys.fail("model_type", format!("\"{other}\" is not supported; {SUPPORTED}"))),
+        }
+    }
+
+    /// The `config.json` to save: [`ModelConfig::source`] with those keys changed that no longer hold.
+    ///
+    /// A configuration that was not changed comes back as it was read. A Llama or Mistral model that has got Mamba
+    /// layers becomes an `apriel_hybrid_ssm`; hybrids keep their model type.
+    pub fn to_json(&self) -> Map<String, Value> {
+        let mut json = self.source.clone();
+        if let Ok(original) = Self::from_json(&self.source) {
+            // The tokens that end generation may come from generation_config.json.
+            if (Self { eos_tokens: self.eos_tokens.clone(), ..original }) == *self {
+                return json;
+            }
+        }
+        if is_apriel2(&self.source) {
+            apriel2::write(self, &mut json);
+        } else {
+            hugging_face::write(self, &mut json);
+        }
+        json
+    }
+
+    /// Whether tensors are stored under the names of the `apriel2` format.
+    pub(crate) fn has_apriel2_names(&self) -> bool {
+        is_apriel2(&self.source)
+    }
+
+    /// Number of layers with a mixer of that kind.
+    pub fn count_mixers(&self, kind: MixerKind) -> usize {
+        self.mixers.iter().filter(|mixer| **mixer == kind).count()
+    }
+}
+
+fn is_apriel2(source: &Map<String, Value>) -> bool {
+    source.get("model_type").and_then(Value::as_str).is_some_and(|name| name.starts_with("apriel2"))
+}
+
+/// Puts the real path into an error of [`ModelConfig::from_json`].
+fn in_file(file: &Path) -> impl FnOnce(Error) -> Error {
+    let file: PathBuf = file.to_owned();
+    move |error| match error {
+        Error::Configuration { key, problem, .. } => Error::Configuration { path: file, key, problem },
+        other => other,
+    }
+}
+
+/// One entry per layer from a layout that may be a pattern: a single entry is for all layers, a shorter list is tiled.
+fn tiled<T: Copy>(pattern: &[T], layers: usize) -> Vec<T> {
+    pattern.iter().copied().cycle().take(layers).collect()
+}
+
+#[cfg(test)]
+mod tests;

@@ -106,7 +106,7 @@ impl Mamba {
             ops::causal_conv1d_step(
                 state,
                 x,
-                &self.conv_matrix(&tape, parameters)?,
+                self.conv_matrix(&tape, parameters)?.tensor(),
                 self.conv_bias.map(value),
                 Activation::Silu,
             )

@@ -6,7 +6,7 @@
 mod attention;
 mod mamba;
 
-pub use attention::{Attention, AttentionCache};
+pub use attention::{Attention, AttentionCache, Projection};
 use autograd::{Parameters, Tape, Tensor, Var};
 pub use mamba::{Mamba, MambaCache};
 

@@ -1,0 +1,383 @@
+//! Fresh weights, and the graft: a hybrid whose new Mamba mixers start from the teacher's attention.
+//!
+//! The graft is MIL, "Mamba in the Llama" (Wang et al. 2024), in the form of M1 and Apriel-H1: with `[z; x; B; C]` the
+//! rows of in_proj, `x ← W_v`, `B ← W_k`, `C ← W_q`, `out_proj ← W_o`; everything else of the mixer is fixed or random.
+
+use autograd::{DType, Parameter, Parameters, Tensor};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use runtime::Device;
+
+use crate::architecture::parameter_specs;
+use crate::checkpoint::ParameterSpec;
+use crate::config::{MambaConfig, MixerKind, ModelConfig};
+use crate::model::Model;
+use crate::{Error, Result};
+
+/// How a graft is made.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GraftOptions {
+    /// Seed of the random parts. Each layer draws from its own stream, so that its weights do not depend on which other
+    /// layers are replaced.
+    pub seed: u64,
+    /// Whether 16-wide chunks of W_q (rows) and W_o (columns) are permuted so that every query chunk meets its own key
+    /// and value chunk after the mixer's repeat. The published initialisation does not, and pairs one chunk in
+    /// `head size / d_state` rightly.
+    pub align: bool,
+}
+
+/// Every parameter of a new model; see [`Model::random`].
+pub(crate) fn random_parameters(config: &ModelConfig, seed: u64, device: &Device) -> Result<Parameters> {
+    let deviation = config.source.get("initializer_range").and_then(|value| value.as_f64()).unwrap_or(0.02);
+    let mut parameters = Parameters::default();
+    for (index, spec) in parameter_specs(config, |_| DType::F32).into_iter().enumerate() {
+        let mut random = stream(seed, index as u64);
+        let values = match mamba_part(&spec, config) {
+            Some((geometry, part)) => mamba_values(&spec, geometry, part, config.hidden_size, &mut random),
+            None => match spec.shape.len() {
+                1 if spec.name.ends_with(".bias") => vec![0.0; count(&spec)],
+                1 => vec![1.0; count(&spec)],
+                _ => (0..count(&spec)).map(|_| (normal(&mut random) * deviation) as f32).collect(),
+            },
+        };
+        push(&mut parameters, &spec, Tensor::from_slice(device, &spec.shape, &values)?);
+    }
+    Ok(parameters)
+}
+
+/// A hybrid of `base` with the attention of `layers` replaced by Mamba mixers that start from the same layers of
+/// `teacher`; everything else comes from `base` (the teacher itself for a first graft, the previous hybrid for a later
+/// stage). All parameters of the result are f32 and trainable; those that need no conversion share the base's memory
+/// until they are first updated.
+///
+/// # Errors
+/// [`Error::Graft`] for a layer that does not exist, is named twice, or has no attention in base or teacher; for head
+/// sizes that `d_state` does not divide; for a teacher of another geometry.
+pub fn graft(base: &Model, teacher: &Model, layers: &[usize], options: &GraftOptions) -> Result<Model> {
+    check_layers(base, teacher, layers)?;
+    let mut config = base.config.clone();
+    let geometry = match &config.mamba {
+        Some(geometry) => geometry.clone(),
+        None => default_geometry(&config),
+    };
+    check_geometry(&config, &geometry)?;
+    for &layer in layers {
+        config.mixers[layer] = MixerKind::Mamba;
+    }
+    config.mamba = Some(geometry);
+    let mut parameters = Parameters::default();
+    for spec in parameter_specs(&config, |_| DType::F32) {
+        let new_mixer = layers.iter().find(|layer| spec.name.starts_with(&format!("model.layers.{layer}.mixer.")));
+        let value = match new_mixer {
+            Some(&layer) => grafted(&spec, &config, teacher, layer, options)?,
+            None => {
+                let name = &spec.name;
+                let id = base.parameters.find(name).ok_or_else(|| Error::NoSuchParameter { name: name.clone() })?;
+                base.parameters.get(id).value.cast(DType::F32)?
+            }
+        };
+        push(&mut parameters, &spec, value);
+    }
+    Model::new(config, parameters)
+}
+
+/// The geometry that MIL gives: one scan channel per query dimension, one x and B channel per key dimension.
+fn default_geometry(config: &ModelConfig) -> MambaConfig {
+    MambaConfig {
+        d_inner: config.attention_heads * config.head_size,
+        d_xb: config.key_value_heads * config.head_size,
+        d_state: 16,
+        d_conv: 4,
+        dt_rank: config.hidden_size.div_ceil(16),
+        conv_bias: true,
+        dt_proj_bias: true,
+        repeat_before_conv: true,
+        dt_min: 1e-3,
+        dt_max: 0.1,
+        dt_init_floor: 1e-4,
+    }
+}
+
+fn check_layers(base: &Model, teacher: &Model, layers: &[usize]) -> Result<()> {
+    let fail = |message: String| Err(Error::Graft { message });
+    let count = base.config.mixers.len();
+    for (index, &layer) in layers.iter().enumerate() {
+        if layer >= count {
+            return fail(format!("layer {layer} does not exist: the model has layers 0 to {}", count.saturating_sub(1)));
+        }
+        if layers[..index].contains(&layer) {
+            return fail(format!("layer {layer} is named twice"));
+        }
+        if base.config.mixers[layer] != MixerKind::Attention {
+            return fail(format!("layer {layer} has no attention to replace (it is {:?})", base.config.mixers[layer]));
+        }
+        if teacher.config.mixers.get(layer) != Some(&MixerKind::Attention) {
+            return fail(format!("layer {layer} of the teacher has no attention to start from"));
+        }
+    }
+    Ok(())
+}
+
+fn check_geometry(config: &ModelConfig, geometry: &MambaConfig) -> Result<()> {
+    let queries = config.attention_heads * config.head_size;
+    let keys = config.key_value_heads * config.head_size;
+    if geometry.d_inner != queries || geometry.d_xb != keys {
+        return Err(Error::Graft {
+            message: format!(
+                "d_inner {} and d_xb {} must be the attention's query width {queries} and key width {keys}",
+                geometry.d_inner, geometry.d_xb
+            ),
+        });
+    }
+    if !config.head_size.is_multiple_of(geometry.d_state) {
+        return Err(Error::Graft {
+            message: format!("heads of {} dimensions are no whole number of {}-wide chunks", config.head_size, geometry.d_state),
+        });
+    }
+    Ok(())
+}
+
+/// One parameter of a new mixer.
+fn grafted(
+    spec: &ParameterSpec,
+    config: &ModelConfig,
+    teacher: &Model,
+    layer: usize,
+    options: &GraftOptions,
+) -> Result<Tensor> {
+    let attention = |name: &str| -> Result<Tensor> {
+        let name = format!("model.layers.{layer}.self_attn.{name}_proj.weight");
+        let id = teacher.parameters.find(&name).ok_or(Error::NoSuchParameter { name })?;
+        Ok(teacher.parameters.get(id).value.cast(DType::F32)?)
+    };
+    let (geometry, part) = mamba_part(spec, config)
+        .ok_or_else(|| Error::Graft { message: format!("{} is no parameter of a mixer", spec.name) })?;
+    let hidden = config.hidden_size;
+    // Part of the stream's number: a parameter's values must not depend on the order in which parameters are made.
+    let mut random = stream(options.seed, (layer as u64) << 8 | part as u64);
+    let device = teacher_device(teacher);
+    let values = match part {
+        Part::InProj => {
+            let (query, key, value) = (attention("q")?, attention("k")?, attention("v")?);
+            check_width(&query, geometry.d_inner * hidden)?;
+            check_width(&key, geometry.d_xb * hidden)?;
+            check_width(&value, geometry.d_xb * hidden)?;
+            let mut rows = uniform(geometry.d_inner * hidden, (hidden as f64).powf(-0.5), &mut random);
+            rows.extend_from_slice(&value.host_f32()?);
+            rows.extend_from_slice(&key.host_f32()?);
+            let query = query.host_f32()?;
+            if options.align {
+                for chunk in aligned_chunks(config, geometry) {
+                    rows.extend_from_slice(&query[chunk * geometry.d_state * hidden..][..geometry.d_state * hidden]);
+                }
+            } else {
+                rows.extend_from_slice(&query);
+            }
+            rows
+        }
+        Part::OutProj => {
+            let output = attention("o")?;
+            check_width(&output, hidden * geometry.d_inner)?;
+            if !options.align {
+                return Ok(output);
+            }
+            let output = output.host_f32()?;
+            let chunks = aligned_chunks(config, geometry);
+            let mut columns = Vec::with_capacity(output.len());
+            for row in output.chunks_exact(geometry.d_inner) {
+                for chunk in &chunks {
+                    columns.extend_from_slice(&row[chunk * geometry.d_state..][..geometry.d_state]);
+                }
+            }
+            columns
+        }
+        _ => mamba_values(spec, geometry, part, hidden, &mut random),
+    };
+    Ok(Tensor::from_slice(&device, &spec.shape, &values)?)
+}
+
+/// For every chunk of C (and of out_proj's columns) the teacher's query chunk that belongs there, so that after the
+/// mixer's repeat it meets the keys it met in attention: position `(g · s_count + s) · r + a` takes chunk
+/// `s_count · (r · g + a) + s` (key head g, sub-chunk s, query head a of the group).
+fn aligned_chunks(config: &ModelConfig, geometry: &MambaConfig) -> Vec<usize> {
+    let sub_chunks = config.head_size / geometry.d_state;
+    let repeats = config.attention_heads / config.key_value_heads;
+    let mut chunks = Vec::with_capacity(geometry.d_inner / geometry.d_state);
+    for key_head in 0..config.key_value_heads {
+        for sub_chunk in 0..sub_chunks {
+            for query_head in 0..repeats {
+                chunks.push(sub_chunks * (repeats * key_head + query_head) + sub_chunk);
+            }
+        }
+    }
+    chunks
+}
+
+/// Which parameter of a mixer a name is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Part {
+    InProj,
+    DtInProj,
+    DtProjWeight,
+    DtProjBias,
+    Convolution,
+    ALog,
+    D,
+    OutProj,
+}
+
+fn mamba_part<'a>(spec: &ParameterSpec, config: &'a ModelConfig) -> Option<(&'a MambaConfig, Part)> {
+    let (_, name) = spec.name.split_once(".mixer.")?;
+    let part = match name {
+        "in_proj.weight" => Part::InProj,
+        "dt_in_proj.weight" => Part::DtInProj,
+        "dt_proj.weight" => Part::DtProjWeight,
+        "dt_proj.bias" => Part::DtProjBias,
+        "conv1d.weight" | "conv1d.bias" => Part::Convolution,
+        "A_log" => Part::ALog,
+        "D" => Part::D,
+        "out_proj.weight" => Part::OutProj,
+        _ => return None,
+    };
+    Some((config.mamba.as_ref()?, part))
+}
+
+/// Values of a mixer's parameter that owe nothing to attention, as PyTorch's constructors and M1 draw them.
+fn mamba_values(
+    spec: &ParameterSpec,
+    geometry: &MambaConfig,
+    part: Part,
+    hidden: usize,
+    random: &mut ChaCha8Rng,
+) -> Vec<f32> {
+    let count = count(spec);
+    match part {
+        Part::InProj | Part::DtInProj => uniform(count, (hidden as f64).powf(-0.5), random),
+        Part::OutProj => uniform(count, (geometry.d_inner as f64).powf(-0.5), random),
+        Part::DtProjWeight => uniform(count, (geometry.dt_rank as f64).powf(-0.5), random),
+        Part::DtProjBias => (0..count).map(|_| step_size_bias(geometry, random) as f32).collect(),
+        Part::Convolution => uniform(count, (geometry.d_conv as f64).powf(-0.5), random),
+        Part::ALog => (0..count).map(|index| ((index % geometry.d_state + 1) as f64).ln() as f32).collect(),
+        Part::D => vec![1.0; count],
+    }
+}
+
+/// The bias whose softplus is a step size drawn log-uniformly from `[dt_min, dt_max]`.
+fn step_size_bias(geometry: &MambaConfig, random: &mut ChaCha8Rng) -> f64 {
+    let (low, high) = (geometry.dt_min.ln(), geometry.dt_max.ln());
+    let step = (unit(random) * (high - low) + low).exp().max(geometry.dt_init_floor);
+    step + (-(-step).exp_m1()).ln()
+}
+
+fn uniform(count: usize, bound: f64, random: &mut ChaCha8Rng) -> Vec<f32> {
+    (0..count).map(|_| ((2.0 * unit(random) - 1.0) * bound) as f32).collect()
+}
+
+/// Uniform in [0, 1) with 53 random bits.
+fn unit(random: &mut ChaCha8Rng) -> f64 {
+    (random.next_u64() >> 11) as f64 * (0.5f64).powi(53)
+}
+
+/// Standard normal (Box and Muller).
+fn normal(random: &mut ChaCha8Rng) -> f64 {
+    let radius = (-2.0 * (1.0 - unit(random)).ln()).sqrt();
+    radius * (std::f64::consts::TAU * unit(random)).cos()
+}
+
+fn stream(seed: u64, number: u64) -> ChaCha8Rng {
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
+    random.set_stream(number);
+    random
+}
+
+fn count(spec: &ParameterSpec) -> usize {
+    spec.shape.iter().product()
+}
+
+fn push(parameters: &mut Parameters, spec: &ParameterSpec, value: Tensor) {
+    let name = spec.name.clone();
+    parameters.push(Parameter { name, value, trainable: spec.trainable, decay: spec.decay });
+}
+
+fn check_width(tensor: &Tensor, count: usize) -> Result<()> {
+    if tensor.count() == count {
+        return Ok(());
+    }
+    Err(Error::Graft {
+        message: format!("the teacher's attention has a weight of shape {:?}, expected {count} elements", tensor.shape()),
+    })
+}
+
+fn teacher_device(teacher: &Model) -> Device {
+    teacher.parameters.iter().next().map_or_else(Device::cpu, |(_, parameter)| parameter.value.device().clone())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(heads: usize, key_value_heads: usize, head_size: usize) -> ModelConfig {
+        let json = serde_json::json!({
+            "model_type": "mistral", "architectures": ["MistralForCausalLM"], "hidden_size": 24, "head_dim": head_size,
+            "intermediate_size": 32, "num_attention_heads": heads, "num_key_value_heads": key_value_heads,
+            "num_hidden_layers": 3, "vocab_size": 11, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+            "max_position_embeddings": 64, "tie_word_embeddings": false,
+        });
+        ModelConfig::from_json(json.as_object().unwrap()).unwrap()
+    }
+
+    #[test]
+    fn alignment_pairs_every_query_chunk_with_its_own_key_chunk() {
+        // The 15B teacher's geometry: 32 query heads, 8 key heads, head size 128.
+        let config = config(32, 8, 128);
+        let geometry = default_geometry(&config);
+        let (sub_chunks, repeats) = (8, 4);
+        let met_by_mixer = |position: usize| position / repeats;
+        let met_by_attention = |chunk: usize| chunk / sub_chunks / repeats * sub_chunks + chunk % sub_chunks;
+        let chunks = aligned_chunks(&config, &geometry);
+        let mut seen = chunks.clone();
+        seen.sort_unstable();
+        assert_eq!(seen, (0..256).collect::<Vec<_>>());
+        assert!(chunks.iter().enumerate().all(|(position, &chunk)| met_by_mixer(position) == met_by_attention(chunk)));
+        let published = (0..256).filter(|&chunk| met_by_mixer(chunk) == met_by_attention(chunk)).count();
+        assert_eq!(published * 16, 512, "the published order pairs 512 of 4096 channels");
+    }
+
+    #[test]
+    fn a_graft_takes_attention_apart_and_leaves_the_rest() {
+        let teacher = Model::random(config(4, 2, 16), 7, &Device::cpu()).unwrap();
+        let options = GraftOptions { seed: 3, align: false };
+        let hybrid = graft(&teacher, &teacher, &[1], &options).unwrap();
+        let value = |model: &Model, name: &str| {
+            model.parameters.get(model.parameters.find(name).unwrap()).value.to_f32_vec().unwrap()
+        };
+        let in_proj = value(&hybrid, "model.layers.1.mixer.in_proj.weight");
+        let part = |rows: std::ops::Range<usize>| &in_proj[rows.start * 24..rows.end * 24];
+        assert_eq!(part(64..96), value(&teacher, "model.layers.1.self_attn.v_proj.weight"));
+        assert_eq!(part(96..128), value(&teacher, "model.layers.1.self_attn.k_proj.weight"));
+        assert_eq!(part(128..192), value(&teacher, "model.layers.1.self_attn.q_proj.weight"));
+        let bound = (24f32).powf(-0.5);
+        assert!(part(0..64).iter().all(|z| z.abs() <= bound));
+        assert_eq!(value(&hybrid, "model.layers.1.mixer.out_proj.weight"), value(&teacher, "model.layers.1.self_attn.o_proj.weight"));
+        assert_eq!(value(&hybrid, "model.layers.1.mixer.A_log")[..2], [0.0, 2f32.ln()]);
+        assert_eq!(value(&hybrid, "model.embed_tokens.weight"), value(&teacher, "model.embed_tokens.weight"));
+        assert!(hybrid.parameters.find("model.layers.1.self_attn.q_proj.weight").is_none());
+        for bias in value(&hybrid, "model.layers.1.mixer.dt_proj.bias") {
+            let step = bias.exp().ln_1p();
+            assert!((0.000_99..0.101).contains(&step), "{step}");
+        }
+        let other = graft(&teacher, &teacher, &[0, 1], &options).unwrap();
+        assert_eq!(in_proj, value(&other, "model.layers.1.mixer.in_proj.weight"));
+    }
+
+    #[test]
+    fn layers_that_cannot_be_replaced_are_named() {
+        let teacher = Model::random(config(4, 2, 16), 7, &Device::cpu()).unwrap();
+        let options = GraftOptions { seed: 3, align: true };
+        let message = |layers: &[usize]| graft(&teacher, &teacher, layers, &options).unwrap_err().to_string();
+        assert!(message(&[3]).contains("layer 3 does not exist: the model has layers 0 to 2"));
+        assert!(message(&[1, 1]).contains("layer 1 is named twice"));
+        let hybrid = graft(&teacher, &teacher, &[1], &options).unwrap();
+        assert!(graft(&hybrid, &teacher, &[1], &options).unwrap_err().to_string().contains("no attention to replace"));
+    }
+}

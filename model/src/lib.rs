@@ -15,6 +15,7 @@ pub mod checkpoint;
 pub mod config;
 mod error;
 pub mod generate;
+pub mod gguf;
 pub mod import;
 pub mod initialise;
 mod json;

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use safetensors::Dtype;
 
 use super::files::View;
-use crate::{Error, Result};
+use crate::Result;
 
 /// Elements that one task converts.
 const CHUNK: usize = 1 << 18;
@@ -68,7 +68,7 @@ impl StoredType {
 
 /// Widens `bytes`, elements of `view`'s type, to f32.
 pub(super) fn to_f32(view: &View<'_>, bytes: &[u8], output: &mut [f32]) -> Result<()> {
-    let size = element_type(view)?.size();
+    let size = view.float_type()?.size();
     let convert: fn(&[u8], &mut [f32]) = match view.dtype {
         Dtype::F32 => |bytes, output| {
             for (value, bytes) in output.iter_mut().zip(bytes.chunks_exact(4)) {
@@ -92,7 +92,7 @@ pub(super) fn to_f32(view: &View<'_>, bytes: &[u8], output: &mut [f32]) -> Resul
 
 /// Takes bf16 as it is and rounds the other types to it.
 pub(super) fn to_bf16(view: &View<'_>, bytes: &[u8], output: &mut [bf16]) -> Result<()> {
-    let size = element_type(view)?.size();
+    let size = view.float_type()?.size();
     let convert: fn(&[u8], &mut [bf16]) = match view.dtype {
         Dtype::F32 => |bytes, output| {
             for (value, bytes) in output.iter_mut().zip(bytes.chunks_exact(4)) {
@@ -162,13 +162,6 @@ pub(crate) fn first_not_finite(bytes: &[u8], kind: StoredType) -> Option<usize> 
     let begin = chunk * bytes_of_chunk;
     let within = bytes[begin..].chunks_exact(kind.size()).position(is_bad)?;
     Some(begin / kind.size() + within)
-}
-
-fn element_type(view: &View<'_>) -> Result<StoredType> {
-    StoredType::from_safetensors(view.dtype).ok_or_else(|| {
-        let problem = format!("has element type {}: expected F32, BF16 or F16", view.dtype);
-        Error::tensor(view.path, view.name, problem)
-    })
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use autograd::DType;
 use safetensors::Dtype;
 
-use super::convert;
+use super::convert::{self, StoredType};
 use super::header::{self, Entry};
 use super::map::MappedFile;
 use super::names;
@@ -54,6 +54,16 @@ pub(crate) struct View<'a> {
     pub(crate) dtype: Dtype,
     pub(crate) shape: Vec<usize>,
     pub(crate) bytes: &'a [u8],
+}
+
+impl View<'_> {
+    /// The element type, if weights can have it.
+    pub(crate) fn float_type(&self) -> Result<StoredType> {
+        StoredType::from_safetensors(self.dtype).ok_or_else(|| {
+            let problem = format!("has element type {}: expected F32, BF16 or F16", self.dtype);
+            Error::tensor(self.path, self.name, problem)
+        })
+    }
 }
 
 impl WeightFiles {

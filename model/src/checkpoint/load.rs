@@ -25,6 +25,24 @@ const HEAD: &str = "lm_head.weight";
 /// [`Error::MissingTensor`], [`Error::TensorShape`], [`Error::Tensor`] for values that are not finite or a type that is
 /// not a float, [`Error::UnexpectedTensors`]; out of memory.
 pub fn load(files: &WeightFiles, config: &ModelConfig, specs: &[ParameterSpec], device: &Device) -> Result<Parameters> {
+    let views = check(files, config, specs)?;
+    let mut parameters = Parameters::default();
+    for (spec, view) in specs.iter().zip(&views) {
+        let value = match spec.dtype {
+            DType::Bf16 => read::<bf16>(view, spec, device, |bytes, output| convert::to_bf16(view, bytes, output))?,
+            _ => read::<f32>(view, spec, device, |bytes, output| convert::to_f32(view, bytes, output))?,
+        };
+        parameters.push(Parameter { name: spec.name.clone(), value, trainable: spec.trainable, decay: spec.decay });
+    }
+    Ok(parameters)
+}
+
+/// Finds every parameter in the files without reading its values: names, shapes, nothing missing and nothing left over.
+pub(crate) fn check<'a>(
+    files: &'a WeightFiles,
+    config: &ModelConfig,
+    specs: &[ParameterSpec],
+) -> Result<Vec<View<'a>>> {
     let geometry = config.mamba.as_ref();
     let mut wanted: HashSet<&str> = HashSet::with_capacity(specs.len());
     for spec in specs {
@@ -37,7 +55,6 @@ pub fn load(files: &WeightFiles, config: &ModelConfig, specs: &[ParameterSpec], 
     }
     let tied_head = config.tied_embeddings && files.info(HEAD).is_some();
     let others = files.others(&|name| wanted.contains(name) || (tied_head && name == HEAD));
-    // Found out before anything large is read.
     let mut views = Vec::with_capacity(specs.len());
     for spec in specs {
         let view = files.view(&spec.name, geometry)?.ok_or_else(|| files.missing(&spec.name))?;
@@ -57,15 +74,7 @@ pub fn load(files: &WeightFiles, config: &ModelConfig, specs: &[ParameterSpec], 
     if tied_head {
         check_tied_head(files)?;
     }
-    let mut parameters = Parameters::default();
-    for (spec, view) in specs.iter().zip(&views) {
-        let value = match spec.dtype {
-            DType::Bf16 => read::<bf16>(view, spec, device, |bytes, output| convert::to_bf16(view, bytes, output))?,
-            _ => read::<f32>(view, spec, device, |bytes, output| convert::to_f32(view, bytes, output))?,
-        };
-        parameters.push(Parameter { name: spec.name.clone(), value, trainable: spec.trainable, decay: spec.decay });
-    }
-    Ok(parameters)
+    Ok(views)
 }
 
 fn read<T: Element>(
@@ -125,7 +134,7 @@ impl<T: Element> Destination<T> {
 }
 
 /// The error for a weight that is NaN or infinite.
-pub(super) fn not_finite(path: &std::path::Path, tensor: &str, shape: &[usize], position: usize) -> Error {
+pub(crate) fn not_finite(path: &std::path::Path, tensor: &str, shape: &[usize], position: usize) -> Error {
     let mut index = Vec::with_capacity(shape.len());
     let mut rest = position;
     for size in shape.iter().rev() {

@@ -20,6 +20,7 @@ pub(crate) use convert::{first_not_finite, from_f32};
 pub use files::{TensorInfo, WeightFiles};
 pub(crate) use folder::{NewFolder, carry};
 pub use load::load;
+pub(crate) use load::{check, not_finite};
 pub use map::MappedFile;
 pub use save::{SaveOptions, save};
 pub(crate) use save::{TensorToWrite, file_name, write_tensors};

@@ -113,8 +113,14 @@ pub(crate) struct TensorToWrite {
 }
 
 impl TensorToWrite {
-    fn bytes(&self) -> u64 {
-        self.shape.iter().product::<usize>() as u64 * self.dtype.size() as u64
+    /// Number of elements.
+    pub(crate) fn elements(&self) -> u64 {
+        self.shape.iter().product::<usize>() as u64
+    }
+
+    /// Bytes in the file.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.elements() * self.dtype.size() as u64
     }
 }
 
@@ -145,7 +151,7 @@ pub(crate) fn write_tensors(
         return Ok(());
     }
     let total_size: u64 = tensors.iter().map(TensorToWrite::bytes).sum();
-    let total_parameters: u64 = tensors.iter().map(|tensor| tensor.shape.iter().product::<usize>() as u64).sum();
+    let total_parameters: u64 = tensors.iter().map(TensorToWrite::elements).sum();
     let index = json!({
         "metadata": { "total_parameters": total_parameters, "total_size": total_size },
         "weight_map": weight_map,

@@ -1,0 +1,260 @@
+//! A GGUF file's vocabulary as the files that Hugging Face tokenizers read.
+
+use std::collections::HashSet;
+
+use serde_json::{Map, Value, json};
+
+use super::{GgufFile, MetadataValue};
+use crate::Result;
+
+/// Token types as GGUF numbers them.
+const CONTROL: i128 = 3;
+const USER_DEFINED: i128 = 4;
+
+const TOKENS: &str = "tokenizer.ggml.tokens";
+
+/// The contents of the four files beside the weights.
+#[derive(Debug)]
+pub(crate) struct TokenizerFiles {
+    pub(crate) tokenizer: Value,
+    pub(crate) tokenizer_config: Value,
+    pub(crate) special_tokens_map: Value,
+    pub(crate) generation_config: Value,
+}
+
+/// Turns the byte-level BPE vocabulary of a GGUF file into a tokenizer.
+pub(crate) fn convert(file: &GgufFile) -> Result<TokenizerFiles> {
+    match file.text("tokenizer.ggml.model")?.unwrap_or("none") {
+        "gpt2" => {}
+        other => {
+            let problem = format!(
+                "a vocabulary of kind \"{other}\" is not supported: expected \"gpt2\" (byte-level BPE); for this model \
+                 use its Hugging Face folder"
+            );
+            return Err(file.fail("tokenizer.ggml.model", problem));
+        }
+    }
+    let tokens = file.required(TOKENS, file.texts(TOKENS)?)?;
+    let merges = file.required("tokenizer.ggml.merges", file.texts("tokenizer.ggml.merges")?)?;
+    let mut seen = HashSet::with_capacity(tokens.len());
+    if let Some((id, token)) = tokens.iter().enumerate().find(|(_, token)| !seen.insert(**token)) {
+        return Err(file.fail(TOKENS, format!("token {id} ({token:?}) is there twice")));
+    }
+    let splitting = splitting(file)?;
+    let special = special_tokens(file, &tokens)?;
+    let added = added_tokens(file, &tokens)?;
+    let add_bos = file.flag("tokenizer.ggml.add_bos_token")?.unwrap_or(splitting.adds_bos);
+    let post_processor = match special.iter().find(|(name, _, _)| *name == "bos_token") {
+        Some((_, id, token)) if add_bos => begin_with(token, *id),
+        _ => Value::Null,
+    };
+    let vocabulary: Map<String, Value> =
+        tokens.iter().enumerate().map(|(id, token)| ((*token).to_owned(), json!(id))).collect();
+    let tokenizer = json!({
+        "version": "1.0", "truncation": null, "padding": null,
+        "added_tokens": added,
+        "normalizer": splitting.normalizer,
+        "pre_tokenizer": splitting.pre_tokenizer,
+        "post_processor": post_processor,
+        "decoder": byte_level(true, true),
+        "model": {
+            "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false,
+            "ignore_merges": splitting.whole_words, "vocab": vocabulary, "merges": merges,
+        },
+    });
+    Ok(TokenizerFiles {
+        tokenizer,
+        tokenizer_config: tokenizer_config(file, &added, &special, tokens.len(), add_bos)?,
+        special_tokens_map: special_tokens_map(&special),
+        generation_config: generation_config(file)?,
+    })
+}
+
+/// How text is cut into words before merging.
+struct Splitting {
+    normalizer: Value,
+    pre_tokenizer: Value,
+    /// Whether a word that is a token is taken whole, whatever the merges say.
+    whole_words: bool,
+    adds_bos: bool,
+}
+
+fn splitting(file: &GgufFile) -> Result<Splitting> {
+    const KEY: &str = "tokenizer.ggml.pre";
+    const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+    const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+    const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+    let by_pattern = |pattern: &str, normalizer: Value, whole_words: bool, adds_bos: bool| Splitting {
+        normalizer,
+        pre_tokenizer: sequence([
+            json!({ "type": "Split", "pattern": { "Regex": pattern }, "behavior": "Isolated", "invert": false }),
+            byte_level(false, false),
+        ]),
+        whole_words,
+        adds_bos,
+    };
+    let plain = |pre_tokenizer: Value| Splitting {
+        normalizer: Value::Null,
+        pre_tokenizer,
+        whole_words: false,
+        adds_bos: false,
+    };
+    Ok(match file.text(KEY)?.unwrap_or("missing") {
+        "smollm" | "starcoder" | "refact" | "command-r" | "codeshell" => {
+            plain(sequence([json!({ "type": "Digits", "individual_digits": true }), byte_level(false, true)]))
+        }
+        "gpt-2" | "phi-2" => plain(byte_level(false, true)),
+        "llama-bpe" | "llama3" | "llama-v3" => by_pattern(LLAMA3, Value::Null, true, true),
+        "tekken" => by_pattern(TEKKEN, Value::Null, true, true),
+        "qwen2" => by_pattern(QWEN2, json!({ "type": "NFC" }), false, false),
+        other => {
+            return Err(file.fail(
+                KEY,
+                format!(
+                    "the way \"{other}\" to split text is not supported: expected smollm, starcoder, refact, command-r, \
+                     codeshell, gpt-2, phi-2, llama-bpe, tekken or qwen2"
+                ),
+            ));
+        }
+    })
+}
+
+fn sequence(parts: [Value; 2]) -> Value {
+    json!({ "type": "Sequence", "pretokenizers": parts })
+}
+
+fn byte_level(add_prefix_space: bool, use_regex: bool) -> Value {
+    json!({
+        "type": "ByteLevel", "add_prefix_space": add_prefix_space, "trim_offsets": true, "use_regex": use_regex,
+    })
+}
+
+/// Puts a token before every text.
+fn begin_with(token: &str, id: u32) -> Value {
+    let bos = json!({ "SpecialToken": { "id": token, "type_id": 0 } });
+    let text = |name: &str, type_id: u32| json!({ "Sequence": { "id": name, "type_id": type_id } });
+    json!({
+        "type": "TemplateProcessing",
+        "single": [bos, text("A", 0)],
+        "pair": [bos, text("A", 0), json!({ "SpecialToken": { "id": token, "type_id": 1 } }), text("B", 1)],
+        "special_tokens": { token: { "id": token, "ids": [id], "tokens": [token] } },
+    })
+}
+
+type SpecialToken = (&'static str, u32, String);
+
+/// The special tokens that the file names: their key, id and text.
+fn special_tokens(file: &GgufFile, tokens: &[&str]) -> Result<Vec<SpecialToken>> {
+    let mut special = Vec::new();
+    for (name, key) in [
+        ("bos_token", "tokenizer.ggml.bos_token_id"),
+        ("eos_token", "tokenizer.ggml.eos_token_id"),
+        ("unk_token", "tokenizer.ggml.unknown_token_id"),
+        ("pad_token", "tokenizer.ggml.padding_token_id"),
+    ] {
+        if let Some(id) = file.integer(key)? {
+            let Some(token) = tokens.get(id as usize) else {
+                return Err(file.fail(key, format!("{id} is outside the vocabulary of {} tokens", tokens.len())));
+            };
+            special.push((name, id, (*token).to_owned()));
+        }
+    }
+    Ok(special)
+}
+
+/// Tokens that are recognised in a text before anything else.
+fn added_tokens(file: &GgufFile, tokens: &[&str]) -> Result<Vec<Value>> {
+    const KEY: &str = "tokenizer.ggml.token_type";
+    let Some(types) = file.value(KEY) else { return Ok(Vec::new()) };
+    let types = types.as_list().unwrap_or_default();
+    if types.len() != tokens.len() {
+        return Err(file.fail(KEY, format!("{} types for {} tokens", types.len(), tokens.len())));
+    }
+    let mut added = Vec::new();
+    for (id, (token, kind)) in tokens.iter().zip(types).enumerate() {
+        let special = *kind == MetadataValue::Integer(CONTROL);
+        if special || *kind == MetadataValue::Integer(USER_DEFINED) {
+            added.push(json!({
+                "id": id, "content": token, "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false, "special": special,
+            }));
+        }
+    }
+    Ok(added)
+}
+
+fn tokenizer_config(
+    file: &GgufFile,
+    added: &[Value],
+    special: &[SpecialToken],
+    vocabulary_size: usize,
+    add_bos: bool,
+) -> Result<Value> {
+    let mut decoder = Map::new();
+    for token in added {
+        let described: Map<String, Value> = ["content", "lstrip", "normalized", "rstrip", "single_word", "special"]
+            .iter()
+            .map(|key| ((*key).to_owned(), token[*key].clone()))
+            .collect();
+        decoder.insert(token["id"].to_string(), Value::Object(described));
+    }
+    let mut config = Map::new();
+    let mut set = |key: &str, value: Value| {
+        config.insert(key.to_owned(), value);
+    };
+    set("add_bos_token", json!(add_bos));
+    set("add_eos_token", json!(file.flag("tokenizer.ggml.add_eos_token")?.unwrap_or(false)));
+    set("add_prefix_space", json!(false));
+    set("added_tokens_decoder", Value::Object(decoder));
+    set("additional_special_tokens", additional(special));
+    for (name, _, token) in special {
+        set(name, json!(token));
+    }
+    if let Some(template) = file.text("tokenizer.chat_template")? {
+        set("chat_template", json!(template));
+    }
+    set("clean_up_tokenization_spaces", json!(false));
+    if let Some(length) = file.integer("llama.context_length")? {
+        set("model_max_length", json!(length));
+    }
+    set("tokenizer_class", json!("PreTrainedTokenizerFast"));
+    set("vocab_size", json!(vocabulary_size));
+    Ok(Value::Object(config))
+}
+
+fn special_tokens_map(special: &[SpecialToken]) -> Value {
+    let mut map = Map::new();
+    map.insert("additional_special_tokens".to_owned(), additional(special));
+    for (name, _, token) in special {
+        let described = json!({
+            "content": token, "lstrip": false, "normalized": false, "rstrip": false, "single_word": false,
+        });
+        map.insert((*name).to_owned(), described);
+    }
+    Value::Object(map)
+}
+
+/// Beginning and end of a turn or text.
+fn additional(special: &[SpecialToken]) -> Value {
+    special
+        .iter()
+        .filter(|(name, _, _)| matches!(*name, "bos_token" | "eos_token"))
+        .map(|(_, _, token)| json!(token))
+        .collect()
+}
+
+fn generation_config(file: &GgufFile) -> Result<Value> {
+    let mut config = Map::new();
+    config.insert("_from_model_config".to_owned(), json!(true));
+    for (name, key) in [
+        ("bos_token_id", "tokenizer.ggml.bos_token_id"),
+        ("eos_token_id", "tokenizer.ggml.eos_token_id"),
+        ("pad_token_id", "tokenizer.ggml.padding_token_id"),
+    ] {
+        if let Some(id) = file.integer(key)? {
+            config.insert(name.to_owned(), json!(id));
+        }
+    }
+    Ok(Value::Object(config))
+}

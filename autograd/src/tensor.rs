@@ -365,7 +365,7 @@ mod tests {
 
     #[test]
     fn casting_rounds_to_nearest_even() {
-        let tensor = Tensor::from_slice(&Device::cpu(), &[3], &[1.003_906_25f32, 1.011_718_75, f32::NAN]).unwrap();
+        let tensor = Tensor::from_slice(&Device::cpu(), &[3], &[1.003_906_3f32, 1.011_718_8, f32::NAN]).unwrap();
         let narrow = tensor.cast(DType::Bf16).unwrap();
         let back = narrow.to_f32_vec().unwrap();
         assert_eq!(back[..2], [1.0, 1.015625]);

@@ -2,7 +2,8 @@
 
 use rayon::prelude::*;
 
-use crate::{Error, Result, Tape, Tensor, Var, check, cpu};
+use crate::cpu::{self, LogSumExp};
+use crate::{Error, Result, Tape, Tensor, Var, check};
 
 const OPERATOR: &str = "cross_entropy";
 
@@ -56,8 +57,8 @@ pub fn cross_entropy(tape: &Tape<'_>, logits: &Var, labels: &Tensor, denominator
     Ok(CrossEntropy { loss, per_token })
 }
 
-/// Loss and log-sum-exp of every row; both 0 where the label is ignored.
-fn forward_cpu(logits: &Tensor, labels: &[u32]) -> Result<(Vec<f32>, Vec<f32>)> {
+/// Loss and log-sum-exp of every row; 0 and `None` where the label is ignored.
+fn forward_cpu(logits: &Tensor, labels: &[u32]) -> Result<(Vec<f32>, Vec<Option<LogSumExp>>)> {
     let values = logits.host_f32()?;
     let vocabulary = logits.last_dimension().max(1);
     Ok(labels
@@ -65,19 +66,19 @@ fn forward_cpu(logits: &Tensor, labels: &[u32]) -> Result<(Vec<f32>, Vec<f32>)> 
         .zip(values.par_chunks(vocabulary))
         .map(|(&label, row)| {
             if label == IGNORED_LABEL {
-                return (0.0, 0.0);
+                return (0.0, None);
             }
             let log_sum = cpu::simd(
                 #[inline(always)]
-                || cpu::log_sum_exp(row, 1.0),
+                || LogSumExp::of(row, 1.0),
             );
-            (log_sum - row[label as usize], log_sum)
+            (0.0 - log_sum.log_probability(row[label as usize]), Some(log_sum))
         })
         .unzip())
 }
 
 /// `factor · (softmax(logits) - onehot(label))`; 0 where the label is ignored.
-fn backward_cpu(logits: &Tensor, labels: &[u32], log_sums: &[f32], factor: f32) -> Result<Tensor> {
+fn backward_cpu(logits: &Tensor, labels: &[u32], log_sums: &[Option<LogSumExp>], factor: f32) -> Result<Tensor> {
     let values = logits.host_f32()?;
     let vocabulary = logits.last_dimension().max(1);
     Tensor::compute(logits.device(), logits.shape(), logits.dtype(), |output| {
@@ -85,16 +86,13 @@ fn backward_cpu(logits: &Tensor, labels: &[u32], log_sums: &[f32], factor: f32) 
             .par_chunks_mut(vocabulary)
             .zip(values.par_chunks(vocabulary))
             .zip(labels.par_iter().zip(log_sums))
-            .for_each(|((output, row), (&label, &log_sum))| {
-                if label == IGNORED_LABEL {
-                    output.fill(0.0);
-                    return;
-                }
+            .for_each(|((output, row), (&label, log_sum))| {
+                let Some(log_sum) = log_sum else { return output.fill(0.0) };
                 cpu::simd(
                     #[inline(always)]
                     || {
                         for (output, logit) in output.iter_mut().zip(row) {
-                            *output = factor * cpu::exp(logit - log_sum);
+                            *output = factor * cpu::exp(log_sum.log_probability(*logit));
                         }
                     },
                 );

@@ -2,7 +2,8 @@
 
 use rayon::prelude::*;
 
-use crate::{Result, Tape, Tensor, Var, check, cpu};
+use crate::cpu::{self, LogSumExp};
+use crate::{Result, Tape, Tensor, Var, check};
 
 const OPERATOR: &str = "divergence";
 
@@ -111,8 +112,8 @@ struct Rows {
 #[derive(Clone, Copy)]
 struct RowStatistics {
     value: f32,
-    student_log_sum: f32,
-    teacher_log_sum: f32,
+    student: LogSumExp,
+    teacher: LogSumExp,
     /// `Σ q a`, the mean of the slope with respect to q (reverse KL and Jensen-Shannon).
     mean_slope: f32,
 }
@@ -134,46 +135,55 @@ impl Rows {
 
     #[inline(always)]
     fn row_statistics(self, student: &[f32], teacher: &[f32]) -> RowStatistics {
-        let student_log_sum = cpu::log_sum_exp(student, self.student_factor);
-        let teacher_log_sum = cpu::log_sum_exp(teacher, self.teacher_factor);
-        let logs = |student: f32, teacher: f32| {
-            (student * self.student_factor - student_log_sum, teacher * self.teacher_factor - teacher_log_sum)
-        };
+        let student_sum = LogSumExp::of(student, self.student_factor);
+        let teacher_sum = LogSumExp::of(teacher, self.teacher_factor);
+        let log_q = |logit: f32| student_sum.log_probability(logit * self.student_factor);
+        let log_p = |logit: f32| teacher_sum.log_probability(logit * self.teacher_factor);
         let (value, mean_slope) = match self.divergence {
             Divergence::ReverseKl => {
-                let value = sum_pairs(student, teacher, |student, teacher| {
-                    let (log_q, log_p) = logs(student, teacher);
-                    times(cpu::exp(log_q), log_q - log_p)
-                });
+                let value = sum_pairs(
+                    student,
+                    teacher,
+                    #[inline(always)]
+                    |s, t| reverse_term(log_q(s), log_p(t), 0.0),
+                );
                 (value, value)
             }
             Divergence::ForwardKl => {
-                let value = sum_pairs(student, teacher, |student, teacher| {
-                    let (log_q, log_p) = logs(student, teacher);
-                    times(cpu::exp(log_p), log_p - log_q)
-                });
+                let value = sum_pairs(
+                    student,
+                    teacher,
+                    #[inline(always)]
+                    |s, t| reverse_term(log_p(t), log_q(s), 0.0),
+                );
                 (value, 0.0)
             }
             Divergence::SoftCrossEntropy => {
-                let value = sum_pairs(student, teacher, |student, teacher| {
-                    let (log_q, log_p) = logs(student, teacher);
-                    times(cpu::exp(log_p), -log_q)
-                });
+                let value = sum_pairs(
+                    student,
+                    teacher,
+                    #[inline(always)]
+                    |s, t| times(cpu::exp(log_p(t)), -log_q(s)),
+                );
                 (value, 0.0)
             }
             Divergence::JensenShannon => {
-                let half_student = sum_pairs(student, teacher, |student, teacher| {
-                    let (log_q, log_p) = logs(student, teacher);
-                    times(cpu::exp(log_q), 0.5 * (log_q - log_mean(log_q, log_p)))
-                });
-                let half_teacher = sum_pairs(student, teacher, |student, teacher| {
-                    let (log_q, log_p) = logs(student, teacher);
-                    times(cpu::exp(log_p), 0.5 * (log_p - log_mean(log_q, log_p)))
-                });
-                (half_student + half_teacher, half_student)
+                let student_half = sum_pairs(
+                    student,
+                    teacher,
+                    #[inline(always)]
+                    |s, t| jensen_shannon_term(log_q(s), log_p(t), 0.0),
+                );
+                let teacher_half = sum_pairs(
+                    student,
+                    teacher,
+                    #[inline(always)]
+                    |s, t| jensen_shannon_term(log_p(t), log_q(s), 0.0),
+                );
+                (student_half + teacher_half, student_half)
             }
         };
-        RowStatistics { value: value as f32, student_log_sum, teacher_log_sum, mean_slope: mean_slope as f32 }
+        RowStatistics { value: value as f32, student: student_sum, teacher: teacher_sum, mean_slope: mean_slope as f32 }
     }
 
     /// The gradient with respect to the student's scaled logits, times each row's weight. With `a` the slope with
@@ -194,31 +204,53 @@ impl Rows {
                 .zip(statistics.par_iter().zip(weights))
                 .for_each(|((output, (student, teacher)), (row, &weight))| {
                     if weight == 0.0 {
-                        output.fill(0.0);
-                        return;
+                        return output.fill(0.0);
                     }
                     cpu::simd(
                         #[inline(always)]
-                        || {
-                            for ((output, student), teacher) in output.iter_mut().zip(student).zip(teacher) {
-                                let log_q = student * self.student_factor - row.student_log_sum;
-                                let log_p = teacher * self.teacher_factor - row.teacher_log_sum;
-                                let q = cpu::exp(log_q);
-                                *output = weight
-                                    * match self.divergence {
-                                        Divergence::ReverseKl => times(q, log_q - log_p - row.mean_slope),
-                                        Divergence::ForwardKl | Divergence::SoftCrossEntropy => q - cpu::exp(log_p),
-                                        Divergence::JensenShannon => {
-                                            times(q, 0.5 * (log_q - log_mean(log_q, log_p)) - row.mean_slope)
-                                        }
-                                    };
-                            }
-                        },
+                        || self.row_gradient(output, student, teacher, row, weight),
                     );
                 });
             Ok(())
         })
     }
+
+    #[inline(always)]
+    fn row_gradient(self, output: &mut [f32], student: &[f32], teacher: &[f32], row: &RowStatistics, weight: f32) {
+        let log_q = |logit: f32| row.student.log_probability(logit * self.student_factor);
+        let log_p = |logit: f32| row.teacher.log_probability(logit * self.teacher_factor);
+        let pairs = output.iter_mut().zip(student.iter().zip(teacher));
+        // One loop each, so that the choice is made once and not for every logit.
+        match self.divergence {
+            Divergence::ReverseKl => {
+                for (output, (s, t)) in pairs {
+                    *output = weight * reverse_term(log_q(*s), log_p(*t), row.mean_slope);
+                }
+            }
+            Divergence::ForwardKl | Divergence::SoftCrossEntropy => {
+                for (output, (s, t)) in pairs {
+                    *output = weight * (cpu::exp(log_q(*s)) - cpu::exp(log_p(*t)));
+                }
+            }
+            Divergence::JensenShannon => {
+                for (output, (s, t)) in pairs {
+                    *output = weight * jensen_shannon_term(log_q(*s), log_p(*t), row.mean_slope);
+                }
+            }
+        }
+    }
+}
+
+/// `q (ln q - ln p - mean)`.
+#[inline(always)]
+fn reverse_term(log_q: f32, log_p: f32, mean: f32) -> f32 {
+    times(cpu::exp(log_q), log_q - log_p - mean)
+}
+
+/// `q (½ (ln q - ln m) - mean)`, with `m = (q + p) / 2`.
+#[inline(always)]
+fn jensen_shannon_term(log_q: f32, log_p: f32, mean: f32) -> f32 {
+    times(cpu::exp(log_q), 0.5 * (log_q - log_mean(log_q, log_p)) - mean)
 }
 
 /// `probability · value`, 0 where the probability is 0 even if the value is infinite; NaN stays NaN.
@@ -231,7 +263,7 @@ fn times(probability: f32, value: f32) -> f32 {
 #[inline(always)]
 fn log_mean(a: f32, b: f32) -> f32 {
     let (high, low) = if a > b { (a, b) } else { (b, a) };
-    high + (0.5 * (1.0 + cpu::exp(low - high))).ln()
+    high + (cpu::ln_1p_up_to_one(cpu::exp(low - high)) - std::f32::consts::LN_2)
 }
 
 /// `Σ term(student[v], teacher[v])`, in f32 over short blocks and in f64 over those.

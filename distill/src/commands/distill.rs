@@ -1,0 +1,69 @@
+//! `grafter distill`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::Args;
+use toml::Value;
+
+use super::run_flags::{self, RunFlags, parse_layers, path_override};
+use crate::config::{Override, Task};
+
+const EXAMPLES: &str = "\
+Examples:
+  grafter distill --teacher smollm2 --layers 10,15,20 --train train.jsonl --validation valid.jsonl \\
+      --steps 200 --run runs/first
+  grafter distill --config run.toml --run runs/second --set loss.divergence=forward_kl
+
+A run that was interrupted or killed continues when the same command is given again. Keys of the configuration, as they
+are resolved: grafter distill ... --print-config";
+
+/// Replace layers of a teacher by Mamba mixers and distil the hybrid
+///
+/// The named layers' attention is replaced by Mamba mixers that start from its own weights; the hybrid then learns to
+/// predict what the teacher predicts (reverse KL unless said otherwise).
+#[derive(Args)]
+#[command(after_help = EXAMPLES)]
+pub(super) struct Arguments {
+    /// Folder of the model to learn from
+    #[arg(long, value_name = "DIR")]
+    teacher: Option<PathBuf>,
+    /// Layers to replace, counted from 0, as in 1,3,5-8
+    #[arg(long, value_name = "LAYERS")]
+    layers: Option<String>,
+    /// A hybrid from an earlier run to go on from
+    #[arg(long, value_name = "DIR")]
+    student: Option<PathBuf>,
+    /// Let every query chunk of a new mixer meet its own keys (the published initialisation does not)
+    #[arg(long)]
+    mil_align: bool,
+    /// What is trained: all or mixers [default: all]
+    #[arg(long, value_name = "WHAT")]
+    trainable: Option<String>,
+    /// reverse_kl, forward_kl, jensen_shannon or soft_cross_entropy [default: reverse_kl]
+    #[arg(long, value_name = "WHICH")]
+    divergence: Option<String>,
+    /// Divides the logits of both models [default: 1]
+    #[arg(long, value_name = "T")]
+    temperature: Option<f64>,
+    #[command(flatten)]
+    flags: RunFlags,
+}
+
+pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
+    let mut own = Vec::new();
+    own.extend(path_override("--teacher", "model.teacher", arguments.teacher.as_deref())?);
+    own.extend(path_override("--student", "model.student", arguments.student.as_deref())?);
+    if let Some(layers) = &arguments.layers {
+        own.push(Override::flag("--layers", "model.layers", parse_layers(layers)?));
+    }
+    let values = [
+        ("--mil-align", "model.mil_align", arguments.mil_align.then_some(Value::from(true))),
+        ("--trainable", "training.trainable", arguments.trainable.map(Value::from)),
+        ("--divergence", "loss.divergence", arguments.divergence.map(Value::from)),
+        ("--temperature", "loss.temperature", arguments.temperature.map(Value::from)),
+    ];
+    own.extend(values.into_iter().filter_map(|(flag, key, value)| Some(Override::flag(flag, key, value?))));
+    run_flags::run(Task::Distill, arguments.flags, own)
+}

@@ -1,0 +1,135 @@
+//! The command line: one file per subcommand, and what they share.
+
+mod data;
+mod devices;
+mod distill;
+mod eval;
+mod generate;
+mod import;
+mod inspect;
+mod output;
+mod run_flags;
+mod train;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  an error, explained on standard error
+  2  a wrong command line
+  3  interrupted (SIGINT or SIGTERM); a checkpoint was saved, the same command continues";
+
+/// Exit code of an error.
+const FAILED: u8 = 1;
+/// Exit code of a run that a signal ended.
+const INTERRUPTED: u8 = 3;
+
+/// Turns pretrained transformers into Mamba hybrids.
+#[derive(Parser)]
+#[command(name = "grafter", version, about, after_help = EXIT_CODES, disable_help_subcommand = true)]
+struct CommandLine {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Import(import::Arguments),
+    Inspect(inspect::Arguments),
+    Devices(devices::Arguments),
+    Distill(distill::Arguments),
+    Train(train::Arguments),
+    Generate(generate::Arguments),
+    Eval(eval::Arguments),
+    Data(data::Arguments),
+}
+
+/// Runs the program with the process's arguments.
+pub fn main() -> ExitCode {
+    let command = match CommandLine::try_parse() {
+        Ok(command_line) => command_line.command,
+        Err(error) => {
+            // Help and version are no errors, and a reader that left early is none either.
+            let _ = error.print();
+            return ExitCode::from(error.exit_code() as u8);
+        }
+    };
+    let result = match command {
+        Command::Import(arguments) => import::run(arguments),
+        Command::Inspect(arguments) => inspect::run(arguments),
+        Command::Devices(arguments) => devices::run(arguments),
+        Command::Distill(arguments) => distill::run(arguments),
+        Command::Train(arguments) => train::run(arguments),
+        Command::Generate(arguments) => generate::run(arguments),
+        Command::Eval(arguments) => eval::run(arguments),
+        Command::Data(arguments) => data::run(arguments),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(std::io::stderr(), "error: {}", chain(&error));
+            ExitCode::from(FAILED)
+        }
+    }
+}
+
+/// Whether the reader of standard output left: what it wanted it has.
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let broken = |error: &std::io::Error| error.kind() == std::io::ErrorKind::BrokenPipe;
+    error.chain().any(|cause| cause.downcast_ref().is_some_and(broken))
+}
+
+/// An error with its causes on one line, each said once: libraries differ in whether a message repeats its cause.
+fn chain(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain() {
+        let cause = cause.to_string();
+        if text.is_empty() {
+            text = cause;
+        } else if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
+}
+
+/// The successful end of a command.
+fn done() -> Result<ExitCode> {
+    Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::Context;
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_well_formed_and_every_command_explains_itself() {
+        CommandLine::command().debug_assert();
+        for command in CommandLine::command().get_subcommands() {
+            assert!(command.get_about().is_some(), "{} has no description", command.get_name());
+            let help = command.clone().render_long_help().to_string();
+            assert!(help.contains("Example"), "{} shows no example", command.get_name());
+            for argument in command.get_arguments() {
+                assert!(argument.get_help().is_some(), "{} {} is not explained", command.get_name(), argument.get_id());
+            }
+        }
+    }
+
+    #[test]
+    fn a_cause_is_said_once() {
+        let cause = std::io::Error::from(std::io::ErrorKind::NotFound);
+        let repeated = anyhow::Error::new(cause).context("cannot open x: entity not found").context("loading");
+        assert_eq!(chain(&repeated), "loading: cannot open x: entity not found");
+        let plain: Result<()> = Err(anyhow::anyhow!("no")).context("why");
+        assert_eq!(chain(&plain.unwrap_err()), "why: no");
+    }
+}

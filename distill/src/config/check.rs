@@ -1,0 +1,149 @@
+//! Ranges, and what goes together.
+
+use anyhow::{Result, bail, ensure};
+
+use super::{Init, RunConfig, Task};
+
+/// Refuses a configuration that makes no sense.
+///
+/// # Errors
+/// The first key at fault, its value, and what would be right.
+pub(super) fn check(config: &RunConfig) -> Result<()> {
+    model(config)?;
+    data(config)?;
+    training(config)?;
+    loss(config)?;
+    ensure!(config.checkpoint.keep >= 1, "checkpoint.keep is 0: at least one checkpoint must be kept");
+    ensure!(
+        config.evaluation.sequences >= 1,
+        "evaluation.sequences is 0: leave data.validation out to evaluate nothing"
+    );
+    Ok(())
+}
+
+fn model(config: &RunConfig) -> Result<()> {
+    let model = &config.model;
+    match config.task {
+        Task::Distill => {
+            ensure!(
+                model.teacher.is_some(),
+                "model.teacher is missing: the folder of the model to learn from (--teacher)"
+            );
+            ensure!(
+                model.source.is_none(),
+                "model.source is for `grafter train`: distillation starts from model.teacher"
+            );
+            ensure!(
+                model.init == Init::Mil,
+                "model.init: distillation knows \"mil\" alone; \"random\" and \"weights\" are for `grafter train`"
+            );
+            ensure!(
+                !model.layers.is_empty() || model.student.is_some(),
+                "model.layers is empty: name the layers to replace (--layers 1,3), or a hybrid to go on from (--student)"
+            );
+            for (index, layer) in model.layers.iter().enumerate() {
+                ensure!(!model.layers[..index].contains(layer), "model.layers names layer {layer} twice");
+            }
+        }
+        Task::Train => {
+            ensure!(
+                model.source.is_some(),
+                "model.source is missing: a folder with config.json and tokenizer.json (--source)"
+            );
+            ensure!(
+                model.init != Init::Mil,
+                "model.init: \"mil\" is for `grafter distill`; use \"random\" or \"weights\""
+            );
+            let teacher_keys = [
+                ("model.teacher", model.teacher.is_some()),
+                ("model.student", model.student.is_some()),
+                ("model.layers", !model.layers.is_empty()),
+                ("model.mil_align", model.mil_align),
+                ("loss.divergence_weight", config.loss.divergence_weight != 0.0),
+            ];
+            if let Some((key, _)) = teacher_keys.iter().find(|(_, given)| *given) {
+                bail!("{key} is for `grafter distill`: `grafter train` has no teacher");
+            }
+        }
+    }
+    Ok(())
+}
+
+fn data(config: &RunConfig) -> Result<()> {
+    let data = &config.data;
+    ensure!(data.train.is_some(), "data.train is missing: a jsonl file (--train)");
+    ensure!(
+        (2..=1 << 24).contains(&data.sequence_length),
+        "data.sequence_length is {}: it must be from 2 to {}",
+        data.sequence_length,
+        1 << 24
+    );
+    Ok(())
+}
+
+fn training(config: &RunConfig) -> Result<()> {
+    let training = &config.training;
+    ensure!(training.steps >= 1, "training.steps is missing or 0: how many updates to make (--steps)");
+    ensure!(training.batch_size >= 1, "training.batch_size is 0: it must be at least 1");
+    ensure!(
+        (1..=training.batch_size).contains(&training.micro_batch),
+        "training.micro_batch is {}: it must be from 1 to training.batch_size, which is {}",
+        training.micro_batch,
+        training.batch_size
+    );
+    within("training.learning_rate", training.learning_rate, 0.0, f64::from(f32::MAX), "above 0", false)?;
+    within(
+        "training.minimum_learning_rate",
+        training.minimum_learning_rate,
+        0.0,
+        training.learning_rate,
+        "from 0 to training.learning_rate",
+        true,
+    )?;
+    ensure!(
+        training.warmup_steps <= training.steps,
+        "training.warmup_steps is {}, more than training.steps, which is {}",
+        training.warmup_steps,
+        training.steps
+    );
+    if let Some(decay_steps) = training.decay_steps {
+        ensure!(
+            decay_steps > training.warmup_steps,
+            "training.decay_steps is {decay_steps}: decay must end after the warm-up of {} steps",
+            training.warmup_steps
+        );
+    }
+    within("training.gradient_clip", training.gradient_clip, 0.0, f64::MAX, "0 (no limit) or above", true)?;
+    within("training.weight_decay", training.weight_decay, 0.0, f64::from(f32::MAX), "0 or above", true)?;
+    for (key, beta) in [("training.beta1", training.beta1), ("training.beta2", training.beta2)] {
+        ensure!((0.0..1.0).contains(&beta), "{key} is {beta}: it must be at least 0 and below 1");
+    }
+    within("training.epsilon", training.epsilon, 0.0, 1.0, "above 0 and at most 1", false)?;
+    // TOML has signed integers only, and the resolved configuration is TOML.
+    ensure!(
+        i64::try_from(training.seed).is_ok(),
+        "training.seed is {}: it must be at most {}",
+        training.seed,
+        i64::MAX
+    );
+    Ok(())
+}
+
+fn loss(config: &RunConfig) -> Result<()> {
+    let loss = &config.loss;
+    within("loss.temperature", loss.temperature, 0.0, 1e6, "above 0", false)?;
+    within("loss.divergence_weight", loss.divergence_weight, 0.0, 1e6, "0 or above", true)?;
+    within("loss.cross_entropy_weight", loss.cross_entropy_weight, 0.0, 1e6, "0 or above", true)?;
+    ensure!(
+        loss.divergence_weight > 0.0 || loss.cross_entropy_weight > 0.0,
+        "loss.divergence_weight and loss.cross_entropy_weight are both 0: nothing would be learned"
+    );
+    Ok(())
+}
+
+/// Whether a number lies in a range; NaN lies in none.
+fn within(key: &str, value: f64, low: f64, high: f64, range: &str, low_included: bool) -> Result<()> {
+    let fits = (value > low || (low_included && value == low)) && value <= high;
+    ensure!(fits, "{key} is {value}: it must be {range}");
+    Ok(())
+}

@@ -1,0 +1,251 @@
+//! Files that are there whole or not at all.
+//!
+//! Everything that a run must not lose is written beside its final place, flushed to the disk, and renamed. What a
+//! reader sees under the final name is therefore complete, whenever the process dies; after a power loss too, as far as
+//! the file system keeps its promises.
+
+use std::fs::{self, File};
+use std::io::{BufWriter, Read, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use sha2::{Digest, Sha256};
+
+/// Ends the names of files and folders that are being written.
+const PARTIAL: &str = ".partial";
+
+/// Writes a file: `write` fills it, then it takes its name. On an error nothing changes under that name.
+///
+/// # Errors
+/// Those of `write`; a folder that cannot be written, a full disk.
+pub fn write_file<T>(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -> Result<T>) -> Result<T> {
+    let partial = partial_sibling(path)?;
+    let written = fill_file(&partial, write).and_then(|value| {
+        fs::rename(&partial, path).context("putting the finished file in its place")?;
+        sync_folder(parent(path))?;
+        Ok(value)
+    });
+    if written.is_err() {
+        // The first error is the one to report; a leftover is removed by the next start.
+        let _ = fs::remove_file(&partial);
+    }
+    written.with_context(|| format!("writing {}", path.display()))
+}
+
+/// Writes a folder: `write` fills an empty one, then it takes its name, which must be free. On an error nothing
+/// appears under that name.
+///
+/// # Errors
+/// Those of `write`; a parent that cannot be written, a full disk, a name that is taken.
+pub fn write_folder<T>(path: &Path, write: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
+    let partial = partial_sibling(path)?;
+    let fill = || -> Result<T> {
+        if partial.exists() {
+            fs::remove_dir_all(&partial).context("removing what an earlier attempt left")?;
+        }
+        fs::create_dir(&partial)?;
+        let value = write(&partial)?;
+        sync_folder(&partial)?;
+        fs::rename(&partial, path).context("putting the finished folder in its place")?;
+        sync_folder(parent(path))?;
+        Ok(value)
+    };
+    let written = fill();
+    if written.is_err() {
+        let _ = fs::remove_dir_all(&partial);
+    }
+    written.with_context(|| format!("writing {}", path.display()))
+}
+
+/// Writes a new file and flushes it to the disk: for files in a folder that [`write_folder`] is filling.
+///
+/// # Errors
+/// Those of `write` and of the file system.
+pub fn fill_file<T>(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -> Result<T>) -> Result<T> {
+    let mut writer = BufWriter::with_capacity(1 << 20, File::create(path)?);
+    let value = write(&mut writer)?;
+    writer.flush()?;
+    writer.get_ref().sync_all()?;
+    Ok(value)
+}
+
+/// Removes a folder so that no reader ever sees half of it: it loses its name first.
+///
+/// # Errors
+/// When it cannot be renamed or removed.
+pub fn remove_folder(path: &Path) -> Result<()> {
+    let partial = partial_sibling(path)?;
+    let remove = || -> Result<()> {
+        fs::rename(path, &partial)?;
+        fs::remove_dir_all(&partial)?;
+        Ok(())
+    };
+    remove().with_context(|| format!("removing {}", path.display()))
+}
+
+/// Removes what a killed process left half-written in a folder.
+///
+/// # Errors
+/// When the folder cannot be read or a leftover cannot be removed.
+pub fn remove_leftovers(folder: &Path) -> Result<()> {
+    let remove = || -> Result<()> {
+        for entry in fs::read_dir(folder)? {
+            let path = entry?.path();
+            if is_partial(&path) {
+                if path.is_dir() { fs::remove_dir_all(&path)? } else { fs::remove_file(&path)? }
+            }
+        }
+        Ok(())
+    };
+    remove().with_context(|| format!("clearing {} of what an earlier run left half-written", folder.display()))
+}
+
+/// Makes a folder and the folders above it.
+///
+/// # Errors
+/// When one cannot be made, such as where a file has its name.
+pub fn create_folder(path: &Path) -> Result<()> {
+    fs::create_dir_all(path).with_context(|| format!("making the folder {}", path.display()))
+}
+
+/// A writer that also computes the SHA-256 of what passes through.
+#[derive(Debug)]
+pub struct HashingWriter<W> {
+    inner: W,
+    hasher: Sha256,
+}
+
+impl<W: Write> HashingWriter<W> {
+    /// Writes to `inner`.
+    pub fn new(inner: W) -> Self {
+        Self { inner, hasher: Sha256::new() }
+    }
+
+    /// The hash of everything written, in hexadecimal.
+    pub fn finish(self) -> String {
+        hexadecimal(&self.hasher.finalize())
+    }
+}
+
+impl<W: Write> Write for HashingWriter<W> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let written = self.inner.write(bytes)?;
+        self.hasher.update(&bytes[..written]);
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.inner.flush()
+    }
+}
+
+/// The SHA-256 of a file's bytes, in hexadecimal.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn hash_file(path: &Path) -> Result<String> {
+    let hash = || -> Result<String> {
+        let mut file = File::open(path)?;
+        let mut hasher = Sha256::new();
+        let mut block = vec![0; 1 << 20];
+        loop {
+            match file.read(&mut block)? {
+                0 => return Ok(hexadecimal(&hasher.finalize())),
+                count => hasher.update(&block[..count]),
+            }
+        }
+    };
+    hash().with_context(|| format!("reading {}", path.display()))
+}
+
+/// The SHA-256 of some bytes, in hexadecimal.
+pub fn hash_bytes(bytes: &[u8]) -> String {
+    hexadecimal(&Sha256::digest(bytes))
+}
+
+/// Bytes as lower-case hexadecimal digits.
+pub fn hexadecimal(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn partial_sibling(path: &Path) -> Result<PathBuf> {
+    let Some(name) = path.file_name() else { bail!("{} does not name a file or folder", path.display()) };
+    Ok(path.with_file_name(format!(".{}{PARTIAL}", name.to_string_lossy())))
+}
+
+fn is_partial(path: &Path) -> bool {
+    path.file_name().is_some_and(|name| {
+        let name = name.to_string_lossy();
+        name.starts_with('.') && name.ends_with(PARTIAL)
+    })
+}
+
+fn parent(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Makes names in a folder durable. Only Unix opens folders; elsewhere renaming has to be enough.
+fn sync_folder(folder: &Path) -> Result<()> {
+    if cfg!(unix) {
+        File::open(folder)?.sync_all()?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_write_leaves_the_old_file_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        write_file(&path, |writer| Ok(writer.write_all(b"old")?)).unwrap();
+        let error = write_file(&path, |writer| -> Result<()> {
+            writer.write_all(b"half of the new")?;
+            Err(std::io::Error::from(std::io::ErrorKind::StorageFull).into())
+        });
+        let message = format!("{:#}", error.unwrap_err());
+        assert!(message.contains("file") && message.contains("no storage space"), "{message}");
+        assert_eq!(fs::read(&path).unwrap(), b"old");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_failed_folder_leaves_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("made");
+        let error = write_folder(&path, |partial| -> Result<()> {
+            fill_file(&partial.join("one"), |writer| Ok(writer.write_all(b"1")?))?;
+            bail!("the second file failed")
+        });
+        assert!(format!("{:#}", error.unwrap_err()).contains("the second file failed"));
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+        write_folder(&path, |partial| fill_file(&partial.join("one"), |writer| Ok(writer.write_all(b"1")?))).unwrap();
+        assert_eq!(fs::read(path.join("one")).unwrap(), b"1");
+        remove_folder(&path).unwrap();
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn leftovers_of_a_killed_process_are_cleared() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::create_dir(folder.path().join(".step-000004.partial")).unwrap();
+        fs::write(folder.path().join(".step-000004.partial").join("weights"), b"half").unwrap();
+        fs::write(folder.path().join(".state.json.partial"), b"half").unwrap();
+        fs::write(folder.path().join("kept"), b"whole").unwrap();
+        remove_leftovers(folder.path()).unwrap();
+        let names: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(names, ["kept"]);
+    }
+
+    #[test]
+    fn a_hash_is_the_published_one() {
+        let digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+        assert_eq!(hash_bytes(b"abc"), digest);
+        let mut writer = HashingWriter::new(Vec::new());
+        writer.write_all(b"a").unwrap();
+        writer.write_all(b"bc").unwrap();
+        assert_eq!(writer.finish(), digest);
+    }
+}

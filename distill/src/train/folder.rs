@@ -1,0 +1,104 @@
+//! A run's folder and who may write in it.
+
+use std::fs::{self, File, TryLockError};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+
+use crate::files;
+
+/// An open run folder. While it is open no other process can open it.
+pub(super) struct RunFolder {
+    path: PathBuf,
+    /// Holds the lock; the system lets go of it however the process ends.
+    _lock: Option<File>,
+}
+
+impl RunFolder {
+    /// Opens the folder, making it where there is none, and clears it of half-written files.
+    ///
+    /// # Errors
+    /// When it cannot be made or another process has it open.
+    pub fn open(path: &Path) -> Result<Self> {
+        files::create_folder(path)?;
+        let lock = lock(path)?;
+        files::remove_leftovers(path)?;
+        Ok(Self { path: path.to_owned(), _lock: lock })
+    }
+
+    /// The resolved configuration.
+    pub fn config(&self) -> PathBuf {
+        self.path.join("config.toml")
+    }
+
+    /// The loss log.
+    pub fn metrics(&self) -> PathBuf {
+        self.path.join("metrics.jsonl")
+    }
+
+    /// What took how long.
+    pub fn timing(&self) -> PathBuf {
+        self.path.join("timing.jsonl")
+    }
+
+    /// Packed data.
+    pub fn data(&self) -> PathBuf {
+        self.path.join("data")
+    }
+
+    /// The checkpoints.
+    pub fn checkpoints(&self) -> PathBuf {
+        self.path.join("checkpoints")
+    }
+
+    /// The finished model.
+    pub fn model(&self) -> PathBuf {
+        self.path.join("model")
+    }
+}
+
+impl Drop for RunFolder {
+    /// A run that failed before it wrote anything leaves no empty folders behind.
+    fn drop(&mut self) {
+        for folder in [self.data(), self.path.clone()] {
+            // Fails where something is inside, which is what is wanted.
+            let _ = fs::remove_dir(folder);
+        }
+    }
+}
+
+/// Locks the folder itself, so that no lock file lies about. Where folders cannot be opened nothing is locked.
+fn lock(path: &Path) -> Result<Option<File>> {
+    if !cfg!(unix) {
+        return Ok(None);
+    }
+    let folder = File::open(path).with_context(|| format!("opening {}", path.display()))?;
+    match folder.try_lock() {
+        Ok(()) => Ok(Some(folder)),
+        Err(TryLockError::WouldBlock) => {
+            bail!("another grafter is working in {}: wait for it, or stop it first", path.display())
+        }
+        // Some network file systems know no locks; one process at a time is then the user's care.
+        Err(TryLockError::Error(_)) => Ok(None),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_process_at_a_time_and_no_trace_of_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("run");
+        let open = RunFolder::open(&path).unwrap();
+        let message = RunFolder::open(&path).err().unwrap().to_string();
+        assert!(message.contains("another grafter is working in"), "{message}");
+        drop(open);
+        assert!(!path.exists());
+        let open = RunFolder::open(&path).unwrap();
+        fs::write(open.config(), "x").unwrap();
+        drop(open);
+        assert!(path.join("config.toml").exists());
+    }
+}

@@ -1,0 +1,53 @@
+//! SIGINT and SIGTERM end a run after the step in hand.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use anyhow::{Context, Result};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::flag;
+
+/// Whether somebody asked the run to end.
+#[derive(Clone, Debug, Default)]
+pub struct Interruption {
+    signal: Arc<AtomicUsize>,
+}
+
+impl Interruption {
+    /// One that only [`Interruption::interrupt`] sets off.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// One that SIGINT and SIGTERM set off. A second signal ends the process at once, with `exit_code`: the last
+    /// checkpoint is then what the run continues from.
+    ///
+    /// # Errors
+    /// When the system does not let the signals be handled.
+    pub fn on_signals(exit_code: i32) -> Result<Self> {
+        let interruption = Self::new();
+        let seen = Arc::new(AtomicBool::new(false));
+        for signal in [SIGINT, SIGTERM] {
+            // In this order: the first signal finds `seen` unset and sets it.
+            flag::register_conditional_shutdown(signal, exit_code, Arc::clone(&seen))
+                .and_then(|_| flag::register(signal, Arc::clone(&seen)))
+                .and_then(|_| flag::register_usize(signal, Arc::clone(&interruption.signal), signal as usize))
+                .context("installing the handler of SIGINT and SIGTERM")?;
+        }
+        Ok(interruption)
+    }
+
+    /// Asks the run to end after the step in hand.
+    pub fn interrupt(&self) {
+        self.signal.store(SIGINT as usize, Ordering::Relaxed);
+    }
+
+    /// What asked the run to end, by name.
+    pub fn requested(&self) -> Option<&'static str> {
+        match self.signal.load(Ordering::Relaxed) {
+            0 => None,
+            signal if signal == SIGTERM as usize => Some("SIGTERM"),
+            _ => Some("SIGINT"),
+        }
+    }
+}

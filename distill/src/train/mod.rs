@@ -1,0 +1,406 @@
+//! A run: from a resolved configuration to a trained model.
+//!
+//! Everything a run knows lies in its folder: `config.toml`, `metrics.jsonl` (what was computed), `timing.jsonl` (how
+//! long it took), `data/` (packed tokens), `checkpoints/`, and at the end `model/`. A run that is killed at any moment
+//! and started again with the same command continues from its newest checkpoint and ends with the same bits: every
+//! update is a function of the checkpoint's state, and what was written after it is dropped.
+
+mod checkpoint;
+mod folder;
+mod interruption;
+mod metrics;
+pub(crate) mod models;
+mod objective;
+mod progress;
+mod tensor_file;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail, ensure};
+use autograd::optimizer::{self, AdamW};
+use autograd::{Gradients, Tape};
+use model::checkpoint::SaveOptions;
+use runtime::Device;
+
+pub use interruption::Interruption;
+pub use metrics::{Record, StepRecord, TimingRecord, ValidationRecord, read_metrics};
+pub use progress::Progress;
+
+use crate::config::{self, RunConfig};
+use crate::data::{self, Batch, PackOptions, Sampler, Sequence, TokenFile};
+use crate::files;
+use checkpoint::{DataState, State};
+use folder::RunFolder;
+use metrics::Log;
+use models::Models;
+use objective::{Loss, Objective, first_bad_gradient};
+
+/// How a run ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// All updates were made; the model is in this folder.
+    Finished {
+        /// `RUN/model`.
+        model: PathBuf,
+    },
+    /// A signal ended it after this update; a checkpoint was saved.
+    Interrupted {
+        /// What ended it.
+        signal: &'static str,
+        /// Updates made.
+        step: u64,
+    },
+}
+
+/// Runs `config` in `folder`, from its newest checkpoint where there is one.
+///
+/// # Errors
+/// Everything that is wrong with models, data or configuration, before anything is written; a configuration, model or
+/// data other than those the run began with; a loss or gradient that is not finite, before the update; files that
+/// cannot be written. Earlier checkpoints stay as they are.
+pub fn run(config: &RunConfig, folder: &Path, interruption: &Interruption, progress: &mut Progress) -> Result<Outcome> {
+    let device: Device = config.device.parse()?;
+    let run = RunFolder::open(folder)?;
+    let resumed = checkpoint::latest(&run.checkpoints(), |warning| progress.say(warning))?;
+    if let Some(checkpoint) = &resumed {
+        check_config(config, &run, &checkpoint.state)?;
+        if checkpoint.state.step >= config.training.steps && run.model().exists() {
+            progress.say(&format!("all {} updates are made", config.training.steps));
+            return Ok(Outcome::Finished { model: run.model() });
+        }
+    }
+    let mut models = Models::new(config, &device)?;
+    let data = Data::prepare(config, &models, &run, resumed.as_ref().map(|checkpoint| &checkpoint.state), progress)?;
+    files::write_file(&run.config(), |writer| {
+        Ok(std::io::Write::write_all(writer, config::to_toml(config)?.as_bytes())?)
+    })?;
+    let (state, optimizer) = match &resumed {
+        Some(checkpoint) => {
+            check_models(&models, &checkpoint.state)?;
+            let options = config.training.optimizer();
+            let optimizer = checkpoint.restore(&mut models.student.parameters, options, &device)?;
+            progress.say(&format!(
+                "continuing after step {} from {}",
+                checkpoint.state.step,
+                checkpoint.path.display()
+            ));
+            (checkpoint.state.clone(), optimizer)
+        }
+        None => {
+            let state = first_state(config, &models, &data)?;
+            (state, AdamW::new(config.training.optimizer(), &models.student.parameters))
+        }
+    };
+    let metrics = Log::open(&run.metrics(), state.metrics_bytes)?;
+    let timing = Log::open(&run.timing(), metrics::timing_bytes(&run.timing(), state.step))?;
+    let trainer = Trainer {
+        config,
+        run,
+        device,
+        objective: Objective::new(&config.loss),
+        sampler: Sampler::new(config.training.seed, data.train.sequences()),
+        models,
+        data,
+        optimizer,
+        fresh: resumed.is_none(),
+        state,
+        metrics,
+        timing,
+    };
+    trainer.run(interruption, progress)
+}
+
+struct Data {
+    train: TokenFile,
+    validation: Option<TokenFile>,
+}
+
+impl Data {
+    fn prepare(
+        config: &RunConfig,
+        models: &Models,
+        run: &RunFolder,
+        state: Option<&State>,
+        progress: &mut Progress,
+    ) -> Result<Self> {
+        let encoder = models.encoder(config)?;
+        let options =
+            PackOptions { sequence_length: config.data.sequence_length, long_documents: config.data.long_documents };
+        let mut prepare = |role: &str, source: &Path| -> Result<TokenFile> {
+            if let Some(begun) = state.and_then(|state| state.data.get(role)) {
+                let differences =
+                    data::differences(&begun.identity, &data::wanted_identity(source, &encoder, options)?);
+                ensure!(
+                    differences.is_empty(),
+                    "the {role} data are not those that the run began with: {}; put them back, or start a new run folder",
+                    differences.join("; ")
+                );
+            }
+            files::create_folder(&run.data())?;
+            let cache = run.data().join(format!("{role}.tokens"));
+            let will_pack = || progress.say(&format!("packing {}", source.display()));
+            let file = data::prepare(source, &cache, &encoder, options, will_pack)
+                .with_context(|| format!("preparing the {role} data"))?;
+            if let Some(begun) = state.and_then(|state| state.data.get(role)) {
+                ensure!(file.rows_hash() == begun.rows, "the {role} data give other tokens than when the run began");
+            }
+            let summary = file.summary();
+            progress.say(&format!(
+                "{role} data: {} documents, {} tokens in {} sequences of {}{}{}",
+                summary.documents,
+                summary.tokens,
+                summary.sequences,
+                file.identity().sequence_length,
+                counted(summary.split_documents, "split"),
+                counted(summary.dropped_documents, "dropped"),
+            ));
+            Ok(file)
+        };
+        let train = prepare("train", config.data.train.as_deref().context("data.train is missing")?)?;
+        let validation = match &config.data.validation {
+            Some(source) => Some(prepare("validation", source)?),
+            None => None,
+        };
+        Ok(Self { train, validation })
+    }
+
+    fn state(&self) -> BTreeMap<String, DataState> {
+        let state =
+            |file: &TokenFile| DataState { identity: file.identity().clone(), rows: file.rows_hash().to_owned() };
+        let validation = self.validation.as_ref().map(|file| ("validation".to_owned(), state(file)));
+        [("train".to_owned(), state(&self.train))].into_iter().chain(validation).collect()
+    }
+}
+
+fn counted(count: u64, what: &str) -> String {
+    if count == 0 { String::new() } else { format!(", {count} long documents {what}") }
+}
+
+fn config_hash(config: &RunConfig) -> Result<String> {
+    let defaults = RunConfig::defaults(config.task).checkpoint;
+    let text = config::to_toml(&RunConfig { checkpoint: defaults, ..config.clone() })?;
+    Ok(files::hash_bytes(text.as_bytes()))
+}
+
+fn first_state(config: &RunConfig, models: &Models, data: &Data) -> Result<State> {
+    Ok(State {
+        version: State::VERSION,
+        step: 0,
+        sequences: 0,
+        tokens: 0,
+        seed: config.training.seed,
+        metrics_bytes: 0,
+        config: config_hash(config)?,
+        models: models.hashes.clone(),
+        data: data.state(),
+    })
+}
+
+fn check_config(config: &RunConfig, run: &RunFolder, state: &State) -> Result<()> {
+    let begun = config::read(&run.config())?;
+    let differences = config::differences(&begun, config)?;
+    ensure!(
+        differences.is_empty(),
+        "the run in {} began with another configuration: {}; give the same one, or start a new run folder",
+        run.config().display(),
+        differences.join("; ")
+    );
+    ensure!(
+        config_hash(config)? == state.config,
+        "{} was changed since the last checkpoint: put it back, or start a new run folder",
+        run.config().display()
+    );
+    Ok(())
+}
+
+fn check_models(models: &Models, state: &State) -> Result<()> {
+    for (role, hash) in &models.hashes {
+        ensure!(
+            state.models.get(role) == Some(hash),
+            "the {role} model's files are not those that the run began with: put them back, or start a new run folder"
+        );
+    }
+    Ok(())
+}
+
+struct Trainer<'a> {
+    config: &'a RunConfig,
+    run: RunFolder,
+    device: Device,
+    objective: Objective,
+    sampler: Sampler,
+    models: Models,
+    data: Data,
+    optimizer: AdamW,
+    /// Whether no checkpoint was there to continue from.
+    fresh: bool,
+    state: State,
+    metrics: Log,
+    timing: Log,
+}
+
+impl Trainer<'_> {
+    fn run(mut self, interruption: &Interruption, progress: &mut Progress) -> Result<Outcome> {
+        let steps = self.config.training.steps;
+        progress.begin(self.state.step, steps);
+        if self.fresh {
+            self.validate(progress)?;
+        }
+        while self.state.step < steps {
+            self.step(progress).with_context(|| format!("step {}", self.state.step + 1))?;
+            let step = self.state.step;
+            if step == steps || is_due(step, self.config.evaluation.every) {
+                self.validate(progress)?;
+            }
+            let interrupted = interruption.requested();
+            if step == steps || interrupted.is_some() || is_due(step, self.config.checkpoint.every) {
+                self.save()?;
+            }
+            if let Some(signal) = interrupted.filter(|_| step < steps) {
+                progress.end();
+                return Ok(Outcome::Interrupted { signal, step });
+            }
+        }
+        progress.end();
+        self.finish()
+    }
+
+    /// One update.
+    fn step(&mut self, progress: &mut Progress) -> Result<()> {
+        let started = Instant::now();
+        let training = &self.config.training;
+        let rows: Vec<Sequence> = (0..training.batch_size as u64)
+            .map(|offset| self.data.train.sequence(self.sampler.row(self.state.sequences + offset)))
+            .collect::<Result<_>>()?;
+        let positions: u64 = rows.iter().map(|row| data::positions_that_count(row, self.objective.positions)).sum();
+        ensure!(positions > 0, "no position of its {} rows counts in the loss: use larger batches", rows.len());
+        let (mut gradients, loss) = self.gradients(&rows, positions)?;
+        let parameters = &mut self.models.student.parameters;
+        let gradient_norm = optimizer::gradient_norm(parameters, &gradients)?;
+        if !gradient_norm.is_finite() {
+            let culprit = first_bad_gradient(parameters, &gradients).unwrap_or_else(|| "their norm".to_owned());
+            bail!("the gradients are not finite; the first tensor at fault: {culprit}. Nothing was updated or saved");
+        }
+        if training.gradient_clip > 0.0 {
+            optimizer::clip_gradients(&mut gradients, gradient_norm, training.gradient_clip)?;
+        }
+        let step = self.state.step + 1;
+        let learning_rate = training.schedule().rate(step);
+        self.optimizer.update(parameters, &gradients, learning_rate as f32)?;
+        drop(gradients);
+        self.state.step = step;
+        self.state.sequences += rows.len() as u64;
+        self.state.tokens += positions;
+        let record = StepRecord {
+            step,
+            loss: loss.total,
+            divergence: loss.divergence,
+            cross_entropy: loss.cross_entropy,
+            gradient_norm,
+            learning_rate,
+            tokens: self.state.tokens,
+        };
+        self.metrics.write(&record)?;
+        let tokens = rows.len() * rows.first().map_or(0, |row| row.tokens.len());
+        let tokens_per_second = self.time("step", started, Some(tokens))?;
+        progress.step(&record, tokens_per_second);
+        Ok(())
+    }
+
+    /// The whole batch's gradients: micro-batches summed, each divided by the whole batch's count of positions, so
+    /// that the result does not depend on how the batch is cut.
+    fn gradients(&self, rows: &[Sequence], positions: u64) -> Result<(Gradients, Loss)> {
+        let mut loss = Loss::default();
+        let mut sum: Option<Gradients> = None;
+        for rows in rows.chunks(self.config.training.micro_batch) {
+            let batch = Batch::new(&self.device, rows, self.objective.positions)?;
+            let tape = Tape::new();
+            let (value, part) = self
+                .objective
+                .loss(&tape, &self.models.student, self.models.teacher.as_ref(), &batch, positions, false)
+                .context("nothing was updated or saved")?;
+            loss.add(part);
+            let gradients = tape.backward(&value)?;
+            match &mut sum {
+                Some(sum) => sum.merge(gradients)?,
+                None => sum = Some(gradients),
+            }
+        }
+        Ok((sum.unwrap_or_default(), loss))
+    }
+
+    /// Looks at the first rows of the validation data, if there are any.
+    fn validate(&mut self, progress: &mut Progress) -> Result<()> {
+        let Some(file) = &self.data.validation else { return Ok(()) };
+        let started = Instant::now();
+        let count = file.sequences().min(self.config.evaluation.sequences);
+        let rows: Vec<Sequence> = (0..count).map(|index| file.sequence(index)).collect::<Result<_>>()?;
+        let positions: u64 = rows.iter().map(|row| data::positions_that_count(row, self.objective.positions)).sum();
+        ensure!(positions > 0, "no position of the first {count} rows of validation data counts in the loss");
+        let mut loss = Loss::default();
+        for rows in rows.chunks(self.config.training.micro_batch) {
+            let batch = Batch::new(&self.device, rows, self.objective.positions)?;
+            let tape = Tape::inference();
+            let (_, part) = self
+                .objective
+                .loss(&tape, &self.models.student, self.models.teacher.as_ref(), &batch, positions, true)
+                .with_context(|| format!("validation after step {}", self.state.step))?;
+            loss.add(part);
+        }
+        let record = ValidationRecord {
+            step: self.state.step,
+            validation_loss: loss.total,
+            validation_divergence: loss.divergence,
+            validation_cross_entropy: loss.cross_entropy.unwrap_or_default(),
+            validation_tokens: positions,
+        };
+        self.metrics.write(&record)?;
+        let tokens = rows.len() * rows.first().map_or(0, |row| row.tokens.len());
+        self.time("validation", started, Some(tokens))?;
+        progress.validation(&record);
+        Ok(())
+    }
+
+    fn save(&mut self) -> Result<()> {
+        let started = Instant::now();
+        // What the checkpoint counts on is on the disk before it.
+        self.state.metrics_bytes = self.metrics.sync()?;
+        checkpoint::save(
+            &self.run.checkpoints(),
+            &self.state,
+            &self.models.student.parameters,
+            &self.optimizer,
+            self.config.checkpoint.keep,
+        )?;
+        self.time("checkpoint", started, None)?;
+        Ok(())
+    }
+
+    /// Writes the model, whole or not at all.
+    fn finish(self) -> Result<Outcome> {
+        let model = self.run.model();
+        let options =
+            SaveOptions { carry_from: Some(&self.models.files_from), replace: true, ..SaveOptions::default() };
+        self.models.student.save(&model, &options).context("saving the finished model; its checkpoint is whole")?;
+        Ok(Outcome::Finished { model })
+    }
+
+    fn time(&mut self, what: &str, started: Instant, tokens: Option<usize>) -> Result<f64> {
+        let seconds = started.elapsed().as_secs_f64();
+        let tokens_per_second = tokens.map(|tokens| tokens as f64 / seconds.max(1e-9));
+        self.timing.write(&TimingRecord {
+            step: self.state.step,
+            what: what.to_owned(),
+            seconds,
+            tokens_per_second,
+            peak_memory_bytes: self.device.memory_usage().peak as u64,
+        })?;
+        Ok(tokens_per_second.unwrap_or_default())
+    }
+}
+
+fn is_due(step: u64, every: u64) -> bool {
+    every > 0 && step.is_multiple_of(every)
+}

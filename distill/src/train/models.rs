@@ -1,0 +1,241 @@
+//! The models that a run begins with.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use model::chat::ChatTemplate;
+use model::config::ModelConfig;
+use model::initialise::{self, GraftOptions};
+use model::tokenizer::Tokenizer;
+use model::{Model, Precision};
+use runtime::Device;
+
+use crate::config::{Init, ModelSection, RunConfig, Task, Trainable};
+use crate::data::Encoder;
+use crate::files::{hash_bytes, hash_file};
+
+/// Student, teacher, and how text becomes tokens for both.
+pub(super) struct Models {
+    pub student: Model,
+    pub teacher: Option<Model>,
+    /// The folder whose tokenizer and other files the result gets.
+    pub files_from: PathBuf,
+    /// SHA-256 of each folder that was read, by role.
+    pub hashes: BTreeMap<String, String>,
+    tokenizer: Tokenizer,
+    tokenizer_hash: String,
+    template: Option<ChatTemplate>,
+}
+
+impl Models {
+    /// Loads, makes and checks the models.
+    ///
+    /// # Errors
+    /// Folders that do not load; layers that cannot be replaced; teacher and student of different vocabularies; nothing
+    /// to train.
+    pub fn new(config: &RunConfig, device: &Device) -> Result<Self> {
+        let mut hashes = BTreeMap::new();
+        let section = &config.model;
+        let (mut student, teacher, files_from) = match config.task {
+            Task::Distill => distillation(section, config.training.seed, device, &mut hashes)?,
+            Task::Train => training(section, config.training.seed, device, &mut hashes)?,
+        };
+        student.checkpoint_layers = section.recompute_layers;
+        choose_trainable(&mut student, config.training.trainable)?;
+        if let Some(teacher) = &teacher {
+            share_frozen(&mut student, teacher)?;
+        }
+        Ok(Self {
+            student,
+            teacher,
+            hashes,
+            tokenizer: Tokenizer::load(&files_from)?,
+            tokenizer_hash: tokenizer_hash(&files_from)?,
+            template: ChatTemplate::load(&files_from)?,
+            files_from,
+        })
+    }
+
+    /// What turns this run's documents into tokens.
+    ///
+    /// # Errors
+    /// When the configuration asks for a begin or end token that the model does not have.
+    pub fn encoder(&self, config: &RunConfig) -> Result<Encoder<'_>> {
+        encoder(
+            &self.student.config,
+            &self.tokenizer,
+            &self.tokenizer_hash,
+            self.template.as_ref(),
+            config.data.begin_token,
+            config.data.end_token,
+        )
+    }
+}
+
+/// An encoder for a model's data.
+///
+/// # Errors
+/// When a begin or end token is asked for that the model does not have.
+pub(crate) fn encoder<'a>(
+    config: &ModelConfig,
+    tokenizer: &'a Tokenizer,
+    tokenizer_hash: &'a str,
+    template: Option<&'a ChatTemplate>,
+    begin_token: bool,
+    end_token: bool,
+) -> Result<Encoder<'a>> {
+    if begin_token && config.bos_token.is_none() {
+        bail!("data.begin_token: the model's config.json names no bos_token_id");
+    }
+    if end_token && config.eos_tokens.is_empty() {
+        bail!("data.end_token: the model's config.json names no eos_token_id; set data.end_token = false");
+    }
+    Ok(Encoder {
+        tokenizer,
+        tokenizer_hash,
+        template,
+        vocabulary_size: config.vocabulary_size,
+        begin_token: config.bos_token.filter(|_| begin_token),
+        end_token: config.eos_tokens.first().copied().filter(|_| end_token),
+    })
+}
+
+/// SHA-256 of everything that decides how a folder's model turns documents into tokens.
+///
+/// # Errors
+/// When a file cannot be read.
+pub(crate) fn tokenizer_hash(folder: &Path) -> Result<String> {
+    let mut hashes = String::new();
+    for name in ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"] {
+        let path = folder.join(name);
+        if path.exists() {
+            hashes += &format!("{name} {}\n", hash_file(&path)?);
+        }
+    }
+    Ok(hash_bytes(hashes.as_bytes()))
+}
+
+fn distillation(
+    section: &ModelSection,
+    seed: u64,
+    device: &Device,
+    hashes: &mut BTreeMap<String, String>,
+) -> Result<(Model, Option<Model>, PathBuf)> {
+    let teacher_folder = given(section.teacher.as_ref(), "model.teacher")?;
+    check_layers(section, &ModelConfig::read(teacher_folder)?)?;
+    if let Some(student_folder) = &section.student {
+        check_vocabularies(teacher_folder, student_folder)?;
+    }
+    let teacher = load(teacher_folder, device, Precision::AsStored, "teacher")?;
+    hashes.insert("teacher".to_owned(), model_hash(teacher_folder)?);
+    let options = GraftOptions { seed, align: section.mil_align };
+    let student = match &section.student {
+        None => initialise::graft(&teacher, &teacher, &section.layers, &options)?,
+        Some(folder) => {
+            hashes.insert("student".to_owned(), model_hash(folder)?);
+            let base = load(folder, device, Precision::F32, "student")?;
+            if section.layers.is_empty() {
+                base
+            } else {
+                initialise::graft(&base, &teacher, &section.layers, &options)?
+            }
+        }
+    };
+    Ok((student, Some(teacher), teacher_folder.clone()))
+}
+
+fn training(
+    section: &ModelSection,
+    seed: u64,
+    device: &Device,
+    hashes: &mut BTreeMap<String, String>,
+) -> Result<(Model, Option<Model>, PathBuf)> {
+    let folder = given(section.source.as_ref(), "model.source")?;
+    let student = if section.init == Init::Weights {
+        hashes.insert("source".to_owned(), model_hash(folder)?);
+        load(folder, device, Precision::F32, "source")?
+    } else {
+        hashes.insert("source".to_owned(), hash_file(&folder.join("config.json"))?);
+        Model::random(ModelConfig::read(folder)?, seed, device)?
+    };
+    Ok((student, None, folder.clone()))
+}
+
+fn given<'a>(folder: Option<&'a PathBuf>, key: &str) -> Result<&'a PathBuf> {
+    folder.with_context(|| format!("{key} is missing"))
+}
+
+fn load(folder: &Path, device: &Device, precision: Precision, role: &str) -> Result<Model> {
+    Model::load(folder, device, precision).with_context(|| format!("loading the {role}"))
+}
+
+/// Layers are checked before gigabytes are read.
+fn check_layers(section: &ModelSection, teacher: &ModelConfig) -> Result<()> {
+    let count = teacher.mixers.len();
+    if let Some(layer) = section.layers.iter().find(|&&layer| layer >= count) {
+        bail!("model.layers names layer {layer}, but the teacher has layers 0 to {}", count.saturating_sub(1));
+    }
+    Ok(())
+}
+
+/// Logits can be compared only where every id means the same token.
+fn check_vocabularies(teacher: &Path, student: &Path) -> Result<()> {
+    let size = |folder: &Path| -> Result<usize> { Ok(ModelConfig::read(folder)?.vocabulary_size) };
+    let (teacher_size, student_size) = (size(teacher)?, size(student)?);
+    ensure!(
+        teacher_size == student_size,
+        "the vocabularies differ: the teacher {} has {teacher_size} tokens, the student {} has {student_size}; \
+         distillation compares their logits token by token",
+        teacher.display(),
+        student.display()
+    );
+    ensure!(
+        Tokenizer::load(teacher)?.fingerprint() == Tokenizer::load(student)?.fingerprint(),
+        "the vocabularies differ: the tokenizers of the teacher {} and the student {} give different meanings to token ids",
+        teacher.display(),
+        student.display()
+    );
+    Ok(())
+}
+
+fn choose_trainable(student: &mut Model, trainable: Trainable) -> Result<()> {
+    if trainable == Trainable::Mixers {
+        for (_, parameter) in student.parameters.iter_mut() {
+            parameter.trainable = parameter.name.contains(".mixer.");
+        }
+        ensure!(
+            student.parameters.iter().any(|(_, parameter)| parameter.trainable),
+            "training.trainable is \"mixers\", but the model has no Mamba mixer"
+        );
+    }
+    Ok(())
+}
+
+/// Lets the student use the teacher's own memory for what is frozen and equal.
+fn share_frozen(student: &mut Model, teacher: &Model) -> Result<()> {
+    for (_, parameter) in student.parameters.iter_mut().filter(|(_, parameter)| !parameter.trainable) {
+        let Some(id) = teacher.parameters.find(&parameter.name) else { continue };
+        let original = &teacher.parameters.get(id).value;
+        if original.shape() == parameter.value.shape() && original.to_f32_vec()? == parameter.value.to_f32_vec()? {
+            parameter.value = original.clone();
+        }
+    }
+    Ok(())
+}
+
+/// SHA-256 of a model's configuration and weights.
+fn model_hash(folder: &Path) -> Result<String> {
+    let mut names: Vec<String> = fs::read_dir(folder)
+        .with_context(|| format!("reading {}", folder.display()))?
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .filter(|name| name == "config.json" || name.ends_with(".safetensors"))
+        .collect();
+    names.sort();
+    let mut hashes = String::new();
+    for name in names {
+        hashes += &format!("{name} {}\n", hash_file(&folder.join(&name))?);
+    }
+    Ok(hash_bytes(hashes.as_bytes()))
+}

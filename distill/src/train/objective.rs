@@ -1,0 +1,138 @@
+//! What a run minimises, and the search for the first tensor that is not finite.
+
+use anyhow::{Result, bail};
+use autograd::ops::{self, Divergence, DivergenceOptions};
+use autograd::{DType, Gradients, Parameters, Tape, Tensor, Var};
+use model::Model;
+
+use crate::config::LossSection;
+use crate::data::{Batch, PositionsThatCount};
+
+/// `divergence_weight · divergence + cross_entropy_weight · cross-entropy`.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Objective {
+    divergence: Divergence,
+    student_temperature: f32,
+    teacher_temperature: f32,
+    divergence_weight: f64,
+    cross_entropy_weight: f64,
+    pub positions: PositionsThatCount,
+}
+
+/// A loss and what it was made of, in nats per position.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(super) struct Loss {
+    pub total: f64,
+    pub divergence: Option<f64>,
+    pub cross_entropy: Option<f64>,
+}
+
+impl Loss {
+    /// Adds the share of another part of the batch.
+    pub fn add(&mut self, other: Self) {
+        self.total += other.total;
+        for (sum, part) in [(&mut self.divergence, other.divergence), (&mut self.cross_entropy, other.cross_entropy)] {
+            if let Some(part) = part {
+                *sum = Some(sum.unwrap_or(0.0) + part);
+            }
+        }
+    }
+}
+
+impl Objective {
+    pub fn new(section: &LossSection) -> Self {
+        let temperature = section.temperature as f32;
+        Self {
+            divergence: section.divergence.into(),
+            student_temperature: if section.temperature_on_teacher_only { 1.0 } else { temperature },
+            teacher_temperature: temperature,
+            divergence_weight: section.divergence_weight,
+            cross_entropy_weight: section.cross_entropy_weight,
+            positions: section.mask,
+        }
+    }
+
+    /// The share of some rows in the loss of a whole batch, in which `positions` positions count. Without a teacher the
+    /// divergence is left out; the cross-entropy is computed when it has a weight or `with_cross_entropy` asks for it.
+    ///
+    /// # Errors
+    /// Those of the models; a loss that is not finite, naming the first tensor that is not.
+    pub fn loss<'a>(
+        &self,
+        tape: &Tape<'a>,
+        student: &'a Model,
+        teacher: Option<&Model>,
+        batch: &'a Batch,
+        positions: u64,
+        with_cross_entropy: bool,
+    ) -> Result<(Var, Loss)> {
+        let denominator = positions as f32;
+        let logits = student.logits(tape, &batch.tokens)?;
+        let mut terms: Vec<Var> = Vec::new();
+        let mut loss = Loss::default();
+        let mut teacher_logits = None;
+        if let Some(teacher) = teacher.filter(|_| self.divergence_weight > 0.0) {
+            let teacher_values = teacher.logits(&Tape::inference(), &batch.tokens)?;
+            let options = DivergenceOptions {
+                divergence: self.divergence,
+                student_temperature: self.student_temperature,
+                teacher_temperature: self.teacher_temperature,
+                mask: Some(&batch.mask),
+                denominator,
+            };
+            let divergence = ops::divergence(tape, &logits, teacher_values.tensor(), options)?.loss;
+            loss.divergence = Some(f64::from(divergence.item()?));
+            terms.push(scaled(tape, divergence, self.divergence_weight)?);
+            teacher_logits = Some(teacher_values);
+        }
+        if self.cross_entropy_weight > 0.0 || with_cross_entropy {
+            let cross_entropy = ops::cross_entropy(tape, &logits, &batch.labels, denominator)?.loss;
+            loss.cross_entropy = Some(f64::from(cross_entropy.item()?));
+            if self.cross_entropy_weight > 0.0 {
+                terms.push(scaled(tape, cross_entropy, self.cross_entropy_weight)?);
+            }
+        }
+        let mut terms = terms.into_iter();
+        let Some(mut total) = terms.next() else { bail!("neither divergence nor cross-entropy has a weight") };
+        for term in terms {
+            total = ops::add(tape, &total, &term)?;
+        }
+        loss.total = f64::from(total.item()?);
+        if !loss.total.is_finite() {
+            let culprit = first_bad_parameter("weight", &student.parameters)
+                .or_else(|| teacher.and_then(|teacher| first_bad_parameter("teacher's weight", &teacher.parameters)))
+                .or_else(|| (!is_finite(&logits)).then(|| "the model's logits".to_owned()))
+                .or_else(|| {
+                    teacher_logits.is_some_and(|logits| !is_finite(&logits)).then(|| "the teacher's logits".to_owned())
+                })
+                .unwrap_or_else(|| "the loss itself".to_owned());
+            bail!("the loss is {}; the first tensor that is not finite: {culprit}", loss.total);
+        }
+        Ok((total, loss))
+    }
+}
+
+fn scaled(tape: &Tape<'_>, value: Var, weight: f64) -> Result<Var> {
+    if weight == 1.0 { Ok(value) } else { Ok(ops::scale(tape, &value, weight as f32)?) }
+}
+
+/// The first parameter, in the model's order, that holds a NaN or an infinity.
+pub(super) fn first_bad_parameter(what: &str, parameters: &Parameters) -> Option<String> {
+    let (_, parameter) = parameters.iter().find(|(_, parameter)| !is_finite(&parameter.value))?;
+    Some(format!("the {what} {}", parameter.name))
+}
+
+/// The first parameter, in the model's order, whose gradient holds a NaN or an infinity.
+pub(super) fn first_bad_gradient(parameters: &Parameters, gradients: &Gradients) -> Option<String> {
+    let bad = |tensor: &Tensor| gradients.get(tensor).is_some_and(|gradient| !is_finite(gradient));
+    let (_, parameter) = parameters.iter().find(|(_, parameter)| bad(&parameter.value))?;
+    Some(format!("the gradient of {}", parameter.name))
+}
+
+fn is_finite(tensor: &Tensor) -> bool {
+    if tensor.dtype() == DType::U32 {
+        return true;
+    }
+    // A tensor that cannot be read is at fault too.
+    tensor.to_f32_vec().is_ok_and(|values| values.iter().all(|value| value.is_finite()))
+}

@@ -1,1 +1,20 @@
-//! grafter
+//! Data, training and evaluation of hybrids, and the command line `grafter`.
+//!
+//! - [`config`]: what a run does, from a TOML file and flags.
+//! - [`data`]: jsonl documents, packed token files, the order of training.
+//! - [`train`]: the loop behind `grafter distill` and `grafter train`, exactly resumable.
+//! - [`perplexity`]: how well a model predicts documents.
+//! - [`bench`], [`report`]: timings, and pages with tables and curves.
+//! - [`commands`]: the command line.
+
+#![forbid(unsafe_code)]
+
+pub mod bench;
+pub mod commands;
+pub mod config;
+pub mod data;
+pub mod demo;
+pub mod files;
+pub mod perplexity;
+pub mod report;
+pub mod train;

@@ -1,6 +1,8 @@
 //! The command line: one file per subcommand, and what they share.
 
+mod bench;
 mod data;
+mod demo;
 mod devices;
 mod distill;
 mod eval;
@@ -47,6 +49,8 @@ enum Command {
     Generate(generate::Arguments),
     Eval(eval::Arguments),
     Data(data::Arguments),
+    Bench(bench::Arguments),
+    Demo(demo::Arguments),
 }
 
 /// Runs the program with the process's arguments.
@@ -68,6 +72,8 @@ pub fn main() -> ExitCode {
         Command::Generate(arguments) => generate::run(arguments),
         Command::Eval(arguments) => eval::run(arguments),
         Command::Data(arguments) => data::run(arguments),
+        Command::Bench(arguments) => bench::run(arguments),
+        Command::Demo(arguments) => demo::run(arguments),
     };
     match result {
         Ok(code) => code,

@@ -1,0 +1,155 @@
+//! The demo's files: a tokenizer with one token per character, the teacher's configuration, the problems as chats, and the
+//! run files that train the teacher and distil it.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use serde_json::{Map, Value, json};
+
+use super::task::{Problems, Split};
+use crate::files;
+
+/// Characters of the task, in the order of their token ids after the special tokens.
+const CHARACTERS: &str = "0123456789+-*=;?:QRA ";
+/// Tokens that are no character, in the order of their ids.
+const SPECIAL: [&str; 4] = ["<pad>", "<bos>", "<eos>", "<unk>"];
+/// A problem, as the model reads it: begin token, question, solution, end token.
+const CHAT_TEMPLATE: &str = "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}\
+                             Q:{{ message.content }}? R:{% else %}{{ message.content }}{{ eos_token }}{% endif %}\
+                             {% endfor %}";
+/// The teacher's weights: trained by `grafter train` with the run file that [`write`] makes.
+const TEACHER_WEIGHTS: &[u8] = include_bytes!("../../assets/demo-teacher/model.safetensors");
+
+/// Problems that the teacher was trained on, and seeds that draw them.
+const TRAIN_PROBLEMS: usize = 60_000;
+const TRAIN_SEED: u64 = 1;
+const VALIDATION_PROBLEMS: usize = 256;
+const VALIDATION_SEED: u64 = 2;
+
+/// Where everything lies.
+#[derive(Clone, Debug)]
+pub struct World {
+    /// The teacher: a Hugging Face folder.
+    pub teacher: PathBuf,
+    /// Problems to train on, one chat a line.
+    pub train: PathBuf,
+    /// Unseen problems, to look at while training.
+    pub validation: PathBuf,
+    /// What the demo does to the teacher: a run file.
+    pub distill_run: PathBuf,
+}
+
+/// Writes the demo's world into `folder`: `teacher/`, `train.jsonl`, `validation.jsonl`, `teacher.toml` (how the teacher
+/// was trained) and `distill.toml` (what the demo does to it).
+///
+/// # Errors
+/// Files that cannot be written.
+pub fn write(folder: &Path) -> Result<World> {
+    files::create_folder(folder)?;
+    let teacher = folder.join("teacher");
+    files::create_folder(&teacher)?;
+    for (name, value) in [
+        ("config.json", config()),
+        ("generation_config.json", json!({ "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0 })),
+        ("tokenizer.json", tokenizer()),
+        ("tokenizer_config.json", tokenizer_config()),
+    ] {
+        let text = serde_json::to_string_pretty(&value)?;
+        files::write_file(&teacher.join(name), |writer| Ok(writeln!(writer, "{text}")?))?;
+    }
+    files::write_file(&teacher.join("model.safetensors"), |writer| Ok(writer.write_all(TEACHER_WEIGHTS)?))?;
+    let world = World {
+        teacher,
+        train: folder.join("train.jsonl"),
+        validation: folder.join("validation.jsonl"),
+        distill_run: folder.join("distill.toml"),
+    };
+    problems(&world.train, Split::Train, TRAIN_SEED, TRAIN_PROBLEMS)?;
+    problems(&world.validation, Split::Unseen, VALIDATION_SEED, VALIDATION_PROBLEMS)?;
+    for (path, text) in [(folder.join("teacher.toml"), TEACHER_RUN), (world.distill_run.clone(), DISTILL_RUN)] {
+        files::write_file(&path, |writer| Ok(writer.write_all(text.as_bytes())?))?;
+    }
+    Ok(world)
+}
+
+/// How the teacher was trained; paths are relative to where the command is given.
+const TEACHER_RUN: &str = include_str!("teacher.toml");
+
+/// What the demo does.
+const DISTILL_RUN: &str = include_str!("distill.toml");
+
+fn problems(path: &Path, split: Split, seed: u64, count: usize) -> Result<()> {
+    files::write_file(path, |writer| {
+        for problem in Problems::new(split, seed).take(count) {
+            let line = json!({ "messages": [
+                { "role": "user", "content": problem.question },
+                { "role": "assistant", "content": problem.solution },
+            ]});
+            writeln!(writer, "{line}")?;
+        }
+        Ok(())
+    })
+}
+
+fn config() -> Value {
+    json!({
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "vocab_size": SPECIAL.len() + CHARACTERS.chars().count(),
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "hidden_act": "silu",
+        "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 2048,
+        "sliding_window": null,
+        "tie_word_embeddings": false,
+        "initializer_range": 0.02,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "torch_dtype": "bfloat16",
+    })
+}
+
+fn tokenizer() -> Value {
+    let names = SPECIAL.iter().map(|name| (*name).to_owned()).chain(CHARACTERS.chars().map(String::from));
+    let vocabulary: Map<String, Value> = names.enumerate().map(|(id, name)| (name, json!(id))).collect();
+    let added: Vec<Value> = SPECIAL
+        .iter()
+        .enumerate()
+        .map(|(id, name)| {
+            json!({
+                "id": id, "content": name, "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false, "special": true,
+            })
+        })
+        .collect();
+    json!({
+        "version": "1.0",
+        "truncation": null,
+        "padding": null,
+        "added_tokens": added,
+        "normalizer": null,
+        "pre_tokenizer": { "type": "Split", "pattern": { "Regex": "." }, "behavior": "Isolated", "invert": false },
+        "post_processor": null,
+        "decoder": { "type": "Fuse" },
+        "model": { "type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>" },
+    })
+}
+
+fn tokenizer_config() -> Value {
+    json!({
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+        "chat_template": CHAT_TEMPLATE,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    })
+}

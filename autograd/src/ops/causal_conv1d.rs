@@ -23,9 +23,9 @@ pub struct ConvolutionOptions<'a> {
     pub activation: Activation,
     /// u32 `[batch, time]`: start of each token's document; taps before it are zero. `None`: one document per row.
     pub document_start: Option<&'a Tensor>,
-    /// `[batch, width - 1, channels]`: the inputs before the first, oldest first. `None`: zeros. No gradient flows here.
-    /// Not together with `document_start`.
-    pub initial_state: Option<&'a Tensor>,
+    /// `[batch, width - 1, channels]`: the inputs before the first, oldest first. `None`: zeros. Not together with
+    /// `document_start`.
+    pub initial_state: Option<&'a Var>,
 }
 
 /// `y[b, t, d] = activation(bias[d] + Σ_w weight[d, w] · x[b, t - (width - 1) + w, d])`.
@@ -34,7 +34,7 @@ pub struct ConvolutionOptions<'a> {
 /// - result like `input`
 ///
 /// # Errors
-/// Shape errors that name the argument.
+/// Shape errors that name the argument; an initial state together with document starts.
 pub fn causal_conv1d(
     tape: &Tape<'_>,
     input: &Var,
@@ -55,19 +55,22 @@ pub fn causal_conv1d(
         });
         Ok(())
     })?;
+    let mut variables = vec![input, weight];
+    variables.extend(bias);
+    variables.extend(options.initial_state);
     let (saved, like_weight) = (input.tensor().clone(), weight.tensor().clone());
-    let backward = move |gradient: &Tensor, needed: &[bool]| {
-        let (input_gradient, weight_gradient, bias_gradient) = convolution.backward(gradient, &saved, &like_weight)?;
-        let mut gradients = vec![Some(input_gradient), Some(weight_gradient)];
-        if needed.len() > 2 {
-            gradients.push(Some(bias_gradient));
+    let like_state = options.initial_state.map(|state| state.tensor().clone());
+    let has_bias = bias.is_some();
+    Ok(tape.record_one(&variables, output, move |gradient, _| {
+        let slopes = convolution.slopes(gradient, &saved)?;
+        let (weight_gradient, bias_gradient) = convolution.weight_gradients(&slopes, &saved, &like_weight)?;
+        let mut gradients = vec![Some(convolution.input_gradient(&slopes, &saved)?), Some(weight_gradient)];
+        gradients.extend(has_bias.then_some(Some(bias_gradient)));
+        if let Some(state) = &like_state {
+            gradients.push(Some(convolution.state_gradient(&slopes, state)?));
         }
         Ok(gradients)
-    };
-    Ok(match bias {
-        Some(bias) => tape.record_one(&[input, weight, bias], output, backward),
-        None => tape.record_one(&[input, weight], output, backward),
-    })
+    }))
 }
 
 /// One time step, for decoding: shifts `state` left, appends `input`, convolves the newest `width` columns.
@@ -179,7 +182,7 @@ impl Convolution {
             taps,
             bias: bias.map(|bias| bias.to_f32_vec()).transpose()?,
             document_start: options.document_start.map(Tensor::to_vec).transpose()?,
-            initial_state: options.initial_state.map(Tensor::to_f32_vec).transpose()?,
+            initial_state: options.initial_state.map(|state| state.to_f32_vec()).transpose()?,
         })
     }
 
@@ -231,9 +234,8 @@ impl Convolution {
         }
     }
 
-    /// Gradients of input, weight and bias. With q the pre-activation: `dq = dy · activation'(q)`,
-    /// `dx[t'] = Σ_w weight[w] dq[t' + width - 1 - w]`, `d weight[w] = Σ_t dq[t] x[t - width + 1 + w]`, `d bias = Σ dq`.
-    fn backward(&self, gradient: &Tensor, input: &Tensor, weight: &Tensor) -> Result<(Tensor, Tensor, Tensor)> {
+    /// The gradient of the pre-activation q, `[batch, time, channels]`: `dq = dy · activation'(q)`.
+    fn slopes(&self, gradient: &Tensor, input: &Tensor) -> Result<Vec<f32>> {
         let (g, x) = (gradient.host_f32()?, input.host_f32()?);
         let channels = self.channels;
         let mut slopes = vec![0.0f32; x.len()];
@@ -250,7 +252,13 @@ impl Convolution {
                 }
             }
         });
-        let input_gradient = Tensor::compute(input.device(), input.shape(), input.dtype(), |output| {
+        Ok(slopes)
+    }
+
+    /// `dx[t'] = Σ_w weight[w] dq[t' + width - 1 - w]`.
+    fn input_gradient(&self, slopes: &[f32], input: &Tensor) -> Result<Tensor> {
+        let channels = self.channels;
+        Tensor::compute(input.device(), input.shape(), input.dtype(), |output| {
             self.for_each_row(output, |row, step, output| {
                 output.fill(0.0);
                 for tap in 0..self.width {
@@ -265,7 +273,32 @@ impl Convolution {
                 }
             });
             Ok(())
-        })?;
+        })
+    }
+
+    /// As the input's gradient, for the columns before the first step: column c is seen by step t through tap c - t.
+    fn state_gradient(&self, slopes: &[f32], state: &Tensor) -> Result<Tensor> {
+        let (channels, columns) = (self.channels, self.width - 1);
+        Tensor::compute(state.device(), state.shape(), state.dtype(), |output| {
+            output.fill(0.0);
+            for (index, output) in output.chunks_exact_mut(channels.max(1)).enumerate() {
+                let (row, column) = (index / columns, index % columns);
+                for step in 0..self.time.min(column + 1) {
+                    let slope = &slopes[(row * self.time + step) * channels..][..channels];
+                    let weights = &self.taps[(column - step) * channels..][..channels];
+                    for ((output, weight), slope) in output.iter_mut().zip(weights).zip(slope) {
+                        *output += weight * slope;
+                    }
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// `d weight[w] = Σ_t dq[t] x[t - width + 1 + w]`, `d bias = Σ dq`; both f32.
+    fn weight_gradients(&self, slopes: &[f32], input: &Tensor, weight: &Tensor) -> Result<(Tensor, Tensor)> {
+        let x = input.host_f32()?;
+        let channels = self.channels;
         // One row of sums per tap, and one for the bias, for every block of steps.
         let sums_per_block = (self.width + 1) * channels;
         let blocks: Vec<Vec<f32>> = slopes
@@ -309,7 +342,7 @@ impl Convolution {
             Ok(())
         })?;
         let bias_gradient = Tensor::from_slice(weight.device(), &[channels], &sums[self.width * channels..])?;
-        Ok((input_gradient, weight_gradient, bias_gradient))
+        Ok((weight_gradient, bias_gradient))
     }
 }
 
@@ -342,6 +375,7 @@ mod tests {
         let packed = ConvolutionOptions { document_start: Some(&starts), ..PLAIN };
         assert_eq!(run(&x, &weight, None, packed).unwrap(), [1.0, 12.0, 3.0, 34.0]);
         let state = tensor(&[1, 2, 1], &[8.0, 9.0]);
+        let state = Var::constant(&state);
         let continued = ConvolutionOptions { initial_state: Some(&state), ..PLAIN };
         assert_eq!(run(&x, &weight, None, continued).unwrap(), [891.0, 912.0, 123.0, 234.0]);
         let both = ConvolutionOptions { initial_state: Some(&state), document_start: Some(&starts), ..PLAIN };
@@ -378,5 +412,25 @@ mod tests {
         })
         .unwrap();
         assert!(check.worst.iter().all(|worst| *worst <= 5e-3), "{check:?}");
+    }
+
+    #[test]
+    fn the_initial_state_gets_its_gradient_even_when_it_is_longer_than_the_input() {
+        for time in [0, 1, 2, 5] {
+            let wave = |count: usize| (0..count).map(|i| (i as f32 * 1.7).sin()).collect::<Vec<f32>>();
+            let inputs = [
+                tensor(&[2, time, 3], &wave(2 * time * 3)),
+                tensor(&[3, 4], &wave(12)),
+                tensor(&[3], &wave(3)),
+                tensor(&[2, 3, 3], &wave(18)),
+            ];
+            let check = gradient_check(&inputs, 1e-2, |tape, inputs| {
+                let options =
+                    ConvolutionOptions { activation: Activation::Silu, initial_state: Some(&inputs[3]), ..PLAIN };
+                causal_conv1d(tape, &inputs[0], &inputs[1], Some(&inputs[2]), options)
+            })
+            .unwrap();
+            assert!(check.worst.iter().all(|worst| *worst <= 5e-3), "time {time}: {check:?}");
+        }
     }
 }

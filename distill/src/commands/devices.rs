@@ -56,7 +56,7 @@ pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
                 output::line("no GPU: the driver shows none")?;
             }
         }
-        Err(error) => output::line(&format!("no GPU: {error}"))?,
+        Err(error) => output::line(&error.to_string())?,
     }
     done()
 }

@@ -30,7 +30,7 @@ pub(super) struct Arguments {
     #[arg(value_name = "MODEL")]
     model: PathBuf,
     /// The text to continue
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     prompt: String,
     /// Most tokens to generate
     #[arg(long, value_name = "N", default_value_t = 128)]
@@ -51,7 +51,7 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
     /// Stop where this text appears; may be repeated
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     stop: Vec<String>,
     /// Let the end-of-sequence token not end the text
     #[arg(long)]

@@ -80,10 +80,11 @@ fn import_folder(source: &Path, output: &Path, progress: &mut dyn FnMut(ImportPr
     write_tensors(new.path(), &tensors, SaveOptions::default().shard_bytes, |index, write| {
         let (view, tensor) = (&views[index], &tensors[index]);
         report.begin(tensor, tensor.dtype.safetensors_name());
-        if let Some(position) = first_not_finite(view.bytes, tensor.dtype) {
-            return Err(not_finite(view.path, view.name, &tensor.shape, position));
+        let bytes = view.bytes()?;
+        if let Some(position) = first_not_finite(bytes, tensor.dtype) {
+            return Err(not_finite(view.path(), view.name, &tensor.shape, position));
         }
-        write(view.bytes)
+        write(bytes)
     })?;
     carry(source, new.path())?;
     let summary = report.summary;

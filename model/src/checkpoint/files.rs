@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::collections::HashMap;
 use std::fs;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use autograd::DType;
@@ -48,20 +49,30 @@ pub struct TensorInfo {
 
 /// A tensor, or the rows of one, ready to be read.
 pub(crate) struct View<'a> {
-    pub(crate) path: &'a Path,
+    file: &'a MappedFile,
+    range: Range<usize>,
     /// The name in the file.
     pub(crate) name: &'a str,
     pub(crate) dtype: Dtype,
     pub(crate) shape: Vec<usize>,
-    pub(crate) bytes: &'a [u8],
 }
 
-impl View<'_> {
+impl<'a> View<'a> {
+    /// The file.
+    pub(crate) fn path(&self) -> &'a Path {
+        self.file.path()
+    }
+
+    /// The elements, little-endian and row-major.
+    pub(crate) fn bytes(&self) -> Result<&'a [u8]> {
+        Ok(self.file.bytes()?.get(self.range.clone()).unwrap_or_default())
+    }
+
     /// The element type, if weights can have it.
     pub(crate) fn float_type(&self) -> Result<StoredType> {
         StoredType::from_safetensors(self.dtype).ok_or_else(|| {
             let problem = format!("has element type {}: expected F32, BF16 or F16", self.dtype);
-            Error::tensor(self.path, self.name, problem)
+            Error::tensor(self.path(), self.name, problem)
         })
     }
 }
@@ -120,9 +131,9 @@ impl WeightFiles {
     /// # Errors
     /// [`Error::MissingTensor`]; [`Error::Tensor`] for element types other than F32, BF16 and F16.
     pub fn read_f32(&self, name: &str) -> Result<Vec<f32>> {
-        let view = self.view(name, None)?.ok_or_else(|| self.missing(name))?;
+        let view = self.view(name, None).ok_or_else(|| self.missing(name))?;
         let mut values = vec![f32::NAN; view.shape.iter().product()];
-        convert::to_f32(&view, view.bytes, &mut values)?;
+        convert::to_f32(view.float_type()?, view.bytes()?, &mut values);
         Ok(values)
     }
 
@@ -135,12 +146,12 @@ impl WeightFiles {
         let mut first: Option<(usize, String)> = None;
         for (layer, _) in config.mixers.iter().enumerate().filter(|(_, mixer)| **mixer == MixerKind::Mamba) {
             let name = format!("model.layers.{layer}.mixer.dt_in_proj.weight");
-            let view = self.view(&name, Some(geometry))?.ok_or_else(|| self.missing(&name))?;
+            let view = self.view(&name, Some(geometry)).ok_or_else(|| self.missing(&name))?;
             let rank = view.shape.first().copied().unwrap_or(0);
             match &first {
                 Some((other, of)) if *other != rank => {
                     return Err(Error::tensor(
-                        view.path,
+                        view.path(),
                         view.name,
                         format!(
                             "the step-size projection has rank {rank}, that of {of} has {other}: expected the same"
@@ -161,12 +172,11 @@ impl WeightFiles {
     ///
     /// Checkpoints from before August 2025, and M1's, store the step-size projection as the last rows of `in_proj`;
     /// `geometry` says how many rows `in_proj` has without it.
-    pub(crate) fn view(&self, name: &str, geometry: Option<&MambaConfig>) -> Result<Option<View<'_>>> {
-        let Some(stored) = self.stored_or_fused(name) else { return Ok(None) };
+    pub(crate) fn view(&self, name: &str, geometry: Option<&MambaConfig>) -> Option<View<'_>> {
+        let stored = self.stored_or_fused(name)?;
         let Entry { name: file_name, dtype, shape, begin, end } = &stored.entry;
         let file = &self.files[stored.file];
-        let bytes = file.bytes()?.get(*begin..*end).unwrap_or_default();
-        let mut view = View { path: file.path(), name: file_name, dtype: *dtype, shape: shape.clone(), bytes };
+        let mut view = View { file, range: *begin..*end, name: file_name, dtype: *dtype, shape: shape.clone() };
         let own_rows = geometry.map(|geometry| 2 * (geometry.d_inner + geometry.d_xb));
         if let (Some(own_rows), &[rows, columns]) = (own_rows, shape.as_slice())
             && let Some(layer) =
@@ -175,18 +185,18 @@ impl WeightFiles {
         {
             if rows <= own_rows {
                 // Nothing is fused: in_proj is as it should be, and the other is missing.
-                return Ok(name.ends_with(".mixer.in_proj.weight").then_some(view));
+                return name.ends_with(".mixer.in_proj.weight").then_some(view);
             }
-            let split = own_rows * columns * dtype.bitsize() / 8;
+            let split = begin + own_rows * columns * dtype.bitsize() / 8;
             if name.ends_with(".mixer.in_proj.weight") {
                 view.shape = vec![own_rows, columns];
-                view.bytes = &bytes[..split];
+                view.range = *begin..split;
             } else {
                 view.shape = vec![rows - own_rows, columns];
-                view.bytes = &bytes[split..];
+                view.range = split..*end;
             }
         }
-        Ok(Some(view))
+        Some(view)
     }
 
     /// The tensors that none of `wanted` is, by their names in the files.

@@ -29,8 +29,8 @@ pub fn load(files: &WeightFiles, config: &ModelConfig, specs: &[ParameterSpec], 
     let mut parameters = Parameters::default();
     for (spec, view) in specs.iter().zip(&views) {
         let value = match spec.dtype {
-            DType::Bf16 => read::<bf16>(view, spec, device, |bytes, output| convert::to_bf16(view, bytes, output))?,
-            _ => read::<f32>(view, spec, device, |bytes, output| convert::to_f32(view, bytes, output))?,
+            DType::Bf16 => read::<bf16>(view, spec, device, convert::to_bf16)?,
+            _ => read::<f32>(view, spec, device, convert::to_f32)?,
         };
         parameters.push(Parameter { name: spec.name.clone(), value, trainable: spec.trainable, decay: spec.decay });
     }
@@ -57,10 +57,10 @@ pub(crate) fn check<'a>(
     let others = files.others(&|name| wanted.contains(name) || (tied_head && name == HEAD));
     let mut views = Vec::with_capacity(specs.len());
     for spec in specs {
-        let view = files.view(&spec.name, geometry)?.ok_or_else(|| files.missing(&spec.name))?;
+        let view = files.view(&spec.name, geometry).ok_or_else(|| files.missing(&spec.name))?;
         if view.shape != spec.shape {
             return Err(Error::TensorShape {
-                path: view.path.to_owned(),
+                path: view.path().to_owned(),
                 tensor: view.name.to_owned(),
                 expected: spec.shape.clone(),
                 found: view.shape,
@@ -81,10 +81,11 @@ fn read<T: Element>(
     view: &View<'_>,
     spec: &ParameterSpec,
     device: &Device,
-    convert: impl Fn(&[u8], &mut [T]) -> Result<()>,
+    convert: impl Fn(StoredType, &[u8], &mut [T]),
 ) -> Result<Tensor> {
     let mut destination = Destination::<T>::new(spec, device)?;
-    destination.write(view, |output| convert(view.bytes, output))?;
+    let (kind, bytes) = (view.float_type()?, view.bytes()?);
+    destination.write(view, |output| convert(kind, bytes, output))?;
     destination.finish(view, device)
 }
 
@@ -104,13 +105,13 @@ impl<T: Element> Destination<T> {
     }
 
     /// Writes the elements that `view` holds after those written before.
-    fn write(&mut self, view: &View<'_>, fill: impl FnOnce(&mut [T]) -> Result<()>) -> Result<()> {
+    fn write(&mut self, view: &View<'_>, fill: impl FnOnce(&mut [T])) -> Result<()> {
         let count: usize = view.shape.iter().product();
         let begin = self.written;
-        let fail = |problem: &str| Error::tensor(view.path, view.name, problem);
+        let fail = |problem: &str| Error::tensor(view.path(), view.name, problem);
         let output = self.values.make_mut::<T>()?;
         let output = output.get_mut(begin..begin + count).ok_or_else(|| fail("written twice"))?;
-        fill(output)?;
+        fill(output);
         self.written += count;
         Ok(())
     }
@@ -120,11 +121,11 @@ impl<T: Element> Destination<T> {
         let values = self.values.host_slice::<T>()?;
         if self.written != values.len() {
             let problem = format!("{} of {} elements were never written", values.len() - self.written, values.len());
-            return Err(Error::tensor(view.path, view.name, problem));
+            return Err(Error::tensor(view.path(), view.name, problem));
         }
         let kind = if T::DTYPE == DType::Bf16 { StoredType::Bf16 } else { StoredType::F32 };
         if let Some(position) = first_not_finite(bytemuck::cast_slice(values), kind) {
-            return Err(not_finite(view.path, view.name, &view.shape, position));
+            return Err(not_finite(view.path(), view.name, &view.shape, position));
         }
         if device.is_cpu() {
             return Ok(self.values);
@@ -146,13 +147,13 @@ pub(crate) fn not_finite(path: &std::path::Path, tensor: &str, shape: &[usize], 
 }
 
 fn check_tied_head(files: &WeightFiles) -> Result<()> {
-    let embedding = files.view(EMBEDDING, None)?.ok_or_else(|| files.missing(EMBEDDING))?;
-    let Some(head) = files.view(HEAD, None)? else { return Ok(()) };
-    if head.dtype == embedding.dtype && head.shape == embedding.shape && head.bytes == embedding.bytes {
+    let embedding = files.view(EMBEDDING, None).ok_or_else(|| files.missing(EMBEDDING))?;
+    let Some(head) = files.view(HEAD, None) else { return Ok(()) };
+    if head.dtype == embedding.dtype && head.shape == embedding.shape && head.bytes()? == embedding.bytes()? {
         return Ok(());
     }
     Err(Error::tensor(
-        head.path,
+        head.path(),
         head.name,
         format!(
             "differs from {}, but tie_word_embeddings is true in config.json: set it to false to use this head, or \

@@ -257,9 +257,18 @@ fn mamba_values(
         Part::DtProjWeight => uniform(count, (geometry.dt_rank as f64).powf(-0.5), random),
         Part::DtProjBias => (0..count).map(|_| step_size_bias(geometry, random) as f32).collect(),
         Part::Convolution => uniform(count, (geometry.d_conv as f64).powf(-0.5), random),
-        Part::ALog => (0..count).map(|index| ((index % geometry.d_state + 1) as f64).ln() as f32).collect(),
+        Part::ALog => (0..count).map(|index| logarithm(index % geometry.d_state + 1)).collect(),
         Part::D => vec![1.0; count],
     }
+}
+
+/// `ln(number)` from f32 parts: the logarithm of a mantissa between √½ and √2 plus that of the power of two. PyTorch's
+/// f32 logarithm gives the same bits for all of 1 to 16, where the nearest f32 is another at 7; published hybrids start
+/// from those.
+fn logarithm(number: usize) -> f32 {
+    let exponent = (number as f64 / std::f64::consts::SQRT_2).log2().floor() as i32 + 1;
+    let mantissa = number as f64 / 2f64.powi(exponent);
+    mantissa.ln() as f32 + exponent as f32 * std::f32::consts::LN_2
 }
 
 /// The bias whose softplus is a step size drawn log-uniformly from `[dt_min, dt_max]`.
@@ -368,6 +377,21 @@ mod tests {
         }
         let other = graft(&teacher, &teacher, &[0, 1], &options).unwrap();
         assert_eq!(in_proj, value(&other, "model.layers.1.mixer.in_proj.weight"));
+    }
+
+    #[test]
+    fn logarithms_have_the_bits_that_fast_llm_writes() {
+        // A_log of a mixer that Fast-LLM's converter made (PyTorch, f32).
+        let written: [f32; 16] = [
+            0.0, 0.693_147_2, 1.098_612_3, 1.386_294_4, 1.609_438, 1.791_759_5, 1.945_910_2, 2.079_441_5, 2.197_224_6,
+            2.302_585_1, 2.397_895_3, 2.484_906_7, 2.564_949_3, 2.639_057_4, 2.708_050_3, 2.772_588_7,
+        ];
+        for (number, written) in (1..).zip(written) {
+            assert_eq!(logarithm(number).to_bits(), written.to_bits(), "ln {number}");
+        }
+        for number in 17..=256 {
+            assert!((f64::from(logarithm(number)) - (number as f64).ln()).abs() <= 5e-7, "ln {number}");
+        }
     }
 
     #[test]

@@ -113,14 +113,13 @@ impl Page {
 const STYLE: &str = "body{font:16px/1.5 system-ui,sans-serif;margin:0;color:#222;background:#fff}\
 main{max-width:52rem;margin:0 auto;padding:1rem}h1{font-size:1.6rem}h2{font-size:1.2rem;margin-top:2rem}\
 .wide{overflow-x:auto}table{border-collapse:collapse;width:100%}th,td{padding:.35rem .6rem;border-bottom:1px solid #ddd;\
-text-align:right;white-space:nowrap}th:first-child,td:first-child{text-align:left}\
+text-align:right;white-space:nowrap}th{white-space:normal;vertical-align:bottom}th:first-child,td:first-child{text-align:left}\
 pre{background:#f5f5f5;padding:.8rem;overflow-x:auto;font-size:.85rem}figure{margin:1rem 0}\
 svg{width:100%;height:auto}";
 
 fn draw(plot: &Plot) -> Result<String> {
-    let shown = |point: &&(f64, f64)| {
-        point.0.is_finite() && point.1.is_finite() && (!plot.logarithmic || point.1 > 0.0)
-    };
+    let shown =
+        |point: &&(f64, f64)| point.0.is_finite() && point.1.is_finite() && (!plot.logarithmic || point.1 > 0.0);
     let place = |y: f64| if plot.logarithmic { y.log10() } else { y };
     let curves: Vec<(&str, Vec<(f64, f64)>)> = plot
         .curves
@@ -165,6 +164,7 @@ fn draw(plot: &Plot) -> Result<String> {
         }
         chart
             .configure_series_labels()
+            .position(SeriesLabelPosition::LowerLeft)
             .background_style(WHITE.mix(0.85))
             .border_style(RGBColor(200, 200, 200))
             .draw()
@@ -189,7 +189,8 @@ fn span(values: impl Iterator<Item = f64>) -> (f64, f64) {
 /// A number as short as its size allows.
 fn number(value: f64) -> String {
     let size = value.abs();
-    if size == 0.0 || (0.01..1e5).contains(&size) {
+    // Axis marks that should be zero carry the rounding of their neighbours.
+    if size < 1e-15 || (0.01..1e5).contains(&size) {
         let text = format!("{value:.3}");
         text.trim_end_matches('0').trim_end_matches('.').to_owned()
     } else {
@@ -238,6 +239,9 @@ mod tests {
 
     #[test]
     fn numbers_are_short() {
-        assert_eq!(["0", "2.5", "1200", "1.0e-4", "2.0e6"], [0.0, 2.5, 1200.0, 1e-4, 2e6].map(number).each_ref().map(String::as_str));
+        assert_eq!(
+            ["0", "2.5", "1200", "1.0e-4", "2.0e6"],
+            [0.0, 2.5, 1200.0, 1e-4, 2e6].map(number).each_ref().map(String::as_str)
+        );
     }
 }

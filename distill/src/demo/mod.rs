@@ -228,7 +228,11 @@ fn report(summary: &Summary, exam: &[Problem], hybrid: &Model, run_config: &RunC
         "Reverse KL from the teacher",
         "nats per token",
         true,
-        vec![curve("training", steps), curve("unseen problems", validation)],
+        vec![
+            curve("training", steps.clone()),
+            curve("training, mean of 50 updates", moving_mean(&steps, 50)),
+            curve("unseen problems", validation),
+        ],
     ))?;
     page.plot(&plot("Gradient norm before clipping", "norm", true, vec![curve("all parameters", norms)]))?;
     page.plot(&plot("Learning rate", "rate", false, vec![curve("AdamW", rates)]))?;
@@ -272,4 +276,15 @@ fn report(summary: &Summary, exam: &[Problem], hybrid: &Model, run_config: &RunC
     page.heading("Configuration");
     page.preformatted(&config::to_toml(run_config)?);
     Ok(page.finish())
+}
+
+/// The mean of every point's y with those before it, `count` in all.
+fn moving_mean(points: &[(f64, f64)], count: usize) -> Vec<(f64, f64)> {
+    points
+        .windows(count.max(1))
+        .map(|window| {
+            let mean = window.iter().map(|point| point.1).sum::<f64>() / window.len() as f64;
+            (window[window.len() - 1].0, mean)
+        })
+        .collect()
 }

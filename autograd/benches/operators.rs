@@ -3,7 +3,7 @@
 //! attention) or bytes read and written (the others).
 
 use autograd::ops::{
-    self, Activation, AttentionOptions, ConvolutionOptions, Divergence, DivergenceOptions, ScanInputs,
+    self, Activation, AttentionOptions, ConvolutionOptions, Divergence, DivergenceOptions, ScanInputs, ScanStepInputs,
 };
 use autograd::optimizer::{AdamW, AdamWOptions};
 use autograd::{DType, Parameter, Parameters, Tape, Tensor, Var};
@@ -200,6 +200,29 @@ fn selective_scan_forward(bencher: Bencher<'_, '_>) {
 #[divan::bench]
 fn selective_scan_backward(bencher: Bencher<'_, '_>) {
     backward(bencher.counter(ItemsCount::new(TIME * HIDDEN * 16)), &scan_inputs(), scan);
+}
+
+#[divan::bench]
+fn selective_scan_step(bencher: Bencher<'_, '_>) {
+    let inputs = scan_inputs();
+    let rows = |width: usize| noise(&[1, width]);
+    let (u, delta, gate) = (rows(HIDDEN), rows(HIDDEN), rows(HIDDEN));
+    let (b, c) = (noise(&[1, 12, 16]), noise(&[1, 36, 16]));
+    let mut state = noise(&[1, HIDDEN, 16]);
+    bencher.counter(ItemsCount::new(HIDDEN * 16)).bench_local(|| {
+        let inputs = ScanStepInputs {
+            input: &u,
+            delta: &delta,
+            a: &inputs[2],
+            b: &b,
+            c: &c,
+            d: Some(&inputs[5]),
+            gate: Some(&gate),
+            delta_bias: Some(&inputs[7]),
+            delta_softplus: true,
+        };
+        ops::selective_scan_step(&mut state, inputs)
+    });
 }
 
 fn reverse_kl(tape: &Tape<'_>, inputs: &[Var]) -> Var {

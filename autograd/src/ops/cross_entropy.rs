@@ -140,6 +140,25 @@ mod tests {
     }
 
     #[test]
+    fn large_logits_keep_the_digits_of_their_probabilities() {
+        let device = Device::cpu();
+        let logits: Vec<f32> = (0..999).map(|i| 5e3 + (i * 37 % 101) as f32 / 16.0).collect();
+        let wide: Vec<f64> = logits.iter().map(|logit| (f64::from(*logit) - 5e3).exp()).collect();
+        let sum: f64 = wide.iter().sum();
+        let logits = Tensor::from_slice(&device, &[1, 999], &logits).unwrap();
+        let labels = Tensor::from_slice(&device, &[1], &[100u32]).unwrap();
+        let tape = Tape::new();
+        let result = cross_entropy(&tape, &tape.leaf(&logits), &labels, 1.0).unwrap();
+        assert!((f64::from(result.loss.item().unwrap()) / (sum / wide[100]).ln() - 1.0).abs() < 1e-6);
+        let gradient = tape.backward(&result.loss).unwrap().take(&logits).unwrap().to_vec::<f32>().unwrap();
+        assert!(gradient.iter().map(|value| f64::from(*value)).sum::<f64>().abs() < 1e-6);
+        for (index, gradient) in gradient.into_iter().enumerate().filter(|(index, _)| *index != 100) {
+            // The probability's exponent, at most 12, is rounded to f32: 12 · 6e-8.
+            assert!((f64::from(gradient) * sum / wide[index] - 1.0).abs() < 1.5e-6, "{index}: {gradient}");
+        }
+    }
+
+    #[test]
     fn a_label_outside_the_vocabulary_is_named() {
         let device = Device::cpu();
         let logits = Var::constant(&Tensor::zeros(&device, &[1, 5], DType::F32).unwrap());

@@ -344,6 +344,24 @@ mod tests {
     }
 
     #[test]
+    fn masked_rows_count_for_nothing_even_when_they_are_not_numbers() {
+        let device = Device::cpu();
+        let student = Tensor::from_slice(&device, &[2, 2], &[0.0, 1.0, f32::NAN, 0.0]).unwrap();
+        let teacher = Tensor::from_slice(&device, &[2, 2], &[1.0f32, 0.0, 0.0, 0.0]).unwrap();
+        let mask = Tensor::from_slice(&device, &[2], &[1.0f32, 0.0]).unwrap();
+        for kind in ALL {
+            let masked = DivergenceOptions { mask: Some(&mask), ..options(kind) };
+            let tape = Tape::new();
+            let result = divergence(&tape, &tape.leaf(&student), &teacher, masked).unwrap();
+            assert!(result.loss.item().unwrap() > 0.0 && result.per_token.to_vec::<f32>().unwrap()[1].is_nan());
+            let gradient = tape.backward(&result.loss).unwrap().take(&student).unwrap().to_vec::<f32>().unwrap();
+            assert!(gradient[0] != 0.0 && gradient[2..] == [0.0, 0.0], "{kind:?}: {gradient:?}");
+            let whole = divergence(&Tape::inference(), &Var::constant(&student), &teacher, options(kind)).unwrap();
+            assert!(whole.loss.item().unwrap().is_nan());
+        }
+    }
+
+    #[test]
     fn gradients_sum_to_zero_agree_with_differences_and_respect_the_mask() {
         let device = Device::cpu();
         let values: Vec<f32> = (0..3 * 37).map(|i| ((i * 53 % 97) as f32 - 48.0) / 20.0).collect();

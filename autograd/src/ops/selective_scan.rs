@@ -6,6 +6,7 @@
 //! states in between again, chunk by chunk from the end (spec: Gu and Dao 2023, section 3.3.2 and its appendix).
 
 use std::borrow::Cow;
+use std::ops::Range;
 
 use rayon::prelude::*;
 
@@ -17,6 +18,8 @@ const OPERATOR: &str = "selective_scan";
 const LANES: usize = 16;
 /// Steps between saved states.
 const CHUNK: usize = 64;
+/// Channels that one thread takes at a time in a decoding step.
+const STEP_CHANNELS: usize = 256;
 
 type Lanes = [f32; LANES];
 
@@ -41,7 +44,8 @@ pub struct ScanInputs<'a> {
     pub delta_bias: Option<&'a Var>,
     /// Whether softplus is applied to `delta + delta_bias`.
     pub delta_softplus: bool,
-    /// f32 `[batch, channels, states]`: the state before the first step. `None`: zeros.
+    /// f32 `[batch, channels, states]`: the state before the first step. `None`: zeros. Not together with
+    /// `document_start`.
     pub initial_state: Option<&'a Var>,
     /// u32 `[batch, time]`: start of each token's document; the state is dropped there. `None`: one document per row.
     pub document_start: Option<&'a Tensor>,
@@ -217,13 +221,9 @@ impl Scan {
     }
 
     fn values(&self) -> Result<Values<'_>> {
-        let optional = |tensor: &'_ Option<Tensor>| -> Result<Option<Cow<'_, [f32]>>> {
-            match tensor {
-                // The borrow checker needs the tensor's own lifetime here, which `map` would shorten.
-                Some(tensor) => Ok(Some(Cow::Owned(tensor.to_f32_vec()?))),
-                None => Ok(None),
-            }
-        };
+        fn optional(tensor: &Option<Tensor>) -> Result<Option<Cow<'_, [f32]>>> {
+            tensor.as_ref().map(Tensor::host_f32).transpose()
+        }
         Ok(Values {
             input: self.input.host_f32()?,
             delta: self.delta.host_f32()?,
@@ -323,8 +323,8 @@ impl Scan {
     ) -> Result<[Option<Tensor>; 9]> {
         let values = self.values()?;
         let g = match output_gradient {
-            Some(gradient) => gradient.to_f32_vec()?,
-            None => vec![0.0; self.batch * self.time * self.channels],
+            Some(gradient) => gradient.host_f32()?,
+            None => Cow::Owned(vec![0.0; self.batch * self.time * self.channels]),
         };
         let state_g = last_state_gradient.map(Tensor::to_f32_vec).transpose()?;
         let blocks = self.blocks();
@@ -408,71 +408,84 @@ impl Scan {
             }
             None => vec![[0.0; LANES]; states],
         };
-        // Of the chunk in hand, `[step][state]`: ā h_{t-1} and the state after each step, and ā.
-        let mut kept = vec![[0.0; LANES]; CHUNK * states];
-        let mut after = vec![[0.0; LANES]; CHUNK * states];
+        // Of the chunk in hand: ā and ā h_{t-1} as `[step][state]`, Δ and its slope as `[step]`.
         let mut decays = vec![[0.0; LANES]; CHUNK * states];
+        let mut kept = vec![[0.0; LANES]; CHUNK * states];
+        let mut sizes = [([0.0; LANES], [0.0; LANES]); CHUNK];
         for chunk in (0..self.time.div_ceil(CHUNK)).rev() {
-            let steps = chunk * CHUNK..self.time.min((chunk + 1) * CHUNK);
+            let first = chunk * CHUNK;
+            let length = CHUNK.min(self.time - first);
             let mut state = chunk_states[chunk * states..][..states].to_vec();
-            for step in steps.clone() {
+            for (index, sizes) in sizes[..length].iter_mut().enumerate() {
+                let step = first + index;
                 let at = self.at(block, step);
                 let u = load(&values.input, at, block.count);
-                let (size, _) = self.step_size(values, block, at);
+                *sizes = self.step_size(values, block, at);
+                let (size, _) = *sizes;
                 let (b, _) = self.b_and_c(values, block, step);
-                let begins = self.begins_document(values, block, step);
-                let place = (step - steps.start) * states;
+                if self.begins_document(values, block, step) {
+                    state.fill([0.0; LANES]);
+                }
+                let decays = &mut decays[index * states..][..states];
+                let kept = &mut kept[index * states..][..states];
                 for n in 0..states {
                     for lane in 0..LANES {
-                        let decay = if begins { 0.0 } else { cpu::exp(size[lane] * a[n][lane]) };
-                        decays[place + n][lane] = decay;
-                        // A product with 0 would keep an infinity of the document before.
-                        kept[place + n][lane] = if begins { 0.0 } else { decay * state[n][lane] };
-                        state[n][lane] = kept[place + n][lane] + size[lane] * b[n] * u[lane];
-                        after[place + n][lane] = state[n][lane];
+                        let decay = cpu::exp(size[lane] * a[n][lane]);
+                        decays[n][lane] = decay;
+                        kept[n][lane] = decay * state[n][lane];
+                        state[n][lane] = kept[n][lane] + size[lane] * b[n] * u[lane];
                     }
                 }
             }
-            for step in steps.clone().rev() {
+            for index in (0..length).rev() {
+                let step = first + index;
                 let at = self.at(block, step);
                 let u = load(&values.input, at, block.count);
-                let (size, slope) = self.step_size(values, block, at);
+                let (size, slope) = sizes[index];
                 let (b, c) = self.b_and_c(values, block, step);
-                let place = (step - steps.start) * states;
-                let mut dy = load(g, at, block.count);
-                if let Some(gate) = &values.gate {
-                    let z = load(gate, at, block.count);
-                    let mut y = [0.0; LANES];
-                    for n in 0..states {
-                        for lane in 0..LANES {
-                            y[lane] += c[n] * after[place + n][lane];
-                        }
-                    }
+                let g = load(g, at, block.count);
+                let gate = values.gate.as_ref().map(|gate| load(gate, at, block.count));
+                let mut dy = g;
+                if let Some(z) = &gate {
                     for lane in 0..LANES {
-                        let s = cpu::sigmoid(z[lane]);
-                        let y = y[lane] + d[lane] * u[lane];
-                        result.gate[step][lane] = dy[lane] * y * s * (1.0 + z[lane] * (1.0 - s));
-                        dy[lane] *= z[lane] * s;
+                        dy[lane] = g[lane] * z[lane] * cpu::sigmoid(z[lane]);
                     }
                 }
+                let decays = &decays[index * states..][..states];
+                let kept = &kept[index * states..][..states];
+                let b_sums = &mut result.b[step * states..][..states];
+                let c_sums = &mut result.c[step * states..][..states];
+                let mut y = [0.0; LANES];
                 let mut du = [0.0; LANES];
                 let mut d_size = [0.0; LANES];
                 for n in 0..states {
                     let mut b_terms = [0.0; LANES];
                     let mut c_terms = [0.0; LANES];
                     for lane in 0..LANES {
+                        let e = kept[n][lane];
+                        let state = e + size[lane] * b[n] * u[lane];
                         let lambda = carried[n][lane] + c[n] * dy[lane];
                         let weighted = lambda * size[lane];
-                        let e = kept[place + n][lane];
+                        y[lane] += c[n] * state;
                         du[lane] += weighted * b[n];
                         d_size[lane] += lambda * (b[n] * u[lane] + a[n][lane] * e);
                         result.a[n][lane] += weighted * e;
                         b_terms[lane] = weighted * u[lane];
-                        c_terms[lane] = dy[lane] * after[place + n][lane];
-                        carried[n][lane] = decays[place + n][lane] * lambda;
+                        c_terms[lane] = dy[lane] * state;
+                        carried[n][lane] = decays[n][lane] * lambda;
                     }
-                    result.b[step * states + n] = across(b_terms);
-                    result.c[step * states + n] = across(c_terms);
+                    b_sums[n] = across(&b_terms);
+                    c_sums[n] = across(&c_terms);
+                }
+                if self.begins_document(values, block, step) {
+                    carried.fill([0.0; LANES]);
+                }
+                if let Some(z) = &gate {
+                    for lane in 0..LANES {
+                        let s = cpu::sigmoid(z[lane]);
+                        let y = y[lane] + d[lane] * u[lane];
+                        result.gate[step][lane] = g[lane] * y * s * (1.0 + z[lane] * (1.0 - s));
+                    }
                 }
                 for lane in 0..LANES {
                     result.input[step][lane] = du[lane] + d[lane] * dy[lane];
@@ -499,7 +512,7 @@ impl Scan {
         }
         let mut slope = [1.0; LANES];
         if self.delta_softplus {
-            for lane in 0..block.count {
+            for lane in 0..LANES {
                 let raw = size[lane];
                 slope[lane] = if raw > 20.0 { 1.0 } else { cpu::sigmoid(raw) };
                 size[lane] = cpu::softplus(raw);
@@ -554,12 +567,11 @@ impl Scan {
         like: &Tensor,
         part: impl Fn(usize) -> &'a Vec<Lanes> + Sync,
     ) -> Result<Tensor> {
-        let per_row = blocks.len() / self.batch.max(1);
         Tensor::compute(like.device(), like.shape(), like.dtype(), |output| {
-            output.par_chunks_mut(self.channels.max(1)).enumerate().for_each(|(token, output)| {
-                let (row, step) = (token / self.time, token % self.time);
-                for (index, block) in blocks.iter().enumerate().skip(row * per_row).take(per_row) {
-                    output[block.first..][..block.count].copy_from_slice(&part(index)[step][..block.count]);
+            self.for_each_chunk(blocks, output, self.channels, |index, steps, output| {
+                let block = &blocks[index];
+                for (lanes, output) in part(index)[steps].iter().zip(output.chunks_exact_mut(self.channels)) {
+                    store(lanes, &mut output[block.first..][..block.count]);
                 }
             });
             Ok(())
@@ -590,21 +602,44 @@ impl Scan {
         group: impl Fn(&Block) -> usize + Sync,
         part: impl Fn(usize) -> &'a Vec<f32> + Sync,
     ) -> Result<Tensor> {
-        let groups = like.shape()[2];
-        let per_row = blocks.len() / self.batch.max(1);
+        let (states, width) = (self.states, like.shape()[2] * self.states);
         Tensor::compute(like.device(), like.shape(), like.dtype(), |output| {
-            output.par_chunks_mut((groups * self.states).max(1)).enumerate().for_each(|(token, output)| {
-                let (row, step) = (token / self.time, token % self.time);
-                output.fill(0.0);
-                for (index, block) in blocks.iter().enumerate().skip(row * per_row).take(per_row) {
-                    let sums = &mut output[group(block) * self.states..][..self.states];
-                    for (sum, value) in sums.iter_mut().zip(&part(index)[step * self.states..][..self.states]) {
+            output.fill(0.0);
+            self.for_each_chunk(blocks, output, width, |index, steps, output| {
+                let first = group(&blocks[index]) * states;
+                let values = part(index)[steps.start * states..steps.end * states].chunks_exact(states);
+                for (values, output) in values.zip(output.chunks_exact_mut(width)) {
+                    for (sum, value) in output[first..][..states].iter_mut().zip(values) {
                         *sum += value;
                     }
                 }
             });
             Ok(())
         })
+    }
+
+    /// Calls `function(block, steps, output of those steps)` for every block of a row and every chunk of its steps, the
+    /// chunks in parallel, the blocks of each in order. `output` has `width` values for every step. By chunks, not by
+    /// steps, so that a block's values are read in long runs.
+    fn for_each_chunk(
+        &self,
+        blocks: &[Block],
+        output: &mut [f32],
+        width: usize,
+        function: impl Fn(usize, Range<usize>, &mut [f32]) + Sync,
+    ) {
+        if output.is_empty() {
+            return;
+        }
+        let per_row = blocks.len() / self.batch;
+        output.par_chunks_mut(self.time * width).enumerate().for_each(|(row, output)| {
+            output.par_chunks_mut(CHUNK * width).enumerate().for_each(|(chunk, output)| {
+                let first = chunk * CHUNK;
+                for index in row * per_row..(row + 1) * per_row {
+                    function(index, first..first + output.len() / width, output);
+                }
+            });
+        });
     }
 }
 
@@ -620,17 +655,22 @@ fn load(values: &[f32], start: usize, count: usize) -> Lanes {
     lanes
 }
 
+/// Writes the lanes that have a channel.
+#[inline(always)]
+fn store(lanes: &Lanes, output: &mut [f32]) {
+    if output.len() == LANES {
+        output.copy_from_slice(lanes);
+    } else {
+        output.copy_from_slice(&lanes[..output.len()]);
+    }
+}
+
 /// The sum of all lanes, halves first.
 #[inline(always)]
-fn across(mut lanes: Lanes) -> f32 {
-    let mut width = LANES / 2;
-    while width > 0 {
-        for lane in 0..width {
-            lanes[lane] += lanes[lane + width];
-        }
-        width /= 2;
-    }
-    lanes[0]
+fn across(lanes: &Lanes) -> f32 {
+    let eight: [f32; 8] = std::array::from_fn(|lane| lanes[lane] + lanes[lane + 8]);
+    let four: [f32; 4] = std::array::from_fn(|lane| eight[lane] + eight[lane + 4]);
+    (four[0] + four[2]) + (four[1] + four[3])
 }
 
 /// What one decoding step reads; shapes as in [`ScanInputs`] without time.
@@ -698,30 +738,32 @@ pub fn selective_scan_step(state: &mut Tensor, inputs: ScanStepInputs<'_>) -> Re
     let bias = inputs.delta_bias.map(Tensor::host_f32).transpose()?;
     let state = state.make_mut::<f32>()?;
     Tensor::compute(input.device(), input.shape(), input.dtype(), |output| {
-        output.par_iter_mut().zip(state.par_chunks_mut(states.max(1))).enumerate().for_each(
-            |(index, (output, state))| {
-                let (row, channel) = (index / channels, index % channels);
-                let raw = delta[index] + bias.as_ref().map_or(0.0, |bias| bias[channel]);
-                let size = if inputs.delta_softplus { cpu::softplus(raw) } else { raw };
-                let a = &a[channel * states..][..states];
-                let b = &b[(row * b_groups + channel / (channels / b_groups)) * states..][..states];
-                let c = &c[(row * c_groups + channel / (channels / c_groups)) * states..][..states];
-                let y = cpu::simd(
-                    #[inline(always)]
-                    || {
+        let chunks = output.par_chunks_mut(STEP_CHANNELS).zip(state.par_chunks_mut((STEP_CHANNELS * states).max(1)));
+        chunks.enumerate().for_each(|(chunk, (output, state))| {
+            cpu::simd(
+                #[inline(always)]
+                || {
+                    for (index, output) in output.iter_mut().enumerate() {
+                        let state = &mut state[index * states..][..states];
+                        let index = chunk * STEP_CHANNELS + index;
+                        let (row, channel) = (index / channels, index % channels);
+                        let raw = delta[index] + bias.as_ref().map_or(0.0, |bias| bias[channel]);
+                        let size = if inputs.delta_softplus { cpu::softplus(raw) } else { raw };
+                        let a = &a[channel * states..][..states];
+                        let b = &b[(row * b_groups + channel / (channels / b_groups)) * states..][..states];
+                        let c = &c[(row * c_groups + channel / (channels / c_groups)) * states..][..states];
                         for n in 0..states {
                             state[n] = cpu::exp(size * a[n]) * state[n] + size * b[n] * u[index];
                         }
-                        cpu::dot(state, c)
-                    },
-                );
-                let y = y + d.as_ref().map_or(0.0, |d| d[channel] * u[index]);
-                *output = match &gate {
-                    Some(gate) => y * gate[index] * cpu::sigmoid(gate[index]),
-                    None => y,
-                };
-            },
-        );
+                        let y = cpu::dot(state, c) + d.as_ref().map_or(0.0, |d| d[channel] * u[index]);
+                        *output = match &gate {
+                            Some(gate) => y * gate[index] * cpu::sigmoid(gate[index]),
+                            None => y,
+                        };
+                    }
+                },
+            );
+        });
         Ok(())
     })
 }
@@ -854,6 +896,93 @@ mod tests {
             gradient_check(&full[..8], 1e-2, |tape, v| Ok(selective_scan(tape, inputs(v, Some(&starts)))?.output))
                 .unwrap();
         assert!(check.worst.iter().all(|worst| *worst <= 1e-2), "{check:?}");
+    }
+
+    /// Output and last state, and the gradients of all inputs under a fixed seed.
+    fn run(tensors: &[Tensor], starts: Option<&Tensor>) -> (Vec<f32>, Vec<f32>, Vec<Vec<f32>>) {
+        let tape = Tape::new();
+        let v: Vec<Var> = tensors.iter().map(|tensor| tape.leaf(tensor)).collect();
+        let result = selective_scan(&tape, inputs(&v, starts)).unwrap();
+        let (output, last_state) = (result.output.to_vec().unwrap(), result.last_state.to_vec().unwrap());
+        let seed = tensors[0].clone();
+        let gradients = tape.backward_from(vec![(result.output, seed)]).unwrap();
+        let gradients = tensors.iter().map(|tensor| gradients.get(tensor).unwrap().to_vec().unwrap()).collect();
+        (output, last_state, gradients)
+    }
+
+    #[test]
+    fn packed_documents_equal_separate_ones_across_chunks() {
+        // Documents that end on a chunk's border, just past one, within one, and after a single token.
+        let lengths = [64, 65, 40, 1, 30];
+        let total: usize = lengths.iter().sum();
+        let tensors = tensors(1, total, 20, 3, (5, 2));
+        let starts: Vec<u32> = lengths
+            .iter()
+            .scan(0u32, |next, &length| {
+                let first = *next;
+                *next += length as u32;
+                Some(std::iter::repeat_n(first, length))
+            })
+            .flatten()
+            .collect();
+        let starts = Tensor::from_slice(&Device::cpu(), &[1, total], &starts).unwrap();
+        let (packed, packed_state, packed_gradients) = run(&tensors[..8], Some(&starts));
+        let cut = |tensor: &Tensor, first: usize, length: usize| {
+            let width: usize = tensor.shape()[2..].iter().product();
+            let mut shape = tensor.shape().to_vec();
+            shape[1] = length;
+            let values = &tensor.to_vec::<f32>().unwrap()[first * width..][..length * width];
+            Tensor::from_slice(&Device::cpu(), &shape, values).unwrap()
+        };
+        const BY_TIME: [usize; 5] = [0, 1, 3, 4, 6];
+        let mut sums = [vec![0.0; 60], vec![0.0; 20], vec![0.0; 20]];
+        let mut first = 0;
+        for length in lengths {
+            let mut document = tensors[..8].to_vec();
+            for index in BY_TIME {
+                document[index] = cut(&tensors[index], first, length);
+            }
+            let (output, state, gradients) = run(&document, None);
+            assert_eq!(output, packed[first * 20..][..length * 20]);
+            for index in BY_TIME {
+                let width = gradients[index].len() / length;
+                assert_eq!(gradients[index], packed_gradients[index][first * width..][..length * width], "{index}");
+            }
+            for (sum, index) in sums.iter_mut().zip([2, 5, 7]) {
+                for (sum, value) in sum.iter_mut().zip(&gradients[index]) {
+                    *sum += value;
+                }
+            }
+            first += length;
+            if first == total {
+                assert_eq!(state, packed_state);
+            }
+        }
+        // These sum over time, in another order: f32 rounding of 200 terms of order 1.
+        for (sum, index) in sums.iter().zip([2, 5, 7]) {
+            for (sum, packed) in sum.iter().zip(&packed_gradients[index]) {
+                assert!((sum - packed).abs() <= 1e-4, "{index}: {sum} {packed}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_number_of_threads_changes_no_bit() {
+        let tensors = tensors(2, 70, 40, 4, (2, 5));
+        let with_threads = |threads| {
+            rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(|| run(&tensors, None))
+        };
+        assert_eq!(with_threads(1), with_threads(3));
+    }
+
+    #[test]
+    fn not_a_number_reaches_only_its_channel_and_the_future() {
+        let mut tensors = tensors(1, 4, 3, 2, (1, 1));
+        tensors[0].make_mut::<f32>().unwrap()[2 * 3 + 1] = f32::NAN;
+        let (output, _, _) = run(&tensors, None);
+        for (index, value) in output.iter().enumerate() {
+            assert_eq!(value.is_nan(), index % 3 == 1 && index / 3 >= 2, "{index}");
+        }
     }
 
     #[test]

@@ -57,7 +57,9 @@ pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
         output::json(&measurements)?;
         return done();
     }
-    output::line("what                                   tokens     median    fastest    slowest   tokens/s   peak memory")?;
+    output::line(
+        "what                                   tokens     median    fastest    slowest   tokens/s   peak memory",
+    )?;
     for measured in &measurements {
         output::line(&format!(
             "{:<38} {:>6} {:>8.3} s {:>8.3} s {:>8.3} s {:>10.1}   {}",

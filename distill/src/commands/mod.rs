@@ -33,7 +33,8 @@ const INTERRUPTED: u8 = 3;
 
 /// Turns pretrained transformers into Mamba hybrids.
 #[derive(Parser)]
-#[command(name = "grafter", version, about, after_help = EXIT_CODES, disable_help_subcommand = true)]
+#[command(name = "grafter", version, about, after_help = EXIT_CODES)]
+#[command(disable_help_subcommand = true, args_override_self = true)]
 struct CommandLine {
     #[command(subcommand)]
     command: Command,

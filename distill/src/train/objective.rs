@@ -136,3 +136,87 @@ fn is_finite(tensor: &Tensor) -> bool {
     // A tensor that cannot be read is at fault too.
     tensor.to_f32_vec().is_ok_and(|values| values.iter().all(|value| value.is_finite()))
 }
+
+#[cfg(test)]
+mod tests {
+    use autograd::Tensor;
+    use model::config::ModelConfig;
+    use runtime::Device;
+
+    use super::*;
+    use crate::config::{RunConfig, Task};
+    use crate::data::Sequence;
+
+    fn model(seed: u64) -> Model {
+        let source = serde_json::json!({
+            "model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2,
+            "num_key_value_heads": 1, "num_hidden_layers": 2, "vocab_size": 11,
+        });
+        let config = ModelConfig::from_json(source.as_object().unwrap()).unwrap();
+        Model::random(config, seed, &Device::cpu()).unwrap()
+    }
+
+    fn batch() -> Batch {
+        let sequence = Sequence {
+            tokens: vec![1, 2, 3, 4, 5, 6],
+            answers: vec![false, true, true, false, true, true],
+            padding: vec![false; 6],
+            document_lengths: vec![3, 3],
+        };
+        Batch::new(&Device::cpu(), &[sequence], PositionsThatCount::Answers).unwrap()
+    }
+
+    fn loss(student: &Model, teacher: &Model) -> Result<Loss> {
+        let mut section = RunConfig::defaults(Task::Distill).loss;
+        section.cross_entropy_weight = 0.5;
+        let batch = batch();
+        let objective = Objective::new(&section);
+        let tape = Tape::inference();
+        objective.loss(&tape, student, Some(teacher), &batch, 4, false).map(|(_, loss)| loss)
+    }
+
+    fn poison(model: &mut Model, name: &str) {
+        let id = model.parameters.find(name).unwrap();
+        let shape = model.parameters.get(id).value.shape().to_vec();
+        let mut values = model.parameters.get(id).value.to_vec::<f32>().unwrap();
+        values[3] = f32::NAN;
+        model.parameters.set(id, Tensor::from_slice(&Device::cpu(), &shape, &values).unwrap()).unwrap();
+    }
+
+    #[test]
+    fn the_loss_is_the_weighted_sum_of_its_parts() {
+        let (student, teacher) = (model(1), model(2));
+        let loss = self::loss(&student, &teacher).unwrap();
+        let (divergence, cross_entropy) = (loss.divergence.unwrap(), loss.cross_entropy.unwrap());
+        assert!(divergence > 0.0 && cross_entropy > 0.0);
+        assert!((loss.total - (divergence + 0.5 * cross_entropy)).abs() < 1e-6);
+        assert!(self::loss(&student, &student).unwrap().divergence.unwrap().abs() < 1e-6);
+    }
+
+    #[test]
+    fn the_first_tensor_that_is_not_finite_is_named() {
+        let good = model(1);
+        let mut bad = model(1);
+        poison(&mut bad, "model.layers.1.mlp.up_proj.weight");
+        poison(&mut bad, "model.layers.0.self_attn.k_proj.weight");
+        let message = loss(&bad, &good).unwrap_err().to_string();
+        assert!(message.contains("the loss is NaN"), "{message}");
+        assert!(message.ends_with("the weight model.layers.0.self_attn.k_proj.weight"), "{message}");
+        let message = loss(&good, &bad).unwrap_err().to_string();
+        assert!(message.ends_with("the teacher's weight model.layers.0.self_attn.k_proj.weight"), "{message}");
+    }
+
+    #[test]
+    fn a_bad_gradient_is_named() {
+        let model = model(1);
+        let mut gradients = Gradients::default();
+        for (index, (_, parameter)) in model.parameters.iter().enumerate() {
+            let value = if index == 4 { f32::INFINITY } else { 1.0 };
+            let gradient = Tensor::filled(&Device::cpu(), parameter.value.shape(), DType::F32, value).unwrap();
+            gradients.add(&parameter.value, gradient).unwrap();
+        }
+        let (_, expected) = model.parameters.iter().nth(4).unwrap();
+        let found = first_bad_gradient(&model.parameters, &gradients).unwrap();
+        assert_eq!(found, format!("the gradient of {}", expected.name));
+    }
+}

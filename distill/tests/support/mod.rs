@@ -126,7 +126,8 @@ pub fn write_documents(path: &Path, count: usize) {
     let words = ["one", "two", "three", "four", "five", "six", "seven"];
     let lines: Vec<String> = (0..count)
         .map(|index| {
-            let text: Vec<&str> = (0..2 + index % 4).map(|word| words[(index * 3 + word * word) % words.len()]).collect();
+            let text: Vec<&str> =
+                (0..2 + index % 4).map(|word| words[(index * 3 + word * word) % words.len()]).collect();
             json!({ "id": index, "text": text.join(" ") }).to_string()
         })
         .collect();
@@ -156,7 +157,9 @@ impl Workshop {
     /// Arguments of a distillation in the folder `run`, to which `more` are added.
     pub fn distill(&self, run: &str, more: &[&str]) -> Vec<String> {
         let mut arguments: Vec<String> =
-            ["distill", "--layers", "1,3", "--sequence-length", "32", "--learning-rate", "1e-3"].map(String::from).to_vec();
+            ["distill", "--layers", "1,3", "--sequence-length", "32", "--learning-rate", "1e-3"]
+                .map(String::from)
+                .to_vec();
         for (flag, name) in
             [("--teacher", "teacher"), ("--train", "train.jsonl"), ("--validation", "validation.jsonl"), ("--run", run)]
         {

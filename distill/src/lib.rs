@@ -4,7 +4,7 @@
 //! - [`data`]: jsonl documents, packed token files, the order of training.
 //! - [`train`]: the loop behind `grafter distill` and `grafter train`, exactly resumable.
 //! - [`perplexity`]: how well a model predicts documents.
-//! - [`bench`], [`report`]: timings, and pages with tables and curves.
+//! - [`mod@bench`], [`report`]: timings, and pages with tables and curves.
 //! - [`commands`]: the command line.
 
 #![forbid(unsafe_code)]

@@ -2,7 +2,8 @@
 //! log-likelihoods.
 //!
 //! The file is JSON: `prompts`, a list of objects with `text` and `ids`, and any of `top10` (`id`, `logit`), `logsumexp`,
-//! `greedy_ids` (with `greedy_stopped_at_eos`) and `mean_nll`. Numbers were computed in float32 by a reference.
+//! `greedy_ids` (with `greedy_stopped_at_eos`) and `passage` (`ids`, `mean_nll`). Numbers were computed in float32 by a
+//! reference.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -50,7 +51,13 @@ struct Prompt {
     greedy_ids: Option<Vec<u32>>,
     #[serde(default)]
     greedy_stopped_at_eos: bool,
-    mean_nll: Option<f64>,
+    passage: Option<Passage>,
+}
+
+#[derive(Deserialize)]
+struct Passage {
+    ids: Vec<u32>,
+    mean_nll: f64,
 }
 
 #[derive(Deserialize)]
@@ -100,7 +107,12 @@ fn check(arguments: &Arguments) -> Result<usize> {
                 let greatest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
                 let sum: f64 = logits.iter().map(|logit| f64::from(logit - greatest).exp()).sum();
                 let difference = (f64::from(greatest) + sum.ln() - expected).abs();
-                report(&name, "log-sum-exp", difference <= arguments.logit_tolerance, format!("off by {difference:.1e}"));
+                report(
+                    &name,
+                    "log-sum-exp",
+                    difference <= arguments.logit_tolerance,
+                    format!("off by {difference:.1e}"),
+                );
             }
         }
         if let Some(expected) = &prompt.greedy_ids {
@@ -118,8 +130,8 @@ fn check(arguments: &Arguments) -> Result<usize> {
             });
             report(&name, "greedy continuation", same, format!("{} tokens", expected.len()));
         }
-        if let Some(expected) = prompt.mean_nll {
-            let difference = (mean_nll(&model, &device, &prompt.ids)? - expected).abs();
+        if let Some(passage) = &prompt.passage {
+            let difference = (mean_nll(&model, &device, &passage.ids)? - passage.mean_nll).abs();
             report(&name, "mean NLL", difference <= arguments.nll_tolerance, format!("off by {difference:.1e}"));
         }
     }

@@ -1,7 +1,7 @@
 //! The parity harness: runs cases that other implementations computed and compares.
 //!
 //! A fixture folder holds a `manifest.json` and a file of tensors per case. Each kind of case has one file here, which
-//! computes with grafter what the case stores, and one line in [`OPERATIONS`]. A case fails when a result is outside its
+//! computes with grafter what the case stores, and one line in `OPERATIONS`. A case fails when a result is outside its
 //! bounds, is not a number, has another shape, or was not computed; when a tensor that the manifest names is missing;
 //! and when its kind is unknown. Bounds come from the manifest; nothing here widens them but `fp32_scale`, which is
 //! reported with every case.

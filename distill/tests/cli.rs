@@ -1,5 +1,7 @@
 //! The program's commands on a tiny model: what they answer, and how they refuse.
 
+#![allow(clippy::unwrap_used)] // Helpers of tests fail as tests do.
+
 mod support;
 
 use std::fs;
@@ -139,7 +141,7 @@ fn perplexity_is_that_of_the_model_s_own_probabilities() {
             .take(limit)
             .map(|byte| Tokenizer::load(&teacher).unwrap().encode(&char::from(byte).to_string(), false).unwrap()[0])
             .collect();
-        let batch = TokenBatch::new(&Device::cpu(), &[tokens.clone()], None).unwrap();
+        let batch = TokenBatch::new(&Device::cpu(), std::slice::from_ref(&tokens), None).unwrap();
         let logits = model.logits(&autograd::Tape::inference(), &batch).unwrap().to_vec::<f32>().unwrap();
         (1..tokens.len())
             .map(|position| {

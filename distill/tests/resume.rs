@@ -1,5 +1,7 @@
 //! Runs that are interrupted and killed, and continue to the same bits.
 
+#![allow(clippy::unwrap_used)] // Helpers of tests fail as tests do.
+
 mod support;
 
 use std::collections::BTreeMap;

@@ -340,6 +340,37 @@ mod tests {
     }
 
     #[test]
+    fn the_idioms_of_released_templates_work() {
+        // Pieces of the templates of Llama 3.1, Mistral and Qwen.
+        let source = "{{- bos_token }}\n\
+            {%- if not date_string is defined %}\n\
+            {%- if strftime_now is defined %}{%- set date_string = '26 Jul 2024' %}{%- endif %}\n\
+            {%- endif %}\n\
+            {%- if messages[0]['role'] == 'system' %}\n\
+            {%- set system_message = messages[0]['content']|trim %}\n\
+            {%- set messages = messages[1:] %}\n\
+            {%- else %}{%- set system_message = '' %}{%- endif %}\n\
+            {%- set ns = namespace(count=0) %}\n\
+            {%- for message in messages %}\n\
+            {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}\n\
+            {{- raise_exception('roles must alternate') }}\n\
+            {%- endif %}\n\
+            {%- set ns.count = ns.count + 1 %}\n\
+            {{- '<|' + message.role + '|>' + message['content'].split('</think>')[-1].lstrip('\\n') + eos_token }}\n\
+            {%- endfor %}\n\
+            {{- '(' ~ ns.count ~ date_string[:2] ~ system_message ~ ')' }}";
+        let messages = [
+            json!({"role": "system", "content": " be brief "}),
+            json!({"role": "user", "content": "a"}),
+            json!({"role": "assistant", "content": "<think>x</think>\n\nb"}),
+        ];
+        assert_eq!(
+            template(source).render(&messages, false).unwrap(),
+            "<s><|user|>a</s><|assistant|>b</s>(226be brief)"
+        );
+    }
+
+    #[test]
     fn dates_are_those_of_the_calendar() {
         assert_eq!(strftime("%d %b %Y, %A %H:%M:%S %%%q", 951_782_399), "28 Feb 2000, Monday 23:59:59 %%q");
         assert_eq!(strftime("%Y-%m-%d %a", 951_782_400), "2000-02-29 Tue");

@@ -87,7 +87,7 @@ impl LlamaGguf {
             "vocab_size": vocabulary,
         }));
         if config["pad_token_id"].is_null() {
-            config.remove("pad_token_id");
+            config.shift_remove("pad_token_id");
         }
         Ok(Self { config, heads: heads as usize, key_value_heads: key_value_heads as usize, file })
     }

@@ -151,6 +151,26 @@ impl GgufFile {
     fn texts(&self, key: &str) -> Result<Option<Vec<&str>>> {
         self.optional(key, "a list of strings", |value| value.as_list()?.iter().map(MetadataValue::as_text).collect())
     }
+
+    fn integers(&self, key: &str) -> Result<Option<Vec<i128>>> {
+        self.optional(key, "a list of integers", |value| {
+            let integer = |value: &MetadataValue| match value {
+                MetadataValue::Integer(value) => Some(*value),
+                _ => None,
+            };
+            value.as_list()?.iter().map(integer).collect()
+        })
+    }
+
+    fn numbers(&self, key: &str) -> Result<Option<Vec<f64>>> {
+        self.optional(key, "a list of numbers", |value| {
+            let number = |value: &MetadataValue| match value {
+                MetadataValue::Float(value) => Some(*value),
+                _ => None,
+            };
+            value.as_list()?.iter().map(number).collect()
+        })
+    }
 }
 
 impl MetadataValue {

@@ -4,14 +4,17 @@ use std::collections::HashSet;
 
 use serde_json::{Map, Value, json};
 
-use super::{GgufFile, MetadataValue};
+use super::GgufFile;
 use crate::Result;
 
 /// Token types as GGUF numbers them.
+const NORMAL: i128 = 1;
+const UNKNOWN: i128 = 2;
 const CONTROL: i128 = 3;
 const USER_DEFINED: i128 = 4;
 
 const TOKENS: &str = "tokenizer.ggml.tokens";
+const TYPES: &str = "tokenizer.ggml.token_type";
 
 /// The contents of the four files beside the weights.
 #[derive(Debug)]
@@ -22,28 +25,27 @@ pub(crate) struct TokenizerFiles {
     pub(crate) generation_config: Value,
 }
 
-/// Turns the byte-level BPE vocabulary of a GGUF file into a tokenizer.
+/// Turns the vocabulary of a GGUF file into a tokenizer.
 pub(crate) fn convert(file: &GgufFile) -> Result<TokenizerFiles> {
-    match file.text("tokenizer.ggml.model")?.unwrap_or("none") {
-        "gpt2" => {}
-        other => {
-            let problem = format!(
-                "a vocabulary of kind \"{other}\" is not supported: expected \"gpt2\" (byte-level BPE); for this model \
-                 use its Hugging Face folder"
-            );
-            return Err(file.fail("tokenizer.ggml.model", problem));
-        }
-    }
     let tokens = file.required(TOKENS, file.texts(TOKENS)?)?;
-    let merges = file.required("tokenizer.ggml.merges", file.texts("tokenizer.ggml.merges")?)?;
     let mut seen = HashSet::with_capacity(tokens.len());
     if let Some((id, token)) = tokens.iter().enumerate().find(|(_, token)| !seen.insert(**token)) {
         return Err(file.fail(TOKENS, format!("token {id} ({token:?}) is there twice")));
     }
-    let splitting = splitting(file)?;
+    let parts = match file.text("tokenizer.ggml.model")?.unwrap_or("none") {
+        "gpt2" => byte_level_parts(file)?,
+        "llama" => sentence_piece_parts(file, &tokens)?,
+        other => {
+            let problem = format!(
+                "a vocabulary of kind \"{other}\" is not supported: expected \"gpt2\" (byte-level BPE) or \"llama\" \
+                 (SentencePiece BPE); for this model use its Hugging Face folder"
+            );
+            return Err(file.fail("tokenizer.ggml.model", problem));
+        }
+    };
     let special = special_tokens(file, &tokens)?;
     let added = added_tokens(file, &tokens)?;
-    let add_bos = file.flag("tokenizer.ggml.add_bos_token")?.unwrap_or(splitting.adds_bos);
+    let add_bos = file.flag("tokenizer.ggml.add_bos_token")?.unwrap_or(parts.adds_bos);
     let post_processor = match special.iter().find(|(name, _, _)| *name == "bos_token") {
         Some((_, id, token)) if add_bos => begin_with(token, *id),
         _ => Value::Null,
@@ -53,14 +55,14 @@ pub(crate) fn convert(file: &GgufFile) -> Result<TokenizerFiles> {
     let tokenizer = json!({
         "version": "1.0", "truncation": null, "padding": null,
         "added_tokens": added,
-        "normalizer": splitting.normalizer,
-        "pre_tokenizer": splitting.pre_tokenizer,
+        "normalizer": parts.normalizer,
+        "pre_tokenizer": parts.pre_tokenizer,
         "post_processor": post_processor,
-        "decoder": byte_level(true, true),
+        "decoder": parts.decoder,
         "model": {
-            "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
-            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false,
-            "ignore_merges": splitting.whole_words, "vocab": vocabulary, "merges": merges,
+            "type": "BPE", "dropout": null, "unk_token": parts.unknown, "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": parts.byte_fallback, "byte_fallback": parts.byte_fallback,
+            "ignore_merges": parts.whole_words, "vocab": vocabulary, "merges": parts.merges,
         },
     });
     Ok(TokenizerFiles {
@@ -71,43 +73,57 @@ pub(crate) fn convert(file: &GgufFile) -> Result<TokenizerFiles> {
     })
 }
 
-/// How text is cut into words before merging.
-struct Splitting {
+/// What the kinds of vocabulary differ in.
+struct Parts {
     normalizer: Value,
+    /// How text is cut into words before merging.
     pre_tokenizer: Value,
+    decoder: Value,
+    merges: Value,
+    /// The token for what has none.
+    unknown: Option<String>,
+    /// Whether characters without a token become the tokens of their bytes.
+    byte_fallback: bool,
     /// Whether a word that is a token is taken whole, whatever the merges say.
     whole_words: bool,
+    /// Whether a text begins with the BOS token, unless the file says otherwise.
     adds_bos: bool,
 }
 
-fn splitting(file: &GgufFile) -> Result<Splitting> {
+/// Byte-level BPE, as GPT-2 introduced it.
+fn byte_level_parts(file: &GgufFile) -> Result<Parts> {
     const KEY: &str = "tokenizer.ggml.pre";
     const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
     const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
     const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-    let by_pattern = |pattern: &str, normalizer: Value, whole_words: bool, adds_bos: bool| Splitting {
-        normalizer,
-        pre_tokenizer: sequence([
-            json!({ "type": "Split", "pattern": { "Regex": pattern }, "behavior": "Isolated", "invert": false }),
-            byte_level(false, false),
-        ]),
-        whole_words,
-        adds_bos,
-    };
-    let plain = |pre_tokenizer: Value| Splitting {
+    let merges = file.required("tokenizer.ggml.merges", file.texts("tokenizer.ggml.merges")?)?;
+    let plain = Parts {
         normalizer: Value::Null,
-        pre_tokenizer,
+        pre_tokenizer: byte_level(false, true),
+        decoder: byte_level(true, true),
+        merges: json!(merges),
+        unknown: None,
+        byte_fallback: false,
         whole_words: false,
         adds_bos: false,
     };
+    let by_pattern = |pattern: &str| {
+        sequence([
+            json!({ "type": "Split", "pattern": { "Regex": pattern }, "behavior": "Isolated", "invert": false }),
+            byte_level(false, false),
+        ])
+    };
     Ok(match file.text(KEY)?.unwrap_or("missing") {
         "smollm" | "starcoder" | "refact" | "command-r" | "codeshell" => {
-            plain(sequence([json!({ "type": "Digits", "individual_digits": true }), byte_level(false, true)]))
+            let digits = json!({ "type": "Digits", "individual_digits": true });
+            Parts { pre_tokenizer: sequence([digits, byte_level(false, true)]), ..plain }
         }
-        "gpt-2" | "phi-2" => plain(byte_level(false, true)),
-        "llama-bpe" | "llama3" | "llama-v3" => by_pattern(LLAMA3, Value::Null, true, true),
-        "tekken" => by_pattern(TEKKEN, Value::Null, true, true),
-        "qwen2" => by_pattern(QWEN2, json!({ "type": "NFC" }), false, false),
+        "gpt-2" | "phi-2" => plain,
+        "llama-bpe" | "llama3" | "llama-v3" => {
+            Parts { pre_tokenizer: by_pattern(LLAMA3), whole_words: true, adds_bos: true, ..plain }
+        }
+        "tekken" => Parts { pre_tokenizer: by_pattern(TEKKEN), whole_words: true, adds_bos: true, ..plain },
+        "qwen2" => Parts { pre_tokenizer: by_pattern(QWEN2), normalizer: json!({ "type": "NFC" }), ..plain },
         other => {
             return Err(file.fail(
                 KEY,
@@ -118,6 +134,56 @@ fn splitting(file: &GgufFile) -> Result<Splitting> {
             ));
         }
     })
+}
+
+/// SentencePiece's BPE: words are not split off, a space is the letter `▁`, and a token's score says when it is merged.
+fn sentence_piece_parts(file: &GgufFile, tokens: &[&str]) -> Result<Parts> {
+    const SCORES: &str = "tokenizer.ggml.scores";
+    let scores = file.required(SCORES, file.numbers(SCORES)?)?;
+    let types = file.required(TYPES, file.integers(TYPES)?)?;
+    for (key, count) in [(SCORES, scores.len()), (TYPES, types.len())] {
+        if count != tokens.len() {
+            return Err(file.fail(key, format!("{count} values for {} tokens", tokens.len())));
+        }
+    }
+    let prefix = file.flag("tokenizer.ggml.add_space_prefix")?.unwrap_or(true);
+    let prepend = prefix.then(|| json!({ "type": "Prepend", "prepend": "▁" }));
+    let replace = |from: &str, to: &str| json!({ "type": "Replace", "pattern": { "String": from }, "content": to });
+    let strip = prefix.then(|| json!({ "type": "Strip", "content": " ", "start": 1, "stop": 0 }));
+    let normalizers: Vec<Value> = prepend.into_iter().chain([replace(" ", "▁")]).collect();
+    let decoders: Vec<Value> = [replace("▁", " "), json!({ "type": "ByteFallback" }), json!({ "type": "Fuse" })]
+        .into_iter()
+        .chain(strip)
+        .collect();
+    let unknown = tokens.iter().zip(&types).find(|(_, kind)| **kind == UNKNOWN).map(|(token, _)| (*token).to_owned());
+    Ok(Parts {
+        normalizer: json!({ "type": "Sequence", "normalizers": normalizers }),
+        pre_tokenizer: Value::Null,
+        decoder: json!({ "type": "Sequence", "decoders": decoders }),
+        merges: merges_by_score(tokens, &types, &scores),
+        unknown,
+        byte_fallback: true,
+        whole_words: false,
+        adds_bos: true,
+    })
+}
+
+/// Every way to put a token together from two others, the highest scores first.
+fn merges_by_score(tokens: &[&str], types: &[i128], scores: &[f64]) -> Value {
+    let known: HashSet<&str> =
+        tokens.iter().zip(types).filter(|(_, kind)| **kind == NORMAL).map(|(token, _)| *token).collect();
+    let mut merges: Vec<(f64, &str, &str)> = Vec::new();
+    for (token, score) in tokens.iter().zip(scores).filter(|(token, _)| known.contains(**token)) {
+        for (middle, _) in token.char_indices().skip(1) {
+            let (left, right) = token.split_at(middle);
+            if known.contains(left) && known.contains(right) {
+                merges.push((*score, left, right));
+            }
+        }
+    }
+    let letters = |text: &str| text.chars().count();
+    merges.sort_by(|a, b| b.0.total_cmp(&a.0).then_with(|| letters(b.1).cmp(&letters(a.1))));
+    merges.into_iter().map(|(_, left, right)| json!([left, right])).collect()
 }
 
 fn sequence(parts: [Value; 2]) -> Value {
@@ -165,16 +231,14 @@ fn special_tokens(file: &GgufFile, tokens: &[&str]) -> Result<Vec<SpecialToken>>
 
 /// Tokens that are recognised in a text before anything else.
 fn added_tokens(file: &GgufFile, tokens: &[&str]) -> Result<Vec<Value>> {
-    const KEY: &str = "tokenizer.ggml.token_type";
-    let Some(types) = file.value(KEY) else { return Ok(Vec::new()) };
-    let types = types.as_list().unwrap_or_default();
+    let Some(types) = file.integers(TYPES)? else { return Ok(Vec::new()) };
     if types.len() != tokens.len() {
-        return Err(file.fail(KEY, format!("{} types for {} tokens", types.len(), tokens.len())));
+        return Err(file.fail(TYPES, format!("{} values for {} tokens", types.len(), tokens.len())));
     }
     let mut added = Vec::new();
     for (id, (token, kind)) in tokens.iter().zip(types).enumerate() {
-        let special = *kind == MetadataValue::Integer(CONTROL);
-        if special || *kind == MetadataValue::Integer(USER_DEFINED) {
+        let special = kind == CONTROL;
+        if special || kind == USER_DEFINED {
             added.push(json!({
                 "id": id, "content": token, "single_word": false, "lstrip": false, "rstrip": false,
                 "normalized": false, "special": special,

@@ -22,6 +22,7 @@ enum Value {
     Text(String),
     Texts(Vec<String>),
     Integers(Vec<i32>),
+    Floats(Vec<f32>),
 }
 
 /// Name, dimensions innermost first, type number, bytes.
@@ -77,6 +78,12 @@ impl Gguf {
                 Value::Integers(values) => {
                     kind(&mut bytes, 9);
                     kind(&mut bytes, 5);
+                    bytes.extend((values.len() as u64).to_le_bytes());
+                    values.iter().for_each(|value| bytes.extend(value.to_le_bytes()));
+                }
+                Value::Floats(values) => {
+                    kind(&mut bytes, 9);
+                    kind(&mut bytes, 6);
                     bytes.extend((values.len() as u64).to_le_bytes());
                     values.iter().for_each(|value| bytes.extend(value.to_le_bytes()));
                 }
@@ -301,6 +308,56 @@ fn a_text_can_begin_with_a_token_by_itself() {
 }
 
 #[test]
+fn a_sentence_piece_vocabulary_merges_by_score() {
+    let scratch = tempfile::tempdir().unwrap();
+    let mut gguf = small();
+    let mut tokens: Vec<String> = ["<unk>", "<s>", "</s>"].map(str::to_owned).to_vec();
+    tokens.extend((0..256).map(|byte| format!("<0x{byte:02X}>")));
+    // The embedding has 263 rows: the last four bytes give way to 255 "▁" … 258 "c", 259 "ab" … 262 "bc".
+    tokens.truncate(255);
+    tokens.extend(["▁", "a", "b", "c", "ab", "▁a", "▁ab", "bc"].map(str::to_owned));
+    let types =
+        (0..tokens.len()).map(|id| [2, 3, 3].get(id).copied().unwrap_or(if id < 255 { 6 } else { 1 })).collect();
+    let scores = (0..tokens.len()).map(|id| if id < 255 { 0.0 } else { 254.0 - id as f32 }).collect();
+    gguf.set("tokenizer.ggml.model", Value::Text("llama".to_owned()));
+    gguf.set("tokenizer.ggml.tokens", Value::Texts(tokens));
+    gguf.set("tokenizer.ggml.token_type", Value::Integers(types));
+    gguf.set("tokenizer.ggml.scores", Value::Floats(scores));
+    gguf.remove("tokenizer.ggml.merges");
+    gguf.remove("tokenizer.ggml.add_bos_token");
+    let output = scratch.path().join("output");
+    import(&write(scratch.path(), &gguf), &output, |_| {}).unwrap();
+    let tokenizer = Tokenizer::load(&output).unwrap();
+    assert_eq!(tokenizer.encode("ab abc", true).unwrap(), [1, 261, 261, 258]);
+    assert_eq!(tokenizer.encode("bca", false).unwrap(), [255, 262, 256]);
+    // A character without a token is its bytes, C3 A9.
+    assert_eq!(tokenizer.encode("é", false).unwrap(), [255, 3 + 0xc3, 3 + 0xa9]);
+    for text in ["ab abc", "é a", " a"] {
+        assert_eq!(tokenizer.decode(&tokenizer.encode(text, true).unwrap(), true).unwrap(), text);
+    }
+    gguf.set("tokenizer.ggml.scores", Value::Floats(vec![0.0; 7]));
+    let message = import(&write(scratch.path(), &gguf), &scratch.path().join("other"), |_| {}).unwrap_err().to_string();
+    assert!(message.contains("tokenizer.ggml.scores: 7 values for 263 tokens"), "{message}");
+}
+
+#[test]
+fn llama_3s_rotary_scaling_is_recognised_by_its_divisors() {
+    let scratch = tempfile::tempdir().unwrap();
+    let import_with = |name: &str, divisors: [f32; 2]| {
+        let mut gguf = small();
+        gguf.set("llama.rope.freq_base", Value::F32(1e8));
+        let bytes = divisors.iter().flat_map(|value| value.to_le_bytes()).collect();
+        gguf.tensors.push(("rope_freqs.weight".to_owned(), vec![2], 0, bytes));
+        let output = scratch.path().join(name);
+        import(&write(scratch.path(), &gguf), &output, |_| {}).map(|_| read_json(&output.join("config.json")))
+    };
+    let scaling = &import_with("llama3", [1.0, 8.0]).unwrap()["rope_scaling"];
+    assert_eq!((&scaling["rope_type"], &scaling["factor"]), (&json!("llama3"), &json!(8.0)));
+    let message = import_with("other", [2.0, 8.0]).unwrap_err().to_string();
+    assert!(message.contains("rope_freqs.weight: divisor 0 is 2, Llama 3's rule gives 1"), "{message}");
+}
+
+#[test]
 fn every_kind_of_damage_is_refused_and_nothing_is_written() {
     type Damage = Box<dyn Fn(&mut Gguf)>;
     let cases: Vec<(Damage, &str)> = vec![
@@ -337,8 +394,8 @@ fn every_kind_of_damage_is_refused_and_nothing_is_written() {
             "the key llama.block_count appears twice",
         ),
         (
-            Box::new(|gguf| gguf.set("tokenizer.ggml.model", Value::Text("llama".to_owned()))),
-            "a vocabulary of kind \"llama\" is not supported",
+            Box::new(|gguf| gguf.set("tokenizer.ggml.model", Value::Text("bert".to_owned()))),
+            "a vocabulary of kind \"bert\" is not supported",
         ),
         (
             Box::new(|gguf| gguf.set("tokenizer.ggml.pre", Value::Text("elvish".to_owned()))),
@@ -348,7 +405,10 @@ fn every_kind_of_damage_is_refused_and_nothing_is_written() {
             Box::new(|gguf| gguf.set("tokenizer.ggml.eos_token_id", Value::U32(263))),
             "263 is outside the vocabulary of 263 tokens",
         ),
-        (Box::new(|gguf| gguf.set("tokenizer.ggml.token_type", Value::Integers(vec![1; 5]))), "5 types for 263 tokens"),
+        (
+            Box::new(|gguf| gguf.set("tokenizer.ggml.token_type", Value::Integers(vec![1; 5]))),
+            "5 values for 263 tokens",
+        ),
         (
             Box::new(|gguf| {
                 let (mut tokens, ..) = vocabulary();

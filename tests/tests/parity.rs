@@ -1,5 +1,8 @@
 //! The parity cases that the repository carries, and whether the harness notices when something is wrong.
 
+// Helpers of tests fail as tests do.
+#![allow(clippy::unwrap_used)]
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,6 +1,9 @@
 //! What the workspace promises about itself: which crate may know which, where `unsafe` may be, that versions are named
 //! once.
 
+// Helpers of tests fail as tests do.
+#![allow(clippy::unwrap_used)]
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};

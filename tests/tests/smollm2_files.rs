@@ -8,6 +8,8 @@
 //! `FOLDER` is what an independent converter made of the same file: a Hugging Face folder with `tokenizer_cases.json`
 //! (texts, their token ids, and the texts that these decode to) in it or beside it.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests may fail as tests do")]
+
 use std::path::{Path, PathBuf};
 
 use model::checkpoint::WeightFiles;

@@ -71,13 +71,16 @@ pub fn generate(
     options: &GenerateOptions,
     mut on_text: impl FnMut(&str),
 ) -> Result<Generation> {
-    let mut shown = 0;
+    let mut stream = tokenizer.stream(true);
     let mut text = String::new();
-    let stopped_at = |text: &str| options.stop.iter().filter(|stop| !stop.is_empty()).filter_map(|stop| text.find(stop.as_str())).min();
+    let (mut read, mut shown) = (0, 0);
     let mut stop_position = None;
     let tokens = continue_tokens(model, &[prompt.to_vec()], options, |tokens| {
-        text = tokenizer.decode(&tokens[0], true)?;
-        stop_position = stopped_at(&text);
+        if let Some(token) = tokens[0].get(read) {
+            text.push_str(&stream.push(*token)?);
+            read += 1;
+        }
+        stop_position = options.stop.iter().filter(|stop| !stop.is_empty()).filter_map(|stop| text.find(stop)).min();
         let certain = stop_position.unwrap_or_else(|| certain_length(&text, &options.stop));
         if certain > shown {
             on_text(&text[shown..certain]);
@@ -86,13 +89,14 @@ pub fn generate(
         Ok(stop_position.is_some())
     })?;
     let (token_ids, ended) = tokens.into_iter().next().unwrap_or_default();
-    let end = stop_position.unwrap_or(text.len());
-    if end > shown {
-        on_text(&text[shown..end]);
+    match stop_position {
+        Some(position) => text.truncate(position),
+        None => text.push_str(&stream.finish()?),
     }
-    text.truncate(end);
-    let finish_reason =
-        if ended || stop_position.is_some() { FinishReason::Stop } else { FinishReason::Length };
+    if text.len() > shown {
+        on_text(&text[shown..]);
+    }
+    let finish_reason = if ended || stop_position.is_some() { FinishReason::Stop } else { FinishReason::Length };
     Ok(Generation { token_ids, text, finish_reason })
 }
 
@@ -156,14 +160,12 @@ fn check_options(options: &GenerateOptions) -> Result<()> {
     Ok(())
 }
 
-/// How much of `text` no stop string can still reach into: a stop string may have begun at its end, and so may a
-/// character of several tokens.
+/// How much of `text` no stop string can still reach into: one may have begun at its end.
 fn certain_length(text: &str, stop: &[String]) -> usize {
-    let text_end = text.trim_end_matches(char::REPLACEMENT_CHARACTER).len();
-    let mut certain = text_end;
+    let mut certain = text.len();
     for stop in stop {
-        for (index, _) in text[..text_end].char_indices().rev().take(stop.len()) {
-            if stop.starts_with(&text[index..text_end]) {
+        for (index, _) in text.char_indices().rev().take(stop.len()) {
+            if stop.starts_with(&text[index..]) {
                 certain = certain.min(index);
             }
         }
@@ -279,6 +281,6 @@ mod tests {
         assert_eq!(certain_length("answer\n", &stop), 6);
         assert_eq!(certain_length("answer\n\nQ", &stop), 6);
         assert_eq!(certain_length("answer\n!", &stop), 8);
-        assert_eq!(certain_length("né\u{fffd}", &stop), 3);
+        assert_eq!(certain_length("né", &[]), 3);
     }
 }

@@ -95,6 +95,7 @@ pub fn run(config: &RunConfig, folder: &Path, interruption: &Interruption, progr
     };
     let metrics = Log::open(&run.metrics(), state.metrics_bytes)?;
     let timing = Log::open(&run.timing(), metrics::timing_bytes(&run.timing(), state.step))?;
+    progress.say(&models.description());
     let trainer = Trainer {
         config,
         run,

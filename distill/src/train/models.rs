@@ -6,10 +6,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use model::chat::ChatTemplate;
-use model::config::ModelConfig;
+use model::config::{MixerKind, ModelConfig};
 use model::initialise::{self, GraftOptions};
 use model::tokenizer::Tokenizer;
 use model::{Model, Precision};
+use rayon::prelude::*;
 use runtime::Device;
 
 use crate::config::{Init, ModelSection, RunConfig, Task, Trainable};
@@ -56,6 +57,25 @@ impl Models {
             template: ChatTemplate::load(&files_from)?,
             files_from,
         })
+    }
+
+    /// What is trained, in one line.
+    pub fn description(&self) -> String {
+        let count = |trained_only: bool| -> usize {
+            let parameters = self.student.parameters.iter().map(|(_, parameter)| parameter);
+            parameters
+                .filter(|parameter| parameter.trainable || !trained_only)
+                .map(|parameter| parameter.value.count())
+                .sum()
+        };
+        let config = &self.student.config;
+        format!(
+            "model: {} attention and {} Mamba layers, {} parameters, {} of them trained",
+            config.count_mixers(MixerKind::Attention),
+            config.count_mixers(MixerKind::Mamba),
+            count(false),
+            count(true)
+        )
     }
 
     /// What turns this run's documents into tokens.
@@ -233,9 +253,9 @@ fn model_hash(folder: &Path) -> Result<String> {
         .filter(|name| name == "config.json" || name.ends_with(".safetensors"))
         .collect();
     names.sort();
-    let mut hashes = String::new();
-    for name in names {
-        hashes += &format!("{name} {}\n", hash_file(&folder.join(&name))?);
-    }
-    Ok(hash_bytes(hashes.as_bytes()))
+    let hashes: Vec<String> = names
+        .par_iter()
+        .map(|name| Ok(format!("{name} {}\n", hash_file(&folder.join(name))?)))
+        .collect::<Result<_>>()?;
+    Ok(hash_bytes(hashes.concat().as_bytes()))
 }

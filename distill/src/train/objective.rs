@@ -67,12 +67,15 @@ impl Objective {
         with_cross_entropy: bool,
     ) -> Result<(Var, Loss)> {
         let denominator = positions as f32;
+        // The teacher first: what its layers need in passing is free again before the student's are kept.
+        let teacher_logits = match teacher.filter(|_| self.divergence_weight > 0.0) {
+            Some(teacher) => Some(teacher.logits(&Tape::inference(), &batch.tokens)?),
+            None => None,
+        };
         let logits = student.logits(tape, &batch.tokens)?;
         let mut terms: Vec<Var> = Vec::new();
         let mut loss = Loss::default();
-        let mut teacher_logits = None;
-        if let Some(teacher) = teacher.filter(|_| self.divergence_weight > 0.0) {
-            let teacher_values = teacher.logits(&Tape::inference(), &batch.tokens)?;
+        if let Some(teacher_logits) = &teacher_logits {
             let options = DivergenceOptions {
                 divergence: self.divergence,
                 student_temperature: self.student_temperature,
@@ -80,10 +83,9 @@ impl Objective {
                 mask: Some(&batch.mask),
                 denominator,
             };
-            let divergence = ops::divergence(tape, &logits, teacher_values.tensor(), options)?.loss;
+            let divergence = ops::divergence(tape, &logits, teacher_logits.tensor(), options)?.loss;
             loss.divergence = Some(f64::from(divergence.item()?));
             terms.push(scaled(tape, divergence, self.divergence_weight)?);
-            teacher_logits = Some(teacher_values);
         }
         if self.cross_entropy_weight > 0.0 || with_cross_entropy {
             let cross_entropy = ops::cross_entropy(tape, &logits, &batch.labels, denominator)?.loss;

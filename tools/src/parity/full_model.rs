@@ -38,7 +38,7 @@ pub(super) fn run(case: &Case<'_>, outcome: &mut Outcome) -> Result<()> {
         let rows = case.integer_rows("in.packed_ids")?;
         let lengths = vec![case.lengths("in.packed_doc_lens")?; rows.len()];
         let batch = TokenBatch::new(case.device, &rows, Some(&lengths))?;
-        outcome.give("out.packed_logits", Array::read(&*model.logits(&Tape::inference(), &batch)?)?);
+        outcome.give("out.packed_logits", Array::read(model.logits(&Tape::inference(), &batch)?.tensor())?);
     }
     cached(case, &model, &rows, outcome)?;
     if case.has("gen.prompt") {
@@ -99,7 +99,7 @@ pub(super) fn bf16_checkpoint(case: &Case<'_>, outcome: &mut Outcome) -> Result<
         let tape = Tape::inference();
         let logits = model.logits(&tape, &batch)?;
         let array = Array::read(&logits)?;
-        let loss = Array::read(&*ops::cross_entropy(&tape, &logits, &labels, counted)?.loss)?;
+        let loss = Array::read(ops::cross_entropy(&tape, &logits, &labels, counted)?.loss.tensor())?;
         match way {
             None => outcome.give("out.logits", array.clone()),
             Some(way) => outcome.give_also("out.logits", way, array.clone()),

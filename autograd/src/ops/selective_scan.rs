@@ -474,8 +474,8 @@ impl Scan {
                         c_terms[lane] = dy[lane] * state;
                         carried[n][lane] = decays[n][lane] * lambda;
                     }
-                    b_sums[n] = across(&b_terms);
-                    c_sums[n] = across(&c_terms);
+                    b_sums[n] = cpu::across(&b_terms);
+                    c_sums[n] = cpu::across(&c_terms);
                 }
                 if self.begins_document(values, block, step) {
                     carried.fill([0.0; LANES]);
@@ -665,14 +665,6 @@ fn store(lanes: &Lanes, output: &mut [f32]) {
     }
 }
 
-/// The sum of all lanes, halves first.
-#[inline(always)]
-fn across(lanes: &Lanes) -> f32 {
-    let eight: [f32; 8] = std::array::from_fn(|lane| lanes[lane] + lanes[lane + 8]);
-    let four: [f32; 4] = std::array::from_fn(|lane| eight[lane] + eight[lane + 4]);
-    (four[0] + four[2]) + (four[1] + four[3])
-}
-
 /// What one decoding step reads; shapes as in [`ScanInputs`] without time.
 #[derive(Clone, Copy, Debug)]
 pub struct ScanStepInputs<'a> {
@@ -740,26 +732,37 @@ pub fn selective_scan_step(state: &mut Tensor, inputs: ScanStepInputs<'_>) -> Re
     Tensor::compute(input.device(), input.shape(), input.dtype(), |output| {
         let chunks = output.par_chunks_mut(STEP_CHANNELS).zip(state.par_chunks_mut((STEP_CHANNELS * states).max(1)));
         chunks.enumerate().for_each(|(chunk, (output, state))| {
+            let first = chunk * STEP_CHANNELS;
             cpu::simd(
                 #[inline(always)]
                 || {
+                    let mut sizes = [0.0; STEP_CHANNELS];
+                    for (index, size) in sizes[..output.len()].iter_mut().enumerate() {
+                        let index = first + index;
+                        *size = delta[index] + bias.as_ref().map_or(0.0, |bias| bias[index % channels]);
+                    }
+                    if inputs.delta_softplus {
+                        for size in &mut sizes {
+                            *size = cpu::softplus(*size);
+                        }
+                    }
                     for (index, output) in output.iter_mut().enumerate() {
                         let state = &mut state[index * states..][..states];
-                        let index = chunk * STEP_CHANNELS + index;
+                        let (size, index) = (sizes[index], first + index);
                         let (row, channel) = (index / channels, index % channels);
-                        let raw = delta[index] + bias.as_ref().map_or(0.0, |bias| bias[channel]);
-                        let size = if inputs.delta_softplus { cpu::softplus(raw) } else { raw };
                         let a = &a[channel * states..][..states];
                         let b = &b[(row * b_groups + channel / (channels / b_groups)) * states..][..states];
                         let c = &c[(row * c_groups + channel / (channels / c_groups)) * states..][..states];
-                        for n in 0..states {
-                            state[n] = cpu::exp(size * a[n]) * state[n] + size * b[n] * u[index];
+                        let u = u[index];
+                        for (state, (a, b)) in state.iter_mut().zip(a.iter().zip(b)) {
+                            *state = cpu::exp(size * a) * *state + size * b * u;
                         }
-                        let y = cpu::dot(state, c) + d.as_ref().map_or(0.0, |d| d[channel] * u[index]);
-                        *output = match &gate {
-                            Some(gate) => y * gate[index] * cpu::sigmoid(gate[index]),
-                            None => y,
-                        };
+                        *output = cpu::dot(state, c) + d.as_ref().map_or(0.0, |d| d[channel] * u);
+                    }
+                    if let Some(gate) = &gate {
+                        for (output, z) in output.iter_mut().zip(&gate[first..]) {
+                            *output *= z * cpu::sigmoid(*z);
+                        }
                     }
                 },
             );

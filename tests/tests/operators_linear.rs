@@ -1,0 +1,121 @@
+//! Linear, embedding and RMSNorm against their f64 references.
+
+use autograd::{DType, Tape, Var, ops};
+use grafter_tests::check::{Input, Precision, Tolerance, cases, check_operator, indices, tensor, widened};
+use grafter_tests::random::Random;
+use grafter_tests::reference;
+use proptest::prelude::*;
+
+const PRECISIONS: [Precision; 2] = [Precision::F32, Precision::Bf16];
+
+/// Nothing, one, odd, and around the block sizes of the operators and of their matrix products.
+fn size() -> impl Strategy<Value = usize> {
+    prop_oneof![2 => Just(1usize), 4 => 2..20usize, 1 => 31..=33usize, 1 => 63..=65usize, 1 => 127..=129usize]
+}
+
+proptest! {
+    #![proptest_config(cases(64))]
+
+    #[test]
+    fn linear(rows in prop_oneof![1 => Just(0usize), 6 => size()], inner in size(), outer in size(), bias: bool, seed: u64) {
+        // Rows around the limit below which another way is taken, and two dimensions of them.
+        let mut random = Random::new(seed);
+        let shape = if rows % 2 == 0 { vec![2, rows / 2, inner] } else { vec![rows, inner] };
+        let mut inputs = vec![
+            Input::normal("input", &shape, &mut random),
+            Input::new("weight", &[outer, inner], random.normals(outer * inner, (inner as f64).powf(-0.5))),
+        ];
+        if bias {
+            inputs.push(Input::normal("bias", &[outer], &mut random));
+        }
+        for precision in PRECISIONS {
+            check_operator(
+                precision, seed, Tolerance::SUM, &inputs,
+                |tape, inputs| Ok(vec![ops::linear(tape, &inputs[0], &inputs[1], inputs.get(2))?]),
+                |values| vec![reference::linear(
+                    &values[0], &values[1], values.get(2).map(Vec::as_slice), rows, inner, outer,
+                )],
+            ).map_err(|message| TestCaseError::fail(format!("{precision:?}: {message}")))?;
+        }
+    }
+
+    #[test]
+    fn linear_with_weights_kept_in_bf16(rows in size(), inner in size(), outer in size(), seed: u64) {
+        let mut random = Random::new(seed);
+        let input = tensor(DType::F32, &[rows, inner], &random.normals(rows * inner, 1.0));
+        let weight = tensor(DType::Bf16, &[outer, inner], &random.normals(outer * inner, 1.0));
+        let (input, weight) = (Var::constant(&input), Var::constant(&weight));
+        let output = ops::linear(&Tape::inference(), &input, &weight, None).unwrap();
+        prop_assert_eq!(output.dtype(), DType::F32);
+        let expected = reference::linear(
+            &widened(&input).unwrap(), &widened(&weight).unwrap(), None, rows, inner, outer,
+        );
+        grafter_tests::check::verdict(
+            "output", &[rows, outer], &widened(&output).unwrap(), &expected, Tolerance::SUM.output,
+        ).map_err(TestCaseError::fail)?;
+    }
+
+    #[test]
+    fn embedding(tokens in prop_oneof![1 => Just(0usize), 6 => size()], vocabulary in 1..40usize, width in size(), seed: u64) {
+        let mut random = Random::new(seed);
+        // Few ids for many tokens, so that most repeat and their gradients add up.
+        let ids: Vec<usize> = (0..tokens).map(|_| random.below(vocabulary)).collect();
+        let id_tensor = indices(&[1, tokens], &ids);
+        let inputs = [Input::normal("weight", &[vocabulary, width], &mut random)];
+        for (precision, output) in [
+            (Precision::F32, DType::F32), (Precision::Bf16, DType::Bf16), (Precision::Bf16, DType::F32),
+        ] {
+            check_operator(
+                precision, seed, Tolerance::SUM, &inputs,
+                |tape, inputs| Ok(vec![ops::embedding(tape, &id_tensor, &inputs[0], output)?]),
+                |values| vec![reference::embedding(&ids, &values[0], width)],
+            ).map_err(|message| TestCaseError::fail(format!("{precision:?}: {message}")))?;
+        }
+    }
+
+    #[test]
+    fn rms_norm(
+        rows in prop_oneof![1 => Just(0usize), 6 => size()],
+        width in size(),
+        spread in prop_oneof![Just(1.0), Just(1e-3), Just(300.0)],
+        seed: u64,
+    ) {
+        let mut random = Random::new(seed);
+        let inputs = [
+            Input::new("input", &[rows, width], random.normals(rows * width, spread)),
+            Input::new("weight", &[width], random.uniforms(width, 0.5, 1.5)),
+        ];
+        // Finite differences have a step of 1e-5, which must be small against the root; and without an epsilon that
+        // counts, a row of one or two elements has hardly any gradient, only rounding errors.
+        let epsilon = if width < 4 || spread < 0.1 { (0.1 * spread * spread).max(0.01) as f32 } else { 1e-5 };
+        // Gradients are differences of terms of about a root's inverse.
+        let terms = (spread * spread + f64::from(epsilon)).powf(-0.5);
+        for precision in PRECISIONS {
+            check_operator(
+                precision, seed, Tolerance::SUM.with_terms(terms), &inputs,
+                |tape, inputs| Ok(vec![ops::rms_norm(tape, &inputs[0], &inputs[1], epsilon)?]),
+                |values| vec![reference::rms_norm(&values[0], &values[1], f64::from(epsilon))],
+            ).map_err(|message| TestCaseError::fail(format!("{precision:?}: {message}")))?;
+        }
+    }
+}
+
+#[test]
+fn an_id_outside_the_vocabulary_is_named() {
+    let weight = Var::constant(&tensor(DType::F32, &[3, 2], &[0.0; 6]));
+    let message =
+        ops::embedding(&Tape::inference(), &indices(&[2], &[1, 3]), &weight, DType::F32).unwrap_err().to_string();
+    assert!(message.contains("ids[1] is 3") && message.contains("below 3"), "{message}");
+}
+
+#[test]
+fn arguments_of_wrong_shape_are_named() {
+    let tape = Tape::inference();
+    let zeros = |shape: &[usize]| Var::constant(&tensor(DType::F32, shape, &vec![0.0; shape.iter().product()]));
+    let message = ops::linear(&tape, &zeros(&[2, 3]), &zeros(&[4, 5]), None).unwrap_err().to_string();
+    assert!(message.contains("linear"), "{message}");
+    let message = ops::linear(&tape, &zeros(&[2, 3]), &zeros(&[4, 3]), Some(&zeros(&[3]))).unwrap_err().to_string();
+    assert!(message.contains("bias"), "{message}");
+    let message = ops::rms_norm(&tape, &zeros(&[2, 3]), &zeros(&[2]), 1e-5).unwrap_err().to_string();
+    assert!(message.contains("rms_norm: weight has shape [2]"), "{message}");
+}

@@ -1,0 +1,532 @@
+//! Causal convolution and selective scan against their f64 references: whole, packed, resumed, and step by step.
+
+use autograd::ops::{self, Activation, ConvolutionOptions, ScanInputs, ScanStepInputs};
+use autograd::{DType, Tape, Tensor, Var};
+use grafter_tests::check::{Input, Precision, Tolerance, cases, check_operator, indices, tensor, verdict, widened};
+use grafter_tests::compare::Bounds;
+use grafter_tests::random::Random;
+use grafter_tests::reference::{self, Convolution, Scan, silu};
+use proptest::prelude::*;
+
+const PRECISIONS: [Precision; 2] = [Precision::F32, Precision::Bf16];
+
+/// A few products per output; weight gradients sum over up to 260 steps.
+const CONVOLUTION: Tolerance = Tolerance::relative(2e-6);
+/// A recurrence over up to 130 steps whose factors are exponentials.
+const SCAN: Tolerance = Tolerance::relative(4e-6);
+
+/// Nothing, one, odd, and around the chunks of 64 steps in which the operators work.
+fn times() -> impl Strategy<Value = usize> {
+    prop_oneof![
+        1 => Just(0usize), 2 => Just(1usize), 6 => 2..20usize, 1 => 31..=33usize, 2 => 63..=65usize, 1 => 127..=129usize
+    ]
+}
+
+/// Channels around the lanes of the scan's blocks.
+fn channels() -> impl Strategy<Value = usize> {
+    prop_oneof![2 => 1..4usize, 2 => Just(6usize), 1 => 15..=17usize, 1 => Just(24usize), 1 => 31..=33usize]
+}
+
+#[derive(Clone, Debug)]
+struct ConvolutionCase {
+    sizes: Convolution,
+    bias: bool,
+    initial: bool,
+    seed: u64,
+}
+
+fn convolutions() -> impl Strategy<Value = ConvolutionCase> {
+    (0..3usize, times(), channels(), 1..6usize, any::<[bool; 4]>(), any::<u64>()).prop_map(
+        |(batch, time, channels, width, [silu, bias, documents, initial], seed)| {
+            let mut random = Random::new(seed);
+            let starts = || (0..batch).flat_map(|_| random.document_starts(time)).collect();
+            let document_start = documents.then(starts);
+            let sizes = Convolution { batch, time, channels, width, silu, document_start };
+            // An initial state belongs to one document per row.
+            ConvolutionCase { sizes, bias, initial: initial && !documents, seed }
+        },
+    )
+}
+
+impl ConvolutionCase {
+    fn inputs(&self) -> Vec<Input> {
+        let Convolution { batch, time, channels, width, .. } = self.sizes;
+        let mut random = Random::new(self.seed);
+        let mut inputs = vec![
+            Input::normal("input", &[batch, time, channels], &mut random),
+            Input::normal("weight", &[channels, width], &mut random),
+        ];
+        if self.bias {
+            inputs.push(Input::normal("bias", &[channels], &mut random));
+        }
+        if self.initial {
+            inputs.push(Input::normal("initial state", &[batch, width - 1, channels], &mut random));
+        }
+        inputs
+    }
+
+    fn activation(&self) -> Activation {
+        if self.sizes.silu { Activation::Silu } else { Activation::Identity }
+    }
+
+    fn starts(&self) -> Option<Tensor> {
+        let starts = self.sizes.document_start.as_ref()?;
+        Some(indices(&[self.sizes.batch, self.sizes.time], starts))
+    }
+
+    fn operator(&self, tape: &Tape<'_>, inputs: &[Var], starts: Option<&Tensor>) -> autograd::Result<Var> {
+        let options = ConvolutionOptions {
+            activation: self.activation(),
+            document_start: starts,
+            initial_state: self.initial.then(|| &inputs[inputs.len() - 1]),
+        };
+        ops::causal_conv1d(tape, &inputs[0], &inputs[1], self.bias.then(|| &inputs[2]), options)
+    }
+
+    fn reference(&self, values: &[Vec<f64>]) -> Vec<f64> {
+        let bias = self.bias.then(|| &values[2][..]);
+        let initial = self.initial.then(|| &values[values.len() - 1][..]);
+        reference::causal_conv1d(&self.sizes, &values[0], &values[1], bias, initial)
+    }
+}
+
+#[derive(Clone, Debug)]
+struct ScanCase {
+    batch: usize,
+    time: usize,
+    channels: usize,
+    states: usize,
+    b_groups: usize,
+    c_groups: usize,
+    d: bool,
+    gate: bool,
+    delta_bias: bool,
+    softplus: bool,
+    initial: bool,
+    document_start: Option<Vec<usize>>,
+    /// Some step sizes are huge and some tiny.
+    extreme: bool,
+    seed: u64,
+}
+
+/// How many groups `channels` can be divided into.
+fn divisors(channels: usize) -> Vec<usize> {
+    (1..=channels).filter(|groups| channels.is_multiple_of(*groups)).collect()
+}
+
+fn scans() -> impl Strategy<Value = ScanCase> {
+    let states = prop_oneof![Just(1usize), Just(3), Just(8), Just(16)];
+    (0..3usize, times(), channels(), states, any::<[bool; 7]>(), any::<u64>()).prop_map(
+        |(batch, time, channels, states, [d, gate, delta_bias, softplus, initial, documents, extreme], seed)| {
+            let mut random = Random::new(seed);
+            // The finite differences run the reference a hundred times: long sequences have few channels and states.
+            let (batch, channels, states) = if time * channels * states > 4000 {
+                (batch.min(1), channels.min(17), states.min(3))
+            } else {
+                (batch, channels, states)
+            };
+            let groups = divisors(channels);
+            let (b_groups, c_groups) = (groups[random.below(groups.len())], groups[random.below(groups.len())]);
+            let starts = (0..batch).flat_map(|_| random.document_starts(time)).collect();
+            ScanCase {
+                batch,
+                time,
+                channels,
+                states,
+                b_groups,
+                c_groups,
+                d,
+                gate,
+                delta_bias,
+                softplus,
+                initial: initial && !documents,
+                document_start: documents.then_some(starts),
+                extreme: extreme && softplus,
+                seed,
+            }
+        },
+    )
+}
+
+impl ScanCase {
+    fn inputs(&self) -> Vec<Input> {
+        let Self { batch, time, channels, states, b_groups, c_groups, .. } = *self;
+        let mut random = Random::new(self.seed);
+        let tokens = [batch, time, channels];
+        let count = batch * time * channels;
+        let delta = match (self.softplus, self.extreme) {
+            (true, false) => random.normals(count, 1.0),
+            (true, true) => random.uniforms(count, -25.0, 25.0),
+            (false, _) => random.uniforms(count, 0.05, 0.8),
+        };
+        let mut inputs = vec![
+            Input::normal("input", &tokens, &mut random),
+            Input::new("delta", &tokens, delta),
+            Input::f32("a", &[channels, states], random.uniforms(channels * states, -2.0, -0.05)),
+            Input::normal("b", &[batch, time, b_groups, states], &mut random),
+            Input::normal("c", &[batch, time, c_groups, states], &mut random),
+        ];
+        if self.d {
+            inputs.push(Input::f32("d", &[channels], random.normals(channels, 1.0)));
+        }
+        if self.gate {
+            inputs.push(Input::normal("gate", &tokens, &mut random));
+        }
+        if self.delta_bias {
+            // Without softplus the sum must stay a positive step size.
+            inputs.push(Input::f32("delta_bias", &[channels], random.uniforms(channels, 0.0, 0.3)));
+        }
+        if self.initial {
+            inputs.push(Input::f32(
+                "initial_state",
+                &[batch, channels, states],
+                random.normals(batch * channels * states, 1.0),
+            ));
+        }
+        inputs
+    }
+
+    /// The optional inputs among `all`: D, gate, bias, initial state.
+    fn optional<'a, T>(&self, all: &'a [T]) -> [Option<&'a T>; 4] {
+        let mut rest = all[5..].iter();
+        [self.d, self.gate, self.delta_bias, self.initial].map(|present| if present { rest.next() } else { None })
+    }
+
+    fn starts(&self) -> Option<Tensor> {
+        Some(indices(&[self.batch, self.time], self.document_start.as_ref()?))
+    }
+
+    fn operator(&self, tape: &Tape<'_>, inputs: &[Var], starts: Option<&Tensor>) -> autograd::Result<Vec<Var>> {
+        let [d, gate, delta_bias, initial_state] = self.optional(inputs);
+        let result = ops::selective_scan(
+            tape,
+            ScanInputs {
+                input: &inputs[0],
+                delta: &inputs[1],
+                a: &inputs[2],
+                b: &inputs[3],
+                c: &inputs[4],
+                d,
+                gate,
+                delta_bias,
+                delta_softplus: self.softplus,
+                initial_state,
+                document_start: starts,
+            },
+        )?;
+        Ok(vec![result.output, result.last_state])
+    }
+
+    fn reference(&self, values: &[Vec<f64>]) -> Vec<Vec<f64>> {
+        let [d, gate, delta_bias, initial_state] = self.optional(values).map(|values| values.map(Vec::as_slice));
+        let result = reference::selective_scan(&Scan {
+            batch: self.batch,
+            time: self.time,
+            channels: self.channels,
+            states: self.states,
+            b_groups: self.b_groups,
+            c_groups: self.c_groups,
+            input: &values[0],
+            delta: &values[1],
+            a: &values[2],
+            b: &values[3],
+            c: &values[4],
+            d,
+            gate,
+            delta_bias,
+            softplus: self.softplus,
+            initial_state,
+            document_start: self.document_start.as_deref(),
+        });
+        vec![result.output, result.last_state]
+    }
+}
+
+/// Steps `start..end` of a `[batch, time, …]` tensor.
+fn steps(whole: &Tensor, start: usize, end: usize) -> Tensor {
+    let (batch, time) = (whole.shape()[0], whole.shape()[1]);
+    let width: usize = whole.shape()[2..].iter().product();
+    let values = widened(whole).unwrap();
+    let part: Vec<f64> =
+        (0..batch).flat_map(|row| values[(row * time + start) * width..(row * time + end) * width].to_vec()).collect();
+    tensor(whole.dtype(), &[&[batch, end - start], &whole.shape()[2..]].concat(), &part)
+}
+
+/// `[batch, time, …]` values of consecutive parts, as one.
+fn joined(parts: &[Tensor]) -> Vec<f64> {
+    let batch = parts[0].shape()[0];
+    let values: Vec<Vec<f64>> = parts.iter().map(|part| widened(part).unwrap()).collect();
+    (0..batch)
+        .flat_map(|row| {
+            values
+                .iter()
+                .flat_map(move |values| values[row * values.len() / batch..(row + 1) * values.len() / batch].to_vec())
+        })
+        .collect()
+}
+
+fn tensors(inputs: &[Input]) -> Vec<Tensor> {
+    inputs.iter().map(|input| tensor(DType::F32, &input.shape, &input.values)).collect()
+}
+
+proptest! {
+    #![proptest_config(cases(96))]
+
+    #[test]
+    fn convolution(case in convolutions()) {
+        let starts = case.starts();
+        for precision in PRECISIONS {
+            check_operator(
+                precision, case.seed, CONVOLUTION, &case.inputs(),
+                |tape, inputs| Ok(vec![case.operator(tape, inputs, starts.as_ref())?]),
+                |values| vec![case.reference(values)],
+            ).map_err(|message| TestCaseError::fail(format!("{precision:?}: {message}")))?;
+        }
+    }
+
+    #[test]
+    fn scan(case in scans()) {
+        let starts = case.starts();
+        for precision in PRECISIONS {
+            check_operator(
+                precision, case.seed, SCAN, &case.inputs(),
+                |tape, inputs| case.operator(tape, inputs, starts.as_ref()),
+                |values| case.reference(values),
+            ).map_err(|message| TestCaseError::fail(format!("{precision:?}: {message}")))?;
+        }
+    }
+
+    /// A prefill and then single steps give what the whole sequence gives, and leave the same state.
+    #[test]
+    fn convolution_steps(case in convolutions(), prefill in 0..20usize, spare in 0..3usize) {
+        let mut case = case;
+        case.sizes.document_start = None;
+        let inputs = tensors(&case.inputs());
+        let variables: Vec<Var> = inputs.iter().map(Var::constant).collect();
+        let tape = Tape::inference();
+        let whole = case.operator(&tape, &variables, None).unwrap();
+        let Convolution { batch, time, channels, width, .. } = case.sizes;
+        let prefill = prefill.min(time);
+
+        // What the steps continue from: the last inputs before them, wider than needed.
+        let before = if case.initial { inputs[inputs.len() - 1].clone() } else { tensor(DType::F32, &[batch, 0, channels], &[]) };
+        let seen = [before, steps(&inputs[0], 0, prefill)];
+        let shape = [batch, seen[0].shape()[1] + prefill, channels];
+        let mut state = ops::convolution_state(&tensor(DType::F32, &shape, &joined_or_empty(&seen)), width - 1 + spare).unwrap();
+        let mut parts = vec![steps(&whole, 0, prefill)];
+        for step in prefill..time {
+            let input = steps(&inputs[0], step, step + 1).reshape(&[batch, channels]).unwrap();
+            let bias = case.bias.then(|| &inputs[2]);
+            let output = ops::causal_conv1d_step(&mut state, &input, &inputs[1], bias, case.activation()).unwrap();
+            parts.push(output.reshape(&[batch, 1, channels]).unwrap());
+        }
+        let got = joined_or_empty(&parts);
+        verdict("steps", whole.shape(), &got, &widened(&whole).unwrap(), Bounds::new(1e-6, 2e-6)).map_err(TestCaseError::fail)?;
+        let all = [seen[0].clone(), inputs[0].clone()];
+        let shape = [batch, all[0].shape()[1] + time, channels];
+        let last = ops::convolution_state(&tensor(DType::F32, &shape, &joined_or_empty(&all)), width - 1 + spare).unwrap();
+        prop_assert_eq!(widened(&state).unwrap(), widened(&last).unwrap());
+    }
+
+    /// A scan, continued from its state, in two halves and step by step, is the whole scan.
+    #[test]
+    fn scan_steps(case in scans(), cut in 0..130usize) {
+        let mut case = case;
+        case.document_start = None;
+        let inputs = tensors(&case.inputs());
+        let variables: Vec<Var> = inputs.iter().map(Var::constant).collect();
+        let tape = Tape::inference();
+        let whole = case.operator(&tape, &variables, None).unwrap();
+        let expected = (widened(&whole[0]).unwrap(), widened(&whole[1]).unwrap());
+        let ScanCase { batch, time, channels, states, .. } = case;
+
+        // Parameters have no time.
+        let has_time = |tensor: &Tensor| tensor.shape().len() >= 3 && tensor.shape()[..2] == [batch, time];
+        let part = |start: usize, end: usize| -> Vec<Var> {
+            let count = inputs.len() - usize::from(case.initial);
+            let timed = |(index, input): (usize, &Tensor)| {
+                let timed = index < 2 || index == 3 || index == 4 || (has_time(input) && input.shape()[2] == channels);
+                if timed { steps(input, start, end) } else { input.clone() }
+            };
+            inputs[..count].iter().enumerate().map(timed).map(|input| Var::constant(&input)).collect()
+        };
+        let initial = match case.initial {
+            true => inputs[inputs.len() - 1].clone(),
+            false => tensor(DType::F32, &[batch, channels, states], &vec![0.0; batch * channels * states]),
+        };
+        let with_state = ScanCase { initial: true, ..case.clone() };
+        let cut = cut.min(time);
+        let mut first = part(0, cut);
+        first.push(Var::constant(&initial));
+        let first = with_state.operator(&tape, &first, None).unwrap();
+        let mut second = part(cut, time);
+        second.push(first[1].clone());
+        let second = with_state.operator(&tape, &second, None).unwrap();
+        let halves = joined_or_empty(&[first[0].tensor().clone(), second[0].tensor().clone()]);
+        verdict("halves", whole[0].shape(), &halves, &expected.0, Bounds::new(2e-6, 4e-6)).map_err(TestCaseError::fail)?;
+        verdict("state", whole[1].shape(), &widened(&second[1]).unwrap(), &expected.1, Bounds::new(2e-6, 4e-6))
+            .map_err(TestCaseError::fail)?;
+
+        let mut state = initial;
+        let mut outputs = Vec::new();
+        for step in 0..time {
+            let variables = part(step, step + 1);
+            let [d, gate, delta_bias, _] = ScanCase { initial: false, ..case.clone() }.optional(&variables);
+            let flat = |variable: &Var| variable.tensor().reshape(&[batch, channels]).unwrap();
+            let grouped = |variable: &Var| variable.tensor().reshape(&[batch, variable.shape()[2], states]).unwrap();
+            let output = ops::selective_scan_step(&mut state, ScanStepInputs {
+                input: &flat(&variables[0]),
+                delta: &flat(&variables[1]),
+                a: &variables[2],
+                b: &grouped(&variables[3]),
+                c: &grouped(&variables[4]),
+                d: d.map(|d| d.tensor()),
+                gate: gate.map(flat).as_ref(),
+                delta_bias: delta_bias.map(|bias| bias.tensor()),
+                delta_softplus: case.softplus,
+            }).unwrap();
+            outputs.push(output.reshape(&[batch, 1, channels]).unwrap());
+        }
+        if !outputs.is_empty() {
+            let got = joined_or_empty(&outputs);
+            verdict("steps", whole[0].shape(), &got, &expected.0, Bounds::new(2e-6, 4e-6)).map_err(TestCaseError::fail)?;
+        }
+        verdict("state after steps", whole[1].shape(), &widened(&state).unwrap(), &expected.1, Bounds::new(2e-6, 4e-6))
+            .map_err(TestCaseError::fail)?;
+    }
+
+    /// Documents packed in a row give what each gives alone, gradients included.
+    #[test]
+    fn packed_documents_are_separate(lengths in prop::collection::vec(1..30usize, 1..6), groups in 1..3usize, seed: u64) {
+        let mut random = Random::new(seed);
+        let (channels, states, width) = (4, 5, 4);
+        let time: usize = lengths.iter().sum();
+        let starts: Vec<usize> = lengths.iter().scan(0, |next, length| {
+            let start = *next;
+            *next += length;
+            Some(vec![start; *length])
+        }).flatten().collect();
+        let mut normal = |shape: &[usize]| tensor(DType::F32, shape, &random.normals(shape.iter().product(), 1.0));
+        let tokens = [1, time, channels];
+        let timed = [
+            normal(&tokens), normal(&tokens), normal(&[1, time, groups, states]), normal(&[1, time, groups, states]),
+            normal(&tokens), normal(&tokens),
+        ];
+        let a = tensor(DType::F32, &[channels, states], &Random::new(seed).uniforms(channels * states, -2.0, -0.1));
+        let weight = normal(&[channels, width]);
+        let bias = normal(&[channels]);
+        let run = |first: usize, last: usize, document_start: Option<&Tensor>| {
+            let part: Vec<Tensor> = timed.iter().map(|whole| steps(whole, first, last)).collect();
+            let tape = Tape::new();
+            let [input, delta, b, c, gate] = [0, 1, 2, 3, 4].map(|index| tape.leaf(&part[index]));
+            let parameters = [&a, &weight, &bias].map(|parameter| tape.leaf(parameter));
+            let options = ConvolutionOptions { activation: Activation::Silu, document_start, initial_state: None };
+            let convolved = ops::causal_conv1d(&tape, &input, &parameters[1], Some(&parameters[2]), options).unwrap();
+            let scanned = ops::selective_scan(&tape, ScanInputs {
+                input: &convolved, delta: &delta, a: &parameters[0], b: &b, c: &c, d: None, gate: Some(&gate),
+                delta_bias: None, delta_softplus: true, initial_state: None, document_start,
+            }).unwrap();
+            let output = scanned.output.tensor().clone();
+            let gradients = tape.backward_from(vec![(scanned.output, part[5].clone())]).unwrap();
+            let mut timed = vec![output];
+            timed.extend(part[..5].iter().map(|input| gradients.get(input).unwrap().clone()));
+            let shared = [&a, &weight, &bias].map(|parameter| widened(gradients.get(parameter).unwrap()).unwrap());
+            (timed, shared)
+        };
+        let (packed, packed_shared) = run(0, time, Some(&indices(&[1, time], &starts)));
+        let mut separate: Vec<Vec<f64>> = vec![Vec::new(); packed.len()];
+        let mut separate_shared: Vec<Vec<f64>> = packed_shared.iter().map(|values| vec![0.0; values.len()]).collect();
+        let mut first = 0;
+        for length in lengths {
+            let (timed, shared) = run(first, first + length, None);
+            for (all, part) in separate.iter_mut().zip(timed) {
+                all.extend(widened(&part).unwrap());
+            }
+            for (sums, part) in separate_shared.iter_mut().zip(shared) {
+                for (sum, value) in sums.iter_mut().zip(part) {
+                    *sum += value;
+                }
+            }
+            first += length;
+        }
+        for (index, (packed, separate)) in packed.iter().zip(&separate).enumerate() {
+            let what = format!("output or gradient {index}");
+            verdict(&what, packed.shape(), &widened(packed).unwrap(), separate, Bounds::new(2e-6, 4e-6)).map_err(TestCaseError::fail)?;
+        }
+        for (index, (packed, separate)) in packed_shared.iter().zip(&separate_shared).enumerate() {
+            let what = format!("gradient of parameter {index}");
+            verdict(&what, &[packed.len()], packed, separate, Bounds::new(1e-5, 2e-5)).map_err(TestCaseError::fail)?;
+        }
+    }
+}
+
+/// As [`joined`], also for tensors without elements.
+fn joined_or_empty(parts: &[Tensor]) -> Vec<f64> {
+    if parts.is_empty() || parts[0].shape()[0] == 0 { Vec::new() } else { joined(parts) }
+}
+
+#[test]
+fn a_step_size_of_zero_keeps_the_state() {
+    let tape = Tape::inference();
+    let constant =
+        |shape: &[usize], value: f64| Var::constant(&tensor(DType::F32, shape, &vec![value; shape.iter().product()]));
+    let state = constant(&[1, 2, 3], 0.7);
+    let result = ops::selective_scan(
+        &tape,
+        ScanInputs {
+            input: &constant(&[1, 4, 2], 5.0),
+            delta: &constant(&[1, 4, 2], 0.0),
+            a: &constant(&[2, 3], -1.0),
+            b: &constant(&[1, 4, 1, 3], 1.0),
+            c: &constant(&[1, 4, 1, 3], 1.0),
+            d: None,
+            gate: Some(&constant(&[1, 4, 2], 1.0)),
+            delta_bias: None,
+            delta_softplus: false,
+            initial_state: Some(&state),
+            document_start: None,
+        },
+    )
+    .unwrap();
+    assert_eq!(widened(&result.last_state).unwrap(), widened(&state).unwrap());
+    for value in widened(&result.output).unwrap() {
+        assert!((value - 2.1 * silu(1.0)).abs() < 1e-6, "{value}");
+    }
+}
+
+#[test]
+fn arguments_that_make_no_sense_are_named() {
+    let tape = Tape::inference();
+    let zeros = |shape: &[usize]| Var::constant(&tensor(DType::F32, shape, &vec![0.0; shape.iter().product()]));
+    let starts = indices(&[1, 4], &[0; 4]);
+    let scan = |b: &[usize], state: Option<&Var>| {
+        ops::selective_scan(
+            &tape,
+            ScanInputs {
+                input: &zeros(&[1, 4, 6]),
+                delta: &zeros(&[1, 4, 6]),
+                a: &zeros(&[6, 2]),
+                b: &zeros(b),
+                c: &zeros(&[1, 4, 2, 2]),
+                d: None,
+                gate: None,
+                delta_bias: None,
+                delta_softplus: true,
+                initial_state: state,
+                document_start: Some(&starts),
+            },
+        )
+        .map(|_| ())
+    };
+    assert!(scan(&[1, 4, 3, 2], None).is_ok());
+    let message = scan(&[1, 4, 4, 2], None).unwrap_err().to_string();
+    assert!(message.contains("4 groups of b do not divide 6 channels"), "{message}");
+    let message = scan(&[1, 5, 3, 2], None).unwrap_err().to_string();
+    assert!(message.contains("selective_scan: b has shape"), "{message}");
+    let message = scan(&[1, 4, 3, 2], Some(&zeros(&[1, 6, 2]))).unwrap_err().to_string();
+    assert!(message.contains("initial state"), "{message}");
+    let options = ConvolutionOptions { activation: Activation::Silu, document_start: None, initial_state: None };
+    let message =
+        ops::causal_conv1d(&tape, &zeros(&[1, 4, 6]), &zeros(&[5, 4]), None, options).unwrap_err().to_string();
+    assert!(message.contains("weight has shape [5, 4]"), "{message}");
+}

@@ -38,8 +38,19 @@ struct Arguments {
     json: bool,
 }
 
-fn main() -> Result<ExitCode> {
-    let arguments = Arguments::parse();
+fn main() -> ExitCode {
+    match run(Arguments::parse()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Whether everything passed.
+fn run(arguments: Arguments) -> Result<bool> {
     let options = Options {
         device: arguments.device,
         precision: arguments.precision,
@@ -59,5 +70,5 @@ fn main() -> Result<ExitCode> {
     } else {
         let _ = writeln!(output, "{}", report.summary());
     }
-    Ok(if report.passed() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(report.passed())
 }

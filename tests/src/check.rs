@@ -229,7 +229,7 @@ fn check_gradient(
 }
 
 /// Whether there are as many values as expected, each within `floor` of it. NaN is not.
-fn all_within(got: &[f64], expected: &[f64], floor: f64) -> bool {
+pub fn all_within(got: &[f64], expected: &[f64], floor: f64) -> bool {
     got.len() == expected.len() && got.iter().zip(expected).all(|(got, expected)| (got - expected).abs() <= floor)
 }
 

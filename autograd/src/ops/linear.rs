@@ -67,8 +67,8 @@ fn forward_cpu(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result
     Tensor::compute(input.device(), &shape, input.dtype(), |output| {
         if rows <= FEW_ROWS {
             match weight.dtype() {
-                DType::Bf16 => few_rows(&values, weight.host_slice::<bf16>()?, inner, rows, output, cpu::dot_bf16),
-                _ => few_rows(&values, weight.host_slice::<f32>()?, inner, rows, output, cpu::dot),
+                DType::Bf16 => few_rows(&values, weight.host_slice::<bf16>()?, inner, rows, output),
+                _ => few_rows(&values, weight.host_slice::<f32>()?, inner, rows, output),
             }
         } else {
             let left = Matrix::row_major(&values, rows, inner);
@@ -89,15 +89,29 @@ fn forward_cpu(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result
     })
 }
 
+/// An element type that weights are kept in. A trait and not a function argument: a call through an argument would be
+/// compiled apart from the loop around it, without that loop's vectors.
+trait Stored: Sync + Sized {
+    /// `Σ input[i] row[i]`.
+    fn dot(input: &[f32], row: &[Self]) -> f32;
+}
+
+impl Stored for f32 {
+    #[inline(always)]
+    fn dot(input: &[f32], row: &[Self]) -> f32 {
+        cpu::dot(input, row)
+    }
+}
+
+impl Stored for bf16 {
+    #[inline(always)]
+    fn dot(input: &[f32], row: &[Self]) -> f32 {
+        cpu::dot_bf16(input, row)
+    }
+}
+
 /// Dot products of every input row with every weight row.
-fn few_rows<T: Sync>(
-    input: &[f32],
-    weight: &[T],
-    inner: usize,
-    rows: usize,
-    output: &mut [f32],
-    dot: impl Fn(&[f32], &[T]) -> f32 + Copy + Sync,
-) {
+fn few_rows<T: Stored>(input: &[f32], weight: &[T], inner: usize, rows: usize, output: &mut [f32]) {
     if rows == 0 || inner == 0 {
         output.fill(0.0);
         return;
@@ -112,7 +126,7 @@ fn few_rows<T: Sync>(
             || {
                 for (target, weight) in target.chunks_exact_mut(rows).zip(weight.chunks_exact(inner)) {
                     for (target, input) in target.iter_mut().zip(input.chunks_exact(inner)) {
-                        *target = dot(input, weight);
+                        *target = T::dot(input, weight);
                     }
                 }
             },

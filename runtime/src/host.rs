@@ -2,6 +2,8 @@
 //!
 //! Large blocks that go back to the operating system cost a page fault per 4 KiB when they are asked for again. A
 //! training step asks for the same sizes over and over, so freed blocks are kept, by size class, and handed out again.
+//! What is in use and what is kept together exceed the most that was ever in use at once by an eighth at most: a process
+//! needs hardly more memory with the pool than without it, and a step that repeats finds every block of the step before.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -56,6 +58,8 @@ pub(crate) struct HostPool {
 struct State {
     in_use: usize,
     peak: usize,
+    /// The most that was in use at once since the pool was last trimmed; unlike `peak`, measurements leave it alone.
+    most_in_use: usize,
     /// Free blocks by number of lines.
     free: BTreeMap<usize, Vec<Vec<Line>>>,
     free_bytes: usize,
@@ -65,16 +69,19 @@ impl HostPool {
     /// A block of at least `bytes` bytes whose contents are unspecified (but initialised).
     pub(crate) fn take(self: &Arc<Self>, bytes: usize) -> Result<HostBlock> {
         let class = size_class(bytes);
-        let reused = {
+        let (reused, surplus) = {
             let mut state = self.lock();
             state.in_use += class * LINE;
             state.peak = state.peak.max(state.in_use);
+            state.most_in_use = state.most_in_use.max(state.in_use);
             let found = state.free.get_mut(&class).and_then(Vec::pop);
             if found.is_some() {
                 state.free_bytes -= class * LINE;
             }
-            found
+            (found, state.take_surplus())
         };
+        // Given back before a fresh block is asked for, and without holding the lock.
+        drop(surplus);
         let lines = match reused {
             Some(lines) => lines,
             None => self.fresh(class, bytes)?,
@@ -98,6 +105,7 @@ impl HostPool {
         let mut state = self.lock();
         state.free.clear();
         state.free_bytes = 0;
+        state.most_in_use = state.in_use;
     }
 
     fn fresh(&self, class: usize, bytes: usize) -> Result<Vec<Line>> {
@@ -121,9 +129,7 @@ impl HostPool {
         let class = lines.len();
         let mut state = self.lock();
         state.in_use -= class * LINE;
-        // Half again as much as is in use may wait; beyond that a change of sizes would hoard memory.
-        let keep = class * LINE >= SMALLEST_CACHED && state.free_bytes + class * LINE <= state.peak / 2;
-        if keep {
+        if class * LINE >= SMALLEST_CACHED {
             state.free_bytes += class * LINE;
             state.free.entry(class).or_default().push(lines);
         }
@@ -132,6 +138,25 @@ impl HostPool {
     fn lock(&self) -> MutexGuard<'_, State> {
         // The counters are plain numbers: a panic elsewhere cannot leave them half-written.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// Takes free blocks out, the largest first, until what is in use and free is near what was once in use. Not
+    /// exactly there, since then a few bytes more than in the step before would cost its largest block.
+    fn take_surplus(&mut self) -> Vec<Vec<Line>> {
+        let mut surplus = Vec::new();
+        while self.in_use + self.free_bytes > self.most_in_use + self.most_in_use / 8 {
+            let Some(mut largest) = self.free.last_entry() else { break };
+            match largest.get_mut().pop() {
+                Some(lines) => {
+                    self.free_bytes -= lines.len() * LINE;
+                    surplus.push(lines);
+                }
+                None => drop(largest.remove()),
+            }
+        }
+        surplus
     }
 }
 
@@ -164,6 +189,31 @@ mod tests {
         drop((other, again));
         pool.trim();
         assert_eq!(pool.usage(), MemoryUsage { in_use: 0, peak: 2 << 20, reserved: 0 });
+    }
+
+    #[test]
+    fn what_is_kept_and_used_stays_near_what_was_once_used() {
+        const MIB: usize = 1 << 20;
+        let pool = Arc::new(HostPool::default());
+        let step = || {
+            let blocks: Vec<HostBlock> = [4 * MIB, 2 * MIB, MIB, MIB].map(|bytes| pool.take(bytes).unwrap()).into();
+            blocks.iter().map(|block| block.bytes().as_ptr() as usize).collect::<std::collections::BTreeSet<_>>()
+        };
+        let first = step();
+        assert_eq!(pool.usage().reserved, 8 * MIB);
+        pool.reset_peak();
+        assert_eq!(step(), first, "a step that repeats gets the same blocks");
+        let little = pool.take(MIB / 2).unwrap();
+        assert_eq!(step(), first, "a little more costs no block");
+        drop(little);
+        pool.trim();
+        drop(step());
+        let other = pool.take(6 * MIB).unwrap();
+        assert_eq!(pool.usage(), MemoryUsage { in_use: 6 * MIB, peak: 8 * MIB + MIB / 2, reserved: 8 * MIB });
+        let more = pool.take(6 * MIB).unwrap();
+        assert!(pool.usage().reserved <= 12 * MIB + 12 * MIB / 8, "{:?}", pool.usage());
+        drop((other, more));
+        assert!(pool.usage().reserved <= 12 * MIB + 12 * MIB / 8, "{:?}", pool.usage());
     }
 
     #[test]

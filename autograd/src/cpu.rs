@@ -175,7 +175,7 @@ pub(crate) fn exp(x: f32) -> f32 {
     mantissa * first * second
 }
 
-/// 1 / (1 + e^-x).
+/// 1 / (1 + e^-x) with a relative error of at most 3 ulp; 0 below -88.7, where e^-x is infinite.
 #[inline(always)]
 pub(crate) fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
@@ -208,29 +208,112 @@ pub(crate) fn ln_1p_up_to_one(x: f32) -> f32 {
 mod tests {
     use super::*;
 
-    /// Arguments from -110 to 110, dense around 0.
-    fn arguments() -> impl Iterator<Item = f32> {
-        (-40_000..=40_000).map(|i| i as f32 / 40_000.0).map(|x| 110.0 * x * x * x)
+    /// Numbers of either sign from all of f32, from the smallest denormal to the greatest: every 1009th.
+    fn all_sizes() -> impl Iterator<Item = f32> {
+        (0..f32::INFINITY.to_bits()).step_by(1009).map(f32::from_bits).flat_map(|x| [x, -x])
+    }
+
+    /// Every number between two negative ones.
+    fn all_between(lower: f32, upper: f32) -> impl Iterator<Item = f32> {
+        (upper.to_bits()..=lower.to_bits()).map(f32::from_bits)
+    }
+
+    /// The difference in units of the last place that an f32 of the expected size has.
+    fn ulps(found: f32, expected: f64) -> f64 {
+        let size = (expected.abs() as f32).max(f32::MIN_POSITIVE);
+        let unit = f32::from_bits((size.to_bits() >> 23) << 23) * f32::EPSILON;
+        (f64::from(found) - expected).abs() / f64::from(unit)
+    }
+
+    fn softplus_in_f64(x: f64) -> f64 {
+        x.max(0.0) + (-x.abs()).exp().ln_1p()
+    }
+
+    #[test]
+    fn ulps_are_counted_rightly() {
+        assert_eq!(ulps(1.0 + f32::EPSILON, 1.0), 1.0);
+        assert_eq!(ulps(-7.0, -7.0 - 8.0 * f64::from(f32::EPSILON)), 2.0);
+        assert_eq!(ulps(f32::from_bits(5), f64::from(f32::from_bits(2))), 3.0);
+        assert!(ulps(f32::NAN, 1.0).is_nan());
     }
 
     #[test]
     fn elementary_functions_keep_their_error_bounds() {
-        for x in arguments() {
+        for x in all_sizes() {
             let wide = f64::from(x);
-            // Below the normal numbers only an absolute error makes sense.
-            let close = |found: f32, expected: f64, ulps: f64| {
-                let allowed = ulps * f64::from(f32::EPSILON) * expected + f64::from(f32::MIN_POSITIVE) * 1e-6;
-                (f64::from(found) - expected).abs() <= allowed
-            };
-            assert!(x > 88.7 || close(exp(x), wide.exp(), 2.0), "exp {x}: {}", exp(x));
-            assert!(close(softplus(x), wide.exp().ln_1p(), 4.0), "softplus {x}: {}", softplus(x));
-            let unit = exp(-x.abs());
-            assert!(close(ln_1p_up_to_one(unit), f64::from(unit).ln_1p(), 2.0), "ln(1 + {unit})");
+            let checks = [
+                ("exp", exp(x), wide.exp(), 2.0, f32::MIN..=88.7),
+                ("softplus", softplus(x), softplus_in_f64(wide), 4.0, f32::MIN..=f32::MAX),
+                ("sigmoid", sigmoid(x), 1.0 / (1.0 + (-wide).exp()), 3.0, -88.7..=f32::MAX),
+                ("ln(1 + x)", ln_1p_up_to_one(x), wide.ln_1p(), 2.0, 0.0..=1.0),
+            ];
+            for (name, found, expected, allowed, range) in checks {
+                if range.contains(&x) {
+                    assert!(ulps(found, expected) <= allowed, "{name} of {x:e} is {found:e}, not {expected:e}");
+                }
+            }
         }
-        assert_eq!(exp(f32::INFINITY), f32::INFINITY);
-        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
-        assert!(exp(f32::NAN).is_nan() && softplus(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn results_below_the_normal_numbers_are_right_to_the_last_places() {
+        for x in all_between(-104.5, -87.0) {
+            let expected = f64::from(x).exp();
+            // Rounded twice, to the polynomial's last place and to the denormals' spacing.
+            assert!(ulps(exp(x), expected) <= 1.5, "exp of {x} is {:e}, not {expected:e}", exp(x));
+        }
+        for x in all_between(-104.5, -87.0).step_by(17) {
+            assert!(ulps(softplus(x), softplus_in_f64(f64::from(x))) <= 4.0, "softplus of {x}");
+        }
+    }
+
+    #[test]
+    fn elementary_functions_end_where_they_say() {
+        // ln of the greatest f32 is 88.722839…; half of the smallest is e^-103.972….
+        assert!(exp(88.7228) < f32::INFINITY);
+        assert!(exp(-103.97) > 0.0);
+        for above in [88.722_84, 88.8, 89.0, 89.1, 127.0, 1e4, f32::MAX, f32::INFINITY] {
+            assert_eq!(exp(above), f32::INFINITY, "{above}");
+            assert_eq!(exp(-above - 15.3), 0.0, "{above}");
+            assert_eq!(sigmoid(-above), 0.0, "{above}");
+            assert_eq!(sigmoid(above), 1.0, "{above}");
+            assert_eq!(softplus(above), above, "{above}");
+            assert_eq!(softplus(-above - 15.3), 0.0, "{above}");
+        }
+        for zero in [0.0, -0.0, 1e-45, -1e-45] {
+            assert_eq!((exp(zero), sigmoid(zero), softplus(zero)), (1.0, 0.5, std::f32::consts::LN_2), "{zero:e}");
+        }
+        assert_eq!(ln_1p_up_to_one(0.0), 0.0);
         assert_eq!(softplus(20.5), 20.5);
+        assert!([exp, sigmoid, softplus, ln_1p_up_to_one].iter().all(|function| function(f32::NAN).is_nan()));
+    }
+
+    /// In vectors as one by one: the loops that [`simd`] compiles give the same bits.
+    #[test]
+    fn vectors_give_the_bits_of_single_numbers() {
+        let arguments: Vec<f32> = all_sizes().step_by(251).chain([f32::INFINITY, f32::NEG_INFINITY]).collect();
+        let functions: [(&str, fn(f32) -> f32); 4] =
+            [("exp", exp), ("sigmoid", sigmoid), ("softplus", softplus), ("ln(1 + x)", ln_1p_up_to_one)];
+        let mut results = vec![vec![0.0; arguments.len()]; functions.len()];
+        let [for_exp, for_sigmoid, for_softplus, for_ln] = &mut results[..] else { unreachable!() };
+        simd(
+            #[inline(always)]
+            || {
+                for (index, x) in arguments.iter().enumerate() {
+                    for_exp[index] = exp(*x);
+                    for_sigmoid[index] = sigmoid(*x);
+                    for_softplus[index] = softplus(*x);
+                    for_ln[index] = ln_1p_up_to_one(*x);
+                }
+            },
+        );
+        // A NaN, outside the domain, may have any bits.
+        let bits = |result: f32| if result.is_nan() { u32::MAX } else { result.to_bits() };
+        for ((name, function), results) in functions.iter().zip(&results) {
+            for (x, result) in arguments.iter().zip(results) {
+                assert_eq!(bits(*result), bits(std::hint::black_box(function)(*x)), "{name} of {x:e}");
+            }
+        }
     }
 
     #[test]

@@ -5,6 +5,8 @@
 //! `greedy_ids` (with `greedy_stopped_at_eos`) and `passage` (`ids`, `mean_nll`). Numbers were computed in float32 by a
 //! reference.
 
+#![forbid(unsafe_code)]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;

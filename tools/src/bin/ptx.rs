@@ -1,5 +1,7 @@
 //! Prints the GPU kernels: `ptx list` their names, `ptx dump KERNEL` the text of one.
 
+#![forbid(unsafe_code)]
+
 use std::io::{self, Write as _};
 
 use anyhow::{Context as _, Result, bail};

@@ -40,13 +40,16 @@ pub struct Input {
     pub values: Vec<f64>,
     /// Whether it is f32 whatever the others are.
     pub always_f32: bool,
+    /// Size of the terms that its gradient is a sum of. Where they cancel, their rounding errors stay: bounds are then
+    /// relative to this size.
+    pub gradient_terms: f64,
 }
 
 impl Input {
     /// An input that follows the precision of the run.
     pub fn new(name: &'static str, shape: &[usize], values: Vec<f64>) -> Self {
         assert_eq!(values.len(), shape.iter().product::<usize>(), "{name}");
-        Self { name, shape: shape.to_vec(), values, always_f32: false }
+        Self { name, shape: shape.to_vec(), values, always_f32: false, gradient_terms: 1.0 }
     }
 
     /// An input that is f32 in every run.
@@ -67,9 +70,6 @@ pub struct Tolerance {
     pub output: Bounds,
     /// Bounds on gradients in f32.
     pub gradient: Bounds,
-    /// Size of the terms that results and gradients are sums of. Where terms cancel, the rounding errors stay: the bounds
-    /// are then relative to this size.
-    pub terms: f64,
 }
 
 impl Tolerance {
@@ -84,14 +84,7 @@ impl Tolerance {
         Self {
             output: Bounds { relative_l2: Some(rms), relative_max: Some(2.0 * rms) },
             gradient: Bounds { relative_l2: Some(4.0 * rms), relative_max: Some(8.0 * rms) },
-            terms: 1.0,
         }
-    }
-
-    /// The same for terms of another size.
-    #[must_use]
-    pub const fn with_terms(self, terms: f64) -> Self {
-        Self { terms, ..self }
     }
 
     fn at(self, dtype: DType, bounds: Bounds) -> Bounds {
@@ -110,8 +103,8 @@ const SAMPLES: usize = 5;
 /// Step of central differences in f64, relative to inputs of size 1: their error is about its square.
 const STEP: f64 = 1e-5;
 
-/// Runs an operator on the given inputs, rounded to the precision, and compares every output with the reference's, and
-/// the gradients of `Σ outputs · random weights` with finite differences of the reference.
+/// Runs an operator on the given inputs, rounded to the precision, and compares every output with the reference's (and
+/// its shape with `shapes`), and the gradients of `Σ outputs · random weights` with finite differences of the reference.
 ///
 /// Gradients are checked for single elements (the one with the greatest gradient among them) and along a random
 /// direction through all elements of each input.
@@ -123,6 +116,7 @@ pub fn check_operator(
     seed: u64,
     tolerance: Tolerance,
     inputs: &[Input],
+    shapes: &[&[usize]],
     operator: impl Fn(&Tape<'_>, &[Var]) -> autograd::Result<Vec<Var>>,
     reference: impl Fn(&[Vec<f64>]) -> Vec<Vec<f64>>,
 ) -> Result<(), String> {
@@ -132,14 +126,18 @@ pub fn check_operator(
     let leaves: Vec<Var> = tensors.iter().map(|tensor| tape.leaf(tensor)).collect();
     let outputs = operator(&tape, &leaves).map_err(|error| error.to_string())?;
     let expected = reference(&values);
-    if outputs.len() != expected.len() {
-        return Err(format!("{} outputs, the reference has {}", outputs.len(), expected.len()));
+    if outputs.len() != shapes.len() || expected.len() != shapes.len() {
+        return Err(format!("{} outputs, {} of the reference, {} shapes", outputs.len(), expected.len(), shapes.len()));
     }
     let mut seeds = Vec::new();
     let mut weights = Vec::new();
     for (index, (output, expected)) in outputs.iter().zip(&expected).enumerate() {
+        if output.shape() != shapes[index] {
+            return Err(format!("output {index} has shape {:?}, expected {:?}", output.shape(), shapes[index]));
+        }
         let got = widened(output)?;
-        let floor = tolerance.output.relative_max.unwrap_or(0.0) * tolerance.terms;
+        // Results are of size 1; smaller ones may be sums of such terms.
+        let floor = tolerance.output.relative_max.unwrap_or(0.0);
         if !all_within(&got, expected, floor) {
             let bounds = tolerance.at(output.dtype(), tolerance.output);
             verdict(&format!("output {index}"), output.shape(), &got, expected, bounds)?;
@@ -172,7 +170,7 @@ pub fn check_operator(
         let dtype = gradients.get(&tensors[index]).map_or(DType::F32, Tensor::dtype);
         let bounds = tolerance.at(dtype, tolerance.gradient);
         // What a backward pass saved in bf16 puts errors into each term.
-        let terms = tolerance.terms * if precision == Precision::Bf16 { 4.0 } else { 1.0 };
+        let terms = input.gradient_terms * if precision == Precision::Bf16 { 4.0 } else { 1.0 };
         let floor = bounds.relative_max.unwrap_or(0.0) * terms;
         check_gradient(input.name, index, &values, &analytic, &mut random, (bounds, floor), &objective)?;
     }
@@ -226,6 +224,18 @@ fn check_gradient(
     } else {
         Err(format!("gradient of {name} along a direction is {along:e}, finite differences give {numeric:e}"))
     }
+}
+
+/// That two ways to one result agree: within the bounds, or each element within the greater one for terms of size 1, whose
+/// sums may be small.
+///
+/// # Errors
+/// As [`verdict`].
+pub fn agree(what: &str, shape: &[usize], got: &[f64], expected: &[f64], bounds: Bounds) -> Result<(), String> {
+    if all_within(got, expected, bounds.relative_max.unwrap_or(0.0)) {
+        return Ok(());
+    }
+    verdict(what, shape, got, expected, bounds)
 }
 
 /// Whether there are as many values as expected, each within `floor` of it. NaN is not.

@@ -1,5 +1,8 @@
 //! The checks themselves must be able to fail: each wrong operator and each spoilt array here is found.
 
+// Helpers of tests fail as tests do.
+#![allow(clippy::unwrap_used)]
+
 use autograd::{Tape, Tensor, Var, ops};
 use grafter_tests::check::{Input, Precision, Tolerance, check_operator, verdict, widened};
 use grafter_tests::compare::Bounds;
@@ -11,7 +14,7 @@ type Operator = fn(&Tape<'_>, &[Var]) -> autograd::Result<Vec<Var>>;
 fn check(operator: Operator, precision: Precision) -> Result<(), String> {
     let mut random = Random::new(5);
     let inputs = [Input::normal("a", &[7, 9], &mut random), Input::normal("b", &[7, 9], &mut random)];
-    check_operator(precision, 5, Tolerance::ELEMENTWISE, &inputs, operator, |values| {
+    check_operator(precision, 5, Tolerance::ELEMENTWISE, &inputs, &[&[7, 9]], operator, |values| {
         vec![values[0].iter().zip(&values[1]).map(|(a, b)| a * b).collect()]
     })
 }
@@ -45,7 +48,12 @@ fn a_right_operator_passes() {
 
 #[test]
 fn wrong_operators_fail() {
-    let wrong: [(&str, Operator, &str); 6] = [
+    let wrong: [(&str, Operator, &str); 7] = [
+        (
+            "another shape",
+            |tape, inputs| Ok(vec![ops::mul(tape, &inputs[0], &inputs[1])?.reshape(tape, &[9, 7])?]),
+            "output 0 has shape [9, 7], expected [7, 9]",
+        ),
         ("another result", |tape, inputs| Ok(vec![ops::add(tape, &inputs[0], &inputs[1])?]), "output 0"),
         (
             "a relative error of 1e-5",
@@ -124,6 +132,7 @@ fn the_reference_sees_the_values_that_the_operator_sees() {
         1,
         Tolerance::ELEMENTWISE,
         &inputs,
+        &[],
         |_, inputs| {
             assert_eq!(widened(&inputs[0]).unwrap(), [0.100_097_656_25]);
             Ok(vec![])

@@ -3,6 +3,9 @@
 //! Most of it needs a GPU: with `TEST_DEVICE=cuda:0` those tests run, otherwise each prints that it was skipped. The rest
 //! runs anywhere.
 
+// Helpers of tests fail as tests do.
+#![allow(clippy::unwrap_used)]
+
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 

@@ -1,5 +1,8 @@
 //! The same bits every time, whatever the number of threads.
 
+// Helpers of tests fail as tests do.
+#![allow(clippy::unwrap_used)]
+
 use autograd::ops::{
     self, Activation, AttentionOptions, ConvolutionOptions, Divergence, DivergenceOptions, RotaryScaling, RotaryTable,
     ScanInputs,

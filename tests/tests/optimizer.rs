@@ -1,9 +1,12 @@
 //! AdamW, clipping and schedules against plain f64; gradient accumulation against whole batches.
 
+// Helpers of tests fail as tests do.
+#![allow(clippy::unwrap_used)]
+
 use approx::assert_relative_eq;
 use autograd::optimizer::{AdamW, AdamWOptions, Decay, Schedule, clip_gradients, gradient_norm};
 use autograd::{DType, Gradients, Parameter, Parameters, Tape, Tensor, Var, ops};
-use grafter_tests::check::{all_within, cases, indices, tensor, verdict, widened};
+use grafter_tests::check::{agree, all_within, cases, indices, tensor, verdict, widened};
 use grafter_tests::compare::Bounds;
 use grafter_tests::random::Random;
 use grafter_tests::reference;
@@ -15,12 +18,12 @@ fn parameter(name: &str, shape: &[usize], decay: bool, random: &mut Random) -> P
 }
 
 proptest! {
-    #![proptest_config(cases(64))]
+    #![proptest_config(cases(256))]
 
     #[test]
     fn adamw_is_adamw(
         sizes in prop::collection::vec(prop_oneof![Just(0usize), Just(1), 2..40usize, 32767..=32769usize], 1..4),
-        steps in 1..8usize,
+        steps in prop_oneof![1..8usize, Just(20)],
         weight_decay in prop_oneof![Just(0.0), Just(0.1)],
         beta2 in prop_oneof![Just(0.95), Just(0.999)],
         clip in prop_oneof![Just(0.5), Just(1e9)],
@@ -152,7 +155,7 @@ proptest! {
         }
         prop_assert!((loss - whole_loss).abs() <= 1e-6 * (1.0 + whole_loss), "{loss} and {whole_loss}");
         let [got, expected] = [&sum, &whole].map(|gradients| widened(gradients.get(&weight).unwrap()).unwrap());
-        verdict("gradient", &[vocabulary, width], &got, &expected, Bounds::new(1e-6, 2e-6)).map_err(TestCaseError::fail)?;
+        agree("gradient", &[vocabulary, width], &got, &expected, Bounds::new(1e-6, 2e-6)).map_err(TestCaseError::fail)?;
     }
 
     /// Warm-up climbs to the base rate in equal steps, decay never rises nor leaves [minimum, base].

@@ -121,6 +121,7 @@ impl HostPool {
                 advice: "a smaller batch or sequence needs less".to_owned(),
             });
         }
+        advise_huge_pages(&lines);
         lines.resize(class, Line([0; LINE]));
         Ok(lines)
     }
@@ -159,6 +160,26 @@ impl State {
         surplus
     }
 }
+
+/// Asks for huge pages under a block whose memory nothing has touched yet: a pass over weights then misses the address
+/// cache 512 times less often, and first use faults as much less. A hint: where it is refused nothing changes.
+#[cfg(target_os = "linux")]
+fn advise_huge_pages(lines: &Vec<Line>) {
+    const HUGE_PAGE: usize = 2 << 20;
+    let start = (lines.as_ptr() as usize).next_multiple_of(HUGE_PAGE);
+    let end = (lines.as_ptr() as usize + lines.capacity() * LINE) / HUGE_PAGE * HUGE_PAGE;
+    if end > start {
+        // SAFETY: start..end lies inside the vector's own allocation (start is not below its first byte, end not above
+        // its last), and MADV_HUGEPAGE changes neither the contents nor the validity of memory, only the size of the
+        // pages behind it.
+        unsafe {
+            libc::madvise(start as *mut libc::c_void, end - start, libc::MADV_HUGEPAGE);
+        }
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn advise_huge_pages(_: &Vec<Line>) {}
 
 /// Number of lines of the class that holds `bytes`: at most an eighth larger than asked for.
 fn size_class(bytes: usize) -> usize {

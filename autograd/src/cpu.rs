@@ -292,7 +292,8 @@ mod tests {
     #[test]
     fn vectors_give_the_bits_of_single_numbers() {
         let arguments: Vec<f32> = all_sizes().step_by(251).chain([f32::INFINITY, f32::NEG_INFINITY]).collect();
-        let functions: [(&str, fn(f32) -> f32); 4] =
+        type Named = (&'static str, fn(f32) -> f32);
+        let functions: [Named; 4] =
             [("exp", exp), ("sigmoid", sigmoid), ("softplus", softplus), ("ln(1 + x)", ln_1p_up_to_one)];
         let mut results = vec![vec![0.0; arguments.len()]; functions.len()];
         let [for_exp, for_sigmoid, for_softplus, for_ln] = &mut results[..] else { unreachable!() };

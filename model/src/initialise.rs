@@ -103,7 +103,10 @@ fn check_layers(base: &Model, teacher: &Model, layers: &[usize]) -> Result<()> {
     let count = base.config.mixers.len();
     for (index, &layer) in layers.iter().enumerate() {
         if layer >= count {
-            return fail(format!("layer {layer} does not exist: the model has layers 0 to {}", count.saturating_sub(1)));
+            return fail(format!(
+                "layer {layer} does not exist: the model has layers 0 to {}",
+                count.saturating_sub(1)
+            ));
         }
         if layers[..index].contains(&layer) {
             return fail(format!("layer {layer} is named twice"));
@@ -131,7 +134,10 @@ fn check_geometry(config: &ModelConfig, geometry: &MambaConfig) -> Result<()> {
     }
     if !config.head_size.is_multiple_of(geometry.d_state) {
         return Err(Error::Graft {
-            message: format!("heads of {} dimensions are no whole number of {}-wide chunks", config.head_size, geometry.d_state),
+            message: format!(
+                "heads of {} dimensions are no whole number of {}-wide chunks",
+                config.head_size, geometry.d_state
+            ),
         });
     }
     Ok(())
@@ -313,7 +319,10 @@ fn check_width(tensor: &Tensor, count: usize) -> Result<()> {
         return Ok(());
     }
     Err(Error::Graft {
-        message: format!("the teacher's attention has a weight of shape {:?}, expected {count} elements", tensor.shape()),
+        message: format!(
+            "the teacher's attention has a weight of shape {:?}, expected {count} elements",
+            tensor.shape()
+        ),
     })
 }
 
@@ -367,7 +376,10 @@ mod tests {
         assert_eq!(part(128..192), value(&teacher, "model.layers.1.self_attn.q_proj.weight"));
         let bound = (24f32).powf(-0.5);
         assert!(part(0..64).iter().all(|z| z.abs() <= bound));
-        assert_eq!(value(&hybrid, "model.layers.1.mixer.out_proj.weight"), value(&teacher, "model.layers.1.self_attn.o_proj.weight"));
+        assert_eq!(
+            value(&hybrid, "model.layers.1.mixer.out_proj.weight"),
+            value(&teacher, "model.layers.1.self_attn.o_proj.weight")
+        );
         assert_eq!(value(&hybrid, "model.layers.1.mixer.A_log")[..2], [0.0, 2f32.ln()]);
         assert_eq!(value(&hybrid, "model.embed_tokens.weight"), value(&teacher, "model.embed_tokens.weight"));
         assert!(hybrid.parameters.find("model.layers.1.self_attn.q_proj.weight").is_none());
@@ -384,8 +396,22 @@ mod tests {
     fn logarithms_have_the_bits_that_fast_llm_writes() {
         // A_log of a mixer that Fast-LLM's converter made (PyTorch, f32).
         let written: [f32; 16] = [
-            0.0, 0.693_147_2, 1.098_612_3, 1.386_294_4, 1.609_438, 1.791_759_5, 1.945_910_2, 2.079_441_5, 2.197_224_6,
-            2.302_585_1, 2.397_895_3, 2.484_906_7, 2.564_949_3, 2.639_057_4, 2.708_050_3, 2.772_588_7,
+            0.0,
+            0.693_147_2,
+            1.098_612_3,
+            1.386_294_4,
+            1.609_438,
+            1.791_759_5,
+            1.945_910_2,
+            2.079_441_5,
+            2.197_224_6,
+            2.302_585_1,
+            2.397_895_3,
+            2.484_906_7,
+            2.564_949_3,
+            2.639_057_4,
+            2.708_050_3,
+            2.772_588_7,
         ];
         for (number, written) in (1..).zip(written) {
             assert_eq!(logarithm(number).to_bits(), written.to_bits(), "ln {number}");

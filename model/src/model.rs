@@ -90,9 +90,7 @@ impl Model {
     /// # Errors
     /// [`Error::NoSuchParameter`] when one is missing.
     pub fn new(config: ModelConfig, parameters: Parameters) -> Result<Self> {
-        let find = |name: &str| {
-            parameters.find(name).ok_or_else(|| Error::NoSuchParameter { name: name.to_owned() })
-        };
+        let find = |name: &str| parameters.find(name).ok_or_else(|| Error::NoSuchParameter { name: name.to_owned() });
         let embedding = find("model.embed_tokens.weight")?;
         let norm = find("model.norm.weight")?;
         let head = if config.tied_embeddings { embedding } else { find("lm_head.weight")? };

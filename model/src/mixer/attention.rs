@@ -114,8 +114,7 @@ impl Attention {
         let tape = Tape::inference();
         let (query, key, value) = self.project(&tape, parameters, &Var::constant(input), &batch.positions)?;
         let output = self.attend(&tape, parameters, &query, &key, &value, batch)?;
-        let cache =
-            AttentionCache { keys: key.tensor().clone(), values: value.tensor().clone(), length: batch.time() };
+        let cache = AttentionCache { keys: key.tensor().clone(), values: value.tensor().clone(), length: batch.time() };
         Ok((output.tensor().clone(), cache))
     }
 

@@ -103,6 +103,49 @@ proptest! {
     }
 }
 
+/// Weights of more rows than are widened from bf16 at once, tables of more numbers than one task clears.
+#[test]
+fn large_weights() {
+    let mut random = Random::new(8);
+    let (rows, inner, outer) = (9, 7, 2051);
+    let inputs = [
+        Input::normal("input", &[rows, inner], &mut random),
+        Input::new("weight", &[outer, inner], random.normals(outer * inner, 0.1)),
+        Input::normal("bias", &[outer], &mut random),
+    ];
+    let (vocabulary, width) = (1031, 67);
+    let ids: Vec<usize> = (0..50).map(|_| random.below(vocabulary)).collect();
+    let id_tensor = indices(&[50], &ids);
+    let table = [Input::normal("weight", &[vocabulary, width], &mut random)];
+    for precision in PRECISIONS {
+        check_operator(
+            precision,
+            8,
+            Tolerance::SUM,
+            &inputs,
+            &[&[rows, outer]],
+            |tape, inputs| Ok(vec![ops::linear(tape, &inputs[0], &inputs[1], Some(&inputs[2]))?]),
+            |values| vec![reference::linear(&values[0], &values[1], Some(&values[2]), rows, inner, outer)],
+        )
+        .unwrap_or_else(|message| panic!("linear in {precision:?}: {message}"));
+        check_operator(
+            precision,
+            8,
+            Tolerance::SUM,
+            &table,
+            &[&[50, width]],
+            |tape, inputs| {
+                let output = ops::embedding(tape, &id_tensor, &inputs[0], inputs[0].dtype())?;
+                // The memory that the gradient will get: what is not cleared shows.
+                drop(tensor(DType::F32, &[vocabulary, width], &vec![f64::NAN; vocabulary * width]));
+                Ok(vec![output])
+            },
+            |values| vec![reference::embedding(&ids, &values[0], width)],
+        )
+        .unwrap_or_else(|message| panic!("embedding in {precision:?}: {message}"));
+    }
+}
+
 #[test]
 fn an_id_outside_the_vocabulary_is_named() {
     let weight = Var::constant(&tensor(DType::F32, &[3, 2], &[0.0; 6]));

@@ -51,8 +51,9 @@ pub(super) fn run(case: &Case<'_>, outcome: &mut Outcome) -> Result<()> {
     for ((name, trajectory), moments) in names.iter().zip(&trajectories).zip(optimizer.moments()) {
         outcome.give(&format!("out.{name}"), Array::stacked(trajectory)?);
         if let Some((first, second)) = moments {
-            outcome.give(&format!("state.exp_avg.{name}"), Array::read(first)?);
-            outcome.give(&format!("state.exp_avg_sq.{name}"), Array::read(second)?);
+            let way = "after the last step";
+            outcome.give_also(&format!("state.exp_avg.{name}"), way, Array::read(first)?);
+            outcome.give_also(&format!("state.exp_avg_sq.{name}"), way, Array::read(second)?);
         }
     }
     schedule(case, &rates, outcome)

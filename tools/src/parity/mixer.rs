@@ -57,6 +57,9 @@ pub(super) fn m1(case: &Case<'_>, outcome: &mut Outcome) -> Result<()> {
     for (parameter, gradient) in gradients {
         outcome.give(&format!("grad.w.{parameter}"), gradient);
     }
+    if !case.has("in.decode") {
+        return Ok(());
+    }
     let decoded = decode(case, &mamba, &parameters)?;
     outcome.give("out.prefill_y", decoded.prefill);
     outcome.give("out.decode_y", decoded.outputs);

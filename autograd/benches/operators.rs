@@ -55,13 +55,17 @@ fn linear(tape: &Tape<'_>, inputs: &[Var]) -> Var {
     ops::linear(tape, &inputs[0], &inputs[1], None).expect("shapes agree")
 }
 
-#[divan::bench(args = [(512, MLP), (512, VOCABULARY), (1, MLP), (1, VOCABULARY)])]
+/// Rows and outputs: a prompt, one decoding step, and batches of steps on both sides of where dot products give way.
+const LINEAR_SIZES: [(usize, usize); 7] =
+    [(512, MLP), (512, VOCABULARY), (1, MLP), (1, VOCABULARY), (4, VOCABULARY), (5, VOCABULARY), (8, VOCABULARY)];
+
+#[divan::bench(args = LINEAR_SIZES)]
 fn linear_forward(bencher: Bencher<'_, '_>, (rows, out): (usize, usize)) {
     let bencher = bencher.counter(ItemsCount::new(2 * rows * out * HIDDEN));
     forward(bencher, &[noise(&[rows, HIDDEN]), noise(&[out, HIDDEN])], linear);
 }
 
-#[divan::bench(args = [(512, MLP), (512, VOCABULARY), (1, MLP), (1, VOCABULARY)])]
+#[divan::bench(args = LINEAR_SIZES)]
 fn linear_forward_bf16_weight(bencher: Bencher<'_, '_>, (rows, out): (usize, usize)) {
     let bencher = bencher.counter(ItemsCount::new(2 * rows * out * HIDDEN));
     let weight = noise(&[out, HIDDEN]).cast(DType::Bf16).expect("memory for the weight");
@@ -72,6 +76,13 @@ fn linear_forward_bf16_weight(bencher: Bencher<'_, '_>, (rows, out): (usize, usi
 fn linear_backward(bencher: Bencher<'_, '_>, out: usize) {
     let bencher = bencher.counter(ItemsCount::new(4 * TIME * out * HIDDEN));
     backward(bencher, &[noise(&[TIME, HIDDEN]), noise(&[out, HIDDEN])], linear);
+}
+
+#[divan::bench(args = [MLP, VOCABULARY])]
+fn linear_backward_bf16_weight(bencher: Bencher<'_, '_>, out: usize) {
+    let bencher = bencher.counter(ItemsCount::new(4 * TIME * out * HIDDEN));
+    let weight = noise(&[out, HIDDEN]).cast(DType::Bf16).expect("memory for the weight");
+    backward(bencher, &[noise(&[TIME, HIDDEN]), weight], linear);
 }
 
 fn attention(tape: &Tape<'_>, inputs: &[Var]) -> Var {
@@ -91,6 +102,23 @@ fn attention_forward(bencher: Bencher<'_, '_>) {
 #[divan::bench]
 fn attention_backward(bencher: Bencher<'_, '_>) {
     backward(bencher.counter(ItemsCount::new(5 * 9 * TIME * TIME * 64)), &attention_inputs(), attention);
+}
+
+/// One query over a long past, through the operator that training uses.
+#[divan::bench(args = [512, 2048])]
+fn attention_forward_one_query(bencher: Bencher<'_, '_>, length: usize) {
+    let inputs = [noise(&[1, 1, 9, 64]), noise(&[1, length, 3, 64]), noise(&[1, length, 3, 64])];
+    forward(bencher.counter(BytesCount::new(2 * length * 3 * 64 * 4)), &inputs, attention);
+}
+
+/// The same over the caches of decoding.
+#[divan::bench(args = [512, 2048])]
+fn attention_cached(bencher: Bencher<'_, '_>, length: usize) {
+    let query = noise(&[1, 1, 9, 64]);
+    let (keys, values) = (noise(&[1, length, 3, 64]), noise(&[1, length, 3, 64]));
+    bencher
+        .counter(BytesCount::new(2 * length * 3 * 64 * 4))
+        .bench_local(|| ops::attention_cached(&query, &keys, &values, length, 0.125, None));
 }
 
 fn rms_norm(tape: &Tape<'_>, inputs: &[Var]) -> Var {
@@ -125,25 +153,131 @@ fn swiglu_backward(bencher: Bencher<'_, '_>) {
     backward(bencher, &[noise(&[TIME, MLP]), noise(&[TIME, MLP])], swiglu);
 }
 
-#[divan::bench]
-fn rope_forward(bencher: Bencher<'_, '_>) {
+fn rope(tape: &Tape<'_>, inputs: &[Var]) -> Var {
     let table = ops::RotaryTable::new(64, 1e5, ops::RotaryScaling::None).expect("an even head size");
     let positions: Vec<u32> = (0..TIME as u32).collect();
     let positions = Tensor::from_slice(&Device::cpu(), &[1, TIME], &positions).expect("memory for positions");
-    let bencher = bencher.counter(BytesCount::new(2 * TIME * HIDDEN * 4));
-    forward(bencher, &[noise(&[1, TIME, 9, 64])], |tape, inputs| {
-        ops::rope(tape, &inputs[0], &positions, &table).expect("shapes agree")
-    });
+    ops::rope(tape, &inputs[0], &positions, &table).expect("shapes agree")
+}
+
+#[divan::bench]
+fn rope_forward(bencher: Bencher<'_, '_>) {
+    forward(bencher.counter(BytesCount::new(2 * TIME * HIDDEN * 4)), &[noise(&[1, TIME, 9, 64])], rope);
+}
+
+#[divan::bench]
+fn rope_backward(bencher: Bencher<'_, '_>) {
+    backward(bencher.counter(BytesCount::new(2 * TIME * HIDDEN * 4)), &[noise(&[1, TIME, 9, 64])], rope);
+}
+
+fn embedding(tape: &Tape<'_>, inputs: &[Var]) -> Var {
+    let ids: Vec<u32> = (0..TIME).map(|i| (i * 7919 % VOCABULARY) as u32).collect();
+    let ids = Tensor::from_slice(&Device::cpu(), &[1, TIME], &ids).expect("memory for ids");
+    ops::embedding(tape, &ids, &inputs[0], DType::F32).expect("ids lie in the vocabulary")
 }
 
 #[divan::bench]
 fn embedding_forward(bencher: Bencher<'_, '_>) {
-    let ids: Vec<u32> = (0..TIME).map(|i| (i * 7919 % VOCABULARY) as u32).collect();
-    let ids = Tensor::from_slice(&Device::cpu(), &[1, TIME], &ids).expect("memory for ids");
-    let bencher = bencher.counter(BytesCount::new(2 * TIME * HIDDEN * 4));
-    forward(bencher, &[noise(&[VOCABULARY, HIDDEN])], |tape, inputs| {
-        ops::embedding(tape, &ids, &inputs[0], DType::F32).expect("ids lie in the vocabulary")
-    });
+    forward(bencher.counter(BytesCount::new(2 * TIME * HIDDEN * 4)), &[noise(&[VOCABULARY, HIDDEN])], embedding);
+}
+
+/// The gradient is dense: writing its zeros is most of the work.
+#[divan::bench]
+fn embedding_backward(bencher: Bencher<'_, '_>) {
+    let bencher = bencher.counter(BytesCount::new((VOCABULARY + 2 * TIME) * HIDDEN * 4));
+    backward(bencher, &[noise(&[VOCABULARY, HIDDEN])], embedding);
+}
+
+/// Elementwise operators of one input, by name.
+const OF_ONE: [(&str, OfOne); 4] = [
+    ("scale", |tape, x| ops::scale(tape, x, 0.5)),
+    ("negative_exp", ops::negative_exp),
+    ("silu", ops::silu),
+    ("softplus", ops::softplus),
+];
+type OfOne = fn(&Tape<'_>, &Var) -> autograd::Result<Var>;
+
+/// Elementwise operators of two inputs, by name.
+const OF_TWO: [(&str, OfTwo); 3] = [("add", ops::add), ("sub", ops::sub), ("mul", ops::mul)];
+type OfTwo = fn(&Tape<'_>, &Var, &Var) -> autograd::Result<Var>;
+
+fn named<T: Copy>(operators: &[(&str, T)], name: &str) -> T {
+    operators.iter().find(|(known, _)| *known == name).expect("the arguments are the table's names").1
+}
+
+#[divan::bench(args = OF_ONE.map(|(name, _)| name))]
+fn elementwise_of_one_forward(bencher: Bencher<'_, '_>, name: &str) {
+    let operator = named(&OF_ONE, name);
+    let bencher = bencher.counter(BytesCount::new(2 * TIME * MLP * 4));
+    forward(bencher, &[noise(&[TIME, MLP])], |tape, inputs| operator(tape, &inputs[0]).expect("one input"));
+}
+
+#[divan::bench(args = OF_ONE.map(|(name, _)| name))]
+fn elementwise_of_one_backward(bencher: Bencher<'_, '_>, name: &str) {
+    let operator = named(&OF_ONE, name);
+    // All but `scale` read what the forward pass saved.
+    let moved = if name == "scale" { 2 } else { 3 };
+    let bencher = bencher.counter(BytesCount::new(moved * TIME * MLP * 4));
+    backward(bencher, &[noise(&[TIME, MLP])], |tape, inputs| operator(tape, &inputs[0]).expect("one input"));
+}
+
+#[divan::bench(args = OF_TWO.map(|(name, _)| name))]
+fn elementwise_of_two_forward(bencher: Bencher<'_, '_>, name: &str) {
+    let operator = named(&OF_TWO, name);
+    let inputs = [noise(&[TIME, MLP]), noise(&[TIME, MLP])];
+    let bencher = bencher.counter(BytesCount::new(3 * TIME * MLP * 4));
+    forward(bencher, &inputs, |tape, inputs| operator(tape, &inputs[0], &inputs[1]).expect("equal shapes"));
+}
+
+#[divan::bench]
+fn mul_backward(bencher: Bencher<'_, '_>) {
+    let inputs = [noise(&[TIME, MLP]), noise(&[MLP, TIME]).reshape(&[TIME, MLP]).expect("equal counts")];
+    let bencher = bencher.counter(BytesCount::new(6 * TIME * MLP * 4));
+    backward(bencher, &inputs, |tape, inputs| ops::mul(tape, &inputs[0], &inputs[1]).expect("equal shapes"));
+}
+
+#[divan::bench]
+fn sum(bencher: Bencher<'_, '_>) {
+    let bencher = bencher.counter(BytesCount::new(TIME * MLP * 4));
+    forward(bencher, &[noise(&[TIME, MLP])], |tape, inputs| ops::sum(tape, &inputs[0]).expect("floats"));
+}
+
+#[divan::bench]
+fn add_in_place(bencher: Bencher<'_, '_>) {
+    let (mut sum, addend) = (noise(&[TIME, MLP]), noise(&[TIME, MLP]));
+    bencher.counter(BytesCount::new(3 * TIME * MLP * 4)).bench_local(|| ops::add_in_place(&mut sum, &addend));
+}
+
+#[divan::bench]
+fn scale_in_place(bencher: Bencher<'_, '_>) {
+    let mut x = noise(&[TIME, MLP]);
+    // A factor of 1 costs what any other does and keeps the numbers from growing into denormals or infinity.
+    bencher.counter(BytesCount::new(2 * TIME * MLP * 4)).bench_local(|| ops::scale_in_place(&mut x, 1.0));
+}
+
+/// The mixer's input projection, cut into its gate, values, keys and queries.
+#[divan::bench]
+fn split(bencher: Bencher<'_, '_>) {
+    let sizes = [HIDDEN, 192, 192, HIDDEN];
+    let width: usize = sizes.iter().sum();
+    let input = Var::constant(&noise(&[1, TIME, width]));
+    bencher
+        .counter(BytesCount::new(2 * TIME * width * 4))
+        .bench_local(|| ops::split(&Tape::inference(), &input, &sizes));
+}
+
+fn repeat_chunks(tape: &Tape<'_>, inputs: &[Var]) -> Var {
+    ops::repeat_chunks(tape, &inputs[0], 16, 3).expect("whole chunks")
+}
+
+#[divan::bench]
+fn repeat_chunks_forward(bencher: Bencher<'_, '_>) {
+    forward(bencher.counter(BytesCount::new(4 * TIME * 192 * 4)), &[noise(&[1, TIME, 192])], repeat_chunks);
+}
+
+#[divan::bench]
+fn repeat_chunks_backward(bencher: Bencher<'_, '_>) {
+    backward(bencher.counter(BytesCount::new(4 * TIME * 192 * 4)), &[noise(&[1, TIME, 192])], repeat_chunks);
 }
 
 fn convolution(tape: &Tape<'_>, inputs: &[Var]) -> Var {

@@ -52,7 +52,7 @@ pub enum FinishReason {
 /// What was generated.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Generation {
-    /// The tokens, without the one that ended generation.
+    /// The tokens, without an end-of-sequence token that ended generation, with those that completed a stop string.
     pub token_ids: Vec<u32>,
     /// Their text, cut before a stop string.
     pub text: String,

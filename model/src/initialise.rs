@@ -226,10 +226,11 @@ enum Part {
     DtInProj,
     DtProjWeight,
     DtProjBias,
-    Convolution,
+    ConvolutionWeight,
     ALog,
     D,
     OutProj,
+    ConvolutionBias,
 }
 
 fn mamba_part<'a>(spec: &ParameterSpec, config: &'a ModelConfig) -> Option<(&'a MambaConfig, Part)> {
@@ -239,7 +240,8 @@ fn mamba_part<'a>(spec: &ParameterSpec, config: &'a ModelConfig) -> Option<(&'a 
         "dt_in_proj.weight" => Part::DtInProj,
         "dt_proj.weight" => Part::DtProjWeight,
         "dt_proj.bias" => Part::DtProjBias,
-        "conv1d.weight" | "conv1d.bias" => Part::Convolution,
+        "conv1d.weight" => Part::ConvolutionWeight,
+        "conv1d.bias" => Part::ConvolutionBias,
         "A_log" => Part::ALog,
         "D" => Part::D,
         "out_proj.weight" => Part::OutProj,
@@ -262,7 +264,7 @@ fn mamba_values(
         Part::OutProj => uniform(count, (geometry.d_inner as f64).powf(-0.5), random),
         Part::DtProjWeight => uniform(count, (geometry.dt_rank as f64).powf(-0.5), random),
         Part::DtProjBias => (0..count).map(|_| step_size_bias(geometry, random) as f32).collect(),
-        Part::Convolution => uniform(count, (geometry.d_conv as f64).powf(-0.5), random),
+        Part::ConvolutionWeight | Part::ConvolutionBias => uniform(count, (geometry.d_conv as f64).powf(-0.5), random),
         Part::ALog => (0..count).map(|index| logarithm(index % geometry.d_state + 1)).collect(),
         Part::D => vec![1.0; count],
     }
@@ -387,6 +389,11 @@ mod tests {
             let step = bias.exp().ln_1p();
             assert!((0.000_99..0.101).contains(&step), "{step}");
         }
+        // Weight and bias of the convolution have one distribution but numbers of their own.
+        let (weight, bias) =
+            (value(&hybrid, "model.layers.1.mixer.conv1d.weight"), value(&hybrid, "model.layers.1.mixer.conv1d.bias"));
+        assert!(bias.iter().all(|bias| bias.abs() <= 0.5));
+        assert!(weight.iter().zip(&bias).all(|(weight, bias)| weight != bias));
         let other = graft(&teacher, &teacher, &[0, 1], &options).unwrap();
         assert_eq!(in_proj, value(&other, "model.layers.1.mixer.in_proj.weight"));
     }

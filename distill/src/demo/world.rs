@@ -4,7 +4,7 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value, json};
 
 use super::task::{Problems, Split};
@@ -40,13 +40,20 @@ pub struct World {
     pub distill_run: PathBuf,
 }
 
-/// Writes the demo's world into `folder`: `teacher/`, `train.jsonl`, `validation.jsonl`, `teacher.toml` (how the teacher
+/// Writes the demo's world into `folder`, which is new, empty, or such a world already: `teacher/`, `train.jsonl`, `validation.jsonl`, `teacher.toml` (how the teacher
 /// was trained) and `distill.toml` (what the demo does to it).
 ///
 /// # Errors
-/// Files that cannot be written.
+/// A folder with other things in it; files that cannot be written.
 pub fn write(folder: &Path) -> Result<World> {
     files::create_folder(folder)?;
+    let mut entries = folder.read_dir().with_context(|| format!("reading the folder {}", folder.display()))?;
+    let mark = folder.join("teacher.toml");
+    if entries.next().is_some() && !mark.exists() {
+        bail!("{} has other things in it: name a new or empty folder", folder.display());
+    }
+    // First of all, so that a folder that was begun is known again.
+    run_file(&mark, TEACHER_RUN, folder)?;
     let teacher = folder.join("teacher");
     files::create_folder(&teacher)?;
     for (name, value) in [
@@ -67,10 +74,16 @@ pub fn write(folder: &Path) -> Result<World> {
     };
     problems(&world.train, Split::Train, TRAIN_SEED, TRAIN_PROBLEMS)?;
     problems(&world.validation, Split::Unseen, VALIDATION_SEED, VALIDATION_PROBLEMS)?;
-    for (path, text) in [(folder.join("teacher.toml"), TEACHER_RUN), (world.distill_run.clone(), DISTILL_RUN)] {
-        files::write_file(&path, |writer| Ok(writer.write_all(text.as_bytes())?))?;
-    }
+    run_file(&world.distill_run, DISTILL_RUN, folder)?;
     Ok(world)
+}
+
+/// Writes a run file, which speaks of `world/`, with the real folder in its place.
+fn run_file(path: &Path, text: &str, folder: &Path) -> Result<()> {
+    let text = text
+        .replace("world/", &format!("{}/", folder.display()))
+        .replace("--export world", &format!("--export {}", folder.display()));
+    files::write_file(path, |writer| Ok(writer.write_all(text.as_bytes())?))
 }
 
 /// How the teacher was trained; paths are relative to where the command is given.

@@ -18,10 +18,11 @@ impl RunFolder {
     /// Opens the folder, making it where there is none, and clears it of half-written files.
     ///
     /// # Errors
-    /// When it cannot be made or another process has it open.
+    /// When it cannot be made, another process has it open, or it holds other things than a run.
     pub fn open(path: &Path) -> Result<Self> {
         files::create_folder(path)?;
         let lock = lock(path)?;
+        check_is_run(path)?;
         files::remove_leftovers(path)?;
         Ok(Self { path: path.to_owned(), _lock: lock })
     }
@@ -65,6 +66,25 @@ impl Drop for RunFolder {
             let _ = fs::remove_dir(folder);
         }
     }
+}
+
+/// Refuses a folder with contents that no run put there. Before a run has written its configuration it has at most
+/// begun to pack its data.
+fn check_is_run(path: &Path) -> Result<()> {
+    if path.join("config.toml").exists() {
+        return Ok(());
+    }
+    for entry in fs::read_dir(path).with_context(|| format!("reading the folder {}", path.display()))? {
+        let name = entry.with_context(|| format!("reading the folder {}", path.display()))?.file_name();
+        if name != "data" && !name.to_string_lossy().starts_with(".config.toml") {
+            bail!(
+                "{} is no run's folder: it holds {} but no config.toml; name a new or empty folder with --run",
+                path.display(),
+                name.to_string_lossy()
+            );
+        }
+    }
+    Ok(())
 }
 
 /// Locks the folder itself, so that no lock file lies about. Where folders cannot be opened nothing is locked.

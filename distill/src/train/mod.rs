@@ -64,8 +64,11 @@ pub fn run(config: &RunConfig, folder: &Path, interruption: &Interruption, progr
     let device: Device = config.device.parse()?;
     let run = RunFolder::open(folder)?;
     let resumed = checkpoint::latest(&run.checkpoints(), |warning| progress.say(warning))?;
+    if run.config().exists() {
+        check_same_config(config, &run)?;
+    }
     if let Some(checkpoint) = &resumed {
-        check_config(config, &run, &checkpoint.state)?;
+        check_config_unchanged(config, &run, &checkpoint.state)?;
         if checkpoint.state.step >= config.training.steps && run.model().exists() {
             progress.say(&format!("all {} updates are made", config.training.steps));
             return Ok(Outcome::Finished { model: run.model() });
@@ -199,7 +202,8 @@ fn first_state(config: &RunConfig, models: &Models, data: &Data) -> Result<State
     })
 }
 
-fn check_config(config: &RunConfig, run: &RunFolder, state: &State) -> Result<()> {
+/// The run began with this very configuration.
+fn check_same_config(config: &RunConfig, run: &RunFolder) -> Result<()> {
     let begun = config::read(&run.config())?;
     let differences = config::differences(&begun, config)?;
     ensure!(
@@ -208,6 +212,11 @@ fn check_config(config: &RunConfig, run: &RunFolder, state: &State) -> Result<()
         run.config().display(),
         differences.join("; ")
     );
+    Ok(())
+}
+
+/// Nobody changed the configuration since the checkpoint was saved.
+fn check_config_unchanged(config: &RunConfig, run: &RunFolder, state: &State) -> Result<()> {
     ensure!(
         config_hash(config)? == state.config,
         "{} was changed since the last checkpoint: put it back, or start a new run folder",

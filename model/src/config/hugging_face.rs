@@ -171,14 +171,6 @@ pub(super) fn write(config: &ModelConfig, json: &mut Map<String, Value>) {
     if is_hybrid && !was_hybrid {
         set("model_type", json!("apriel_hybrid_ssm"));
         set("architectures", json!(["AprielHybridSSMForCausalLM"]));
-        set(
-            "auto_map",
-            json!({
-                "AutoConfig": "configuration_apriel_hybrid_ssm.AprielHybridSSMConfig",
-                "AutoModel": "modeling_apriel_hybrid_ssm.AprielHybridSSMModel",
-                "AutoModelForCausalLM": "modeling_apriel_hybrid_ssm.AprielHybridSSMForCausalLM",
-            }),
-        );
     } else if !is_hybrid {
         let (model_type, class) = match config.family {
             Family::Llama => ("llama", "LlamaForCausalLM"),

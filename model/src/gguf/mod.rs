@@ -131,8 +131,8 @@ impl GgufFile {
     }
 
     fn number(&self, key: &str) -> Result<Option<f64>> {
-        self.optional(key, "a number", |value| match value {
-            MetadataValue::Float(value) => Some(*value),
+        self.optional(key, "a finite number", |value| match value {
+            MetadataValue::Float(value) if value.is_finite() => Some(*value),
             _ => None,
         })
     }

@@ -79,27 +79,6 @@ fn dot_widened<T: Copy>(a: &[f32], b: &[T], widen: impl Fn(T) -> f32) -> f32 {
     fold(&sums) + last
 }
 
-/// As [`dot`], of one vector with four: four streams from memory at once, which one core needs to use the memory's speed.
-#[inline(always)]
-pub(crate) fn dot_with_four<T: Copy>(a: &[f32], rows: [&[T]; 4], widen: impl Fn(T) -> f32) -> [f32; 4] {
-    const LANES: usize = 16;
-    let mut sums = [[0.0; LANES]; 4];
-    let whole = a.len() / LANES * LANES;
-    for start in (0..whole).step_by(LANES) {
-        let a = &a[start..start + LANES];
-        for (sums, row) in sums.iter_mut().zip(rows) {
-            let row = &row[start..start + LANES];
-            for lane in 0..LANES {
-                sums[lane] += a[lane] * widen(row[lane]);
-            }
-        }
-    }
-    std::array::from_fn(|index| {
-        let rest: f32 = a[whole..].iter().zip(&rows[index][whole..]).map(|(a, b)| a * widen(*b)).sum();
-        across(&sums[index]) + rest
-    })
-}
-
 /// The sum of a slice, formed in interleaved parts that are added in a fixed order.
 #[inline(always)]
 pub(crate) fn total(values: &[f32]) -> f32 {

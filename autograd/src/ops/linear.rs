@@ -94,9 +94,6 @@ fn forward_cpu(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result
 trait Stored: Sync + Sized {
     /// `Σ input[i] row[i]`.
     fn dot(input: &[f32], row: &[Self]) -> f32;
-
-    /// The same for four rows.
-    fn dot_with_four(input: &[f32], rows: [&[Self]; 4]) -> [f32; 4];
 }
 
 impl Stored for f32 {
@@ -104,22 +101,12 @@ impl Stored for f32 {
     fn dot(input: &[f32], row: &[Self]) -> f32 {
         cpu::dot(input, row)
     }
-
-    #[inline(always)]
-    fn dot_with_four(input: &[f32], rows: [&[Self]; 4]) -> [f32; 4] {
-        cpu::dot_with_four(input, rows, |value| value)
-    }
 }
 
 impl Stored for bf16 {
     #[inline(always)]
     fn dot(input: &[f32], row: &[Self]) -> f32 {
         cpu::dot_bf16(input, row)
-    }
-
-    #[inline(always)]
-    fn dot_with_four(input: &[f32], rows: [&[Self]; 4]) -> [f32; 4] {
-        cpu::dot_with_four(input, rows, cpu::widen_one)
     }
 }
 
@@ -137,22 +124,7 @@ fn few_rows<T: Stored>(input: &[f32], weight: &[T], inner: usize, rows: usize, o
         cpu::simd(
             #[inline(always)]
             || {
-                let fours = weight.chunks_exact(4 * inner);
-                let last_weights = fours.remainder();
-                let mut last_targets = 0;
-                for (target, weight) in target.chunks_exact_mut(4 * rows).zip(fours) {
-                    let (first, second) = weight.split_at(2 * inner);
-                    let four = [&first[..inner], &first[inner..], &second[..inner], &second[inner..]];
-                    for (row, input) in input.chunks_exact(inner).enumerate() {
-                        for (index, value) in T::dot_with_four(input, four).into_iter().enumerate() {
-                            target[index * rows + row] = value;
-                        }
-                    }
-                    last_targets += 4 * rows;
-                }
-                for (target, weight) in
-                    target[last_targets..].chunks_exact_mut(rows).zip(last_weights.chunks_exact(inner))
-                {
+                for (target, weight) in target.chunks_exact_mut(rows).zip(weight.chunks_exact(inner)) {
                     for (target, input) in target.iter_mut().zip(input.chunks_exact(inner)) {
                         *target = T::dot(input, weight);
                     }

@@ -288,7 +288,7 @@ impl Geometry {
 }
 
 /// Softmax of the visible scores in place, zero elsewhere; returns the log-sum-exp.
-fn softmax(scores: &mut [f32], visible: Range<usize>) -> f32 {
+pub(super) fn softmax(scores: &mut [f32], visible: Range<usize>) -> f32 {
     cpu::simd(
         #[inline(always)]
         || {

@@ -1,8 +1,10 @@
 //! Operators on the caches of decoding. None is recorded: decoding has no backward.
 
 use rayon::prelude::*;
+use runtime::matrix::{Matrix, MatrixMut, Threads, multiply};
 
-use crate::{Error, Result, Tensor, check, cpu};
+use super::attention::softmax;
+use crate::{Error, Result, Tensor, check};
 
 /// A copy of `cache` (f32 `[batch, room, …]`) with room for `room` steps of time; the new steps are unspecified.
 ///
@@ -112,7 +114,7 @@ pub fn convolution_state(input: &Tensor, width: usize) -> Result<Tensor> {
 /// - `scale` and `window` as in [`super::AttentionOptions`]; result like `query`
 ///
 /// # Errors
-/// Shape errors that name the argument.
+/// Shape errors that name the argument; heads or times that do not fit each other; a window of 0.
 pub fn attention_cached(
     query: &Tensor,
     keys: &Tensor,
@@ -138,58 +140,37 @@ pub fn attention_cached(
             ),
         });
     }
+    if window == Some(0) {
+        let message = "a window of 0 keys: a query sees at least itself".to_owned();
+        return Err(Error::Invalid { operator: OPERATOR, message });
+    }
     let (query_values, key_values) = (query.host_f32()?, keys.host_slice::<f32>()?);
     let value_values = values.host_slice::<f32>()?;
-    let stride = key_heads * head_size;
+    // The query heads of one key head lie side by side: together they read its keys and values once.
+    let group = heads / key_heads;
+    let (group_width, stride) = (group * head_size, key_heads * head_size);
     Tensor::compute(query.device(), query.shape(), query.dtype(), |output| {
-        output.par_chunks_mut(head_size.max(1)).enumerate().for_each(|(index, output)| {
-            let (head, step, row) = (index % heads, index / heads % query_time, index / heads / query_time);
-            let last = length - query_time + step;
-            let first = window.map_or(0, |window| (last + 1).saturating_sub(window));
-            let query = &query_values[index * head_size..][..head_size];
-            let start = row * room * stride + head / (heads / key_heads) * head_size;
-            cpu::simd(
-                #[inline(always)]
-                || attend_one(query, &key_values[start..], &value_values[start..], stride, first..=last, scale, output),
-            );
+        let queries = query_values.par_chunks(group_width.max(1));
+        output.par_chunks_mut(group_width.max(1)).zip(queries).enumerate().for_each(|(index, (output, query))| {
+            let (key_head, step) = (index % key_heads, index / key_heads % query_time);
+            let end = length - query_time + step + 1;
+            let first = window.map_or(0, |window| end.saturating_sub(window));
+            let count = end - first;
+            let start = (index / key_heads / query_time * room + first) * stride + key_head * head_size;
+            let keys = Matrix::strided(&key_values[start..], count, head_size, stride);
+            let values = Matrix::strided(&value_values[start..], count, head_size, stride);
+            let mut scores = vec![0.0; group * count];
+            let target = MatrixMut::row_major(&mut scores, group, count);
+            let query = Matrix::row_major(query, group, head_size);
+            multiply(target, 0.0, query, keys.transposed(), scale, Threads::One);
+            for scores in scores.chunks_exact_mut(count) {
+                softmax(scores, 0..count);
+            }
+            let target = MatrixMut::row_major(output, group, head_size);
+            multiply(target, 0.0, Matrix::row_major(&scores, group, count), values, 1.0, Threads::One);
         });
         Ok(())
     })
-}
-
-#[inline(always)]
-fn attend_one(
-    query: &[f32],
-    keys: &[f32],
-    values: &[f32],
-    stride: usize,
-    visible: std::ops::RangeInclusive<usize>,
-    scale: f32,
-    output: &mut [f32],
-) {
-    let mut scores: Vec<f32> = visible
-        .clone()
-        .map(|position| {
-            let key = &keys[position * stride..][..query.len()];
-            scale * cpu::dot(query, key)
-        })
-        .collect();
-    let greatest = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let mut total = 0.0;
-    for score in &mut scores {
-        *score = cpu::exp(*score - greatest);
-        total += *score;
-    }
-    output.fill(0.0);
-    for (position, weight) in visible.zip(&scores) {
-        let value = &values[position * stride..][..output.len()];
-        for (output, value) in output.iter_mut().zip(value) {
-            *output += weight * value;
-        }
-    }
-    for output in output {
-        *output /= total;
-    }
 }
 
 fn batch_time_width(operator: &'static str, argument: &'static str, tensor: &Tensor) -> Result<(usize, usize, usize)> {
@@ -234,6 +215,25 @@ mod tests {
                 assert!((found - expected).abs() <= 1e-6, "{found} {expected}");
             }
         }
+    }
+
+    #[test]
+    fn queries_before_the_cache_and_empty_windows_are_refused() {
+        let (query, cache) = (ramp(&[1, 3, 6, 4], 0.1), ramp(&[1, 5, 2, 4], 0.1));
+        let refusal =
+            |length, window| attention_cached(&query, &cache, &cache, length, 0.5, window).unwrap_err().to_string();
+        assert!(refusal(2, None).contains("3 queries of 6 heads over 2 of 5 positions of 2 heads"));
+        assert!(refusal(6, None).contains("over 6 of 5 positions"));
+        assert_eq!(refusal(5, Some(0)), "attention_cached: a window of 0 keys: a query sees at least itself");
+        let none = attention_cached(
+            &ramp(&[0, 1, 6, 4], 0.1),
+            &ramp(&[0, 5, 2, 4], 0.1),
+            &ramp(&[0, 5, 2, 4], 0.1),
+            5,
+            0.5,
+            None,
+        );
+        assert_eq!(none.unwrap().shape(), [0, 1, 6, 4]);
     }
 
     #[test]

@@ -29,6 +29,12 @@ pub(crate) fn widen_one(narrow: bf16) -> f32 {
     f32::from_bits(u32::from(narrow.to_bits()) << 16)
 }
 
+/// Bytes between what a dot product reads and what it asks for: weights are read once, from memory, and the processor's
+/// own prefetching stops at every page.
+const AHEAD: usize = 2048;
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
 /// Interleaved parts in which sums are formed: two of the widest vectors.
 const PARTS: usize = 32;
 
@@ -67,6 +73,9 @@ fn dot_widened<T: Copy>(a: &[f32], b: &[T], widen: impl Fn(T) -> f32) -> f32 {
     let (a_rest, b_rest) = (a_chunks.remainder().chunks_exact(SHORT), b_chunks.remainder().chunks_exact(SHORT));
     let last: f32 = a_rest.remainder().iter().zip(b_rest.remainder()).map(|(a, b)| a * widen(*b)).sum();
     for (a, b) in a_chunks.zip(b_chunks) {
+        for line in (0..PARTS * size_of::<T>()).step_by(LINE) {
+            runtime::prefetch(b, (AHEAD + line) / size_of::<T>());
+        }
         for part in 0..PARTS {
             sums[part] += a[part] * widen(b[part]);
         }

@@ -12,7 +12,9 @@ mod device;
 mod error;
 mod host;
 pub mod matrix;
+mod prefetch;
 
 pub use buffer::Buffer;
 pub use device::{Device, DeviceKind, MemoryUsage};
 pub use error::{Error, Result};
+pub use prefetch::prefetch;

@@ -1,9 +1,10 @@
 //! What describes a kernel.
 
 use std::fmt::{self, Write as _};
+use std::sync::Arc;
 
 /// A kernel: its text and everything that a launch must know of it.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Kernel {
     /// Name of the entry point in [`Kernel::text`].
     pub name: String,
@@ -19,7 +20,16 @@ pub struct Kernel {
     pub target: Target,
     /// What the sizes given to [`Kernel::work`] mean, in order.
     pub sizes: &'static [&'static str],
-    work: fn(&[u64]) -> Work,
+    work: Arc<dyn Fn(&[u64]) -> Work + Send + Sync>,
+}
+
+/// A kernel's compile-time choices: a plain struct, from which its text is written.
+pub trait KernelSource: Clone + Eq + std::hash::Hash + Send + Sync + 'static {
+    /// The kernel's description and text. Its name tells the choices apart.
+    fn build(&self) -> Kernel;
+
+    /// The choices that models use: those that are assembled, listed and compared.
+    fn configurations() -> Vec<Self>;
 }
 
 /// One declared parameter of a kernel.
@@ -47,7 +57,7 @@ pub enum ParameterKind {
 }
 
 /// The type of the elements in global memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Element {
     /// 32-bit floating point.
     F32,
@@ -79,18 +89,21 @@ impl Kernel {
     /// A kernel of one entry point whose header is written from `parameters`, `block` and `target`; `body` is what
     /// stands between the braces. `summary` becomes the comment at the top. `work` maps the problem's sizes, named by
     /// `sizes`, to the roofline's numbers.
+    #[allow(clippy::too_many_arguments)] // one per field; two callers
     pub(crate) fn new(
         name: &str,
         summary: &str,
         parameters: Vec<Parameter>,
         block: [u32; 3],
         target: Target,
+        shared_bytes: u32,
         body: &str,
         sizes: &'static [&'static str],
-        work: fn(&[u64]) -> Work,
+        work: impl Fn(&[u64]) -> Work + Send + Sync + 'static,
     ) -> Self {
-        let text = text(name, summary, &parameters, block, target, body);
-        Self { name: name.to_owned(), text, parameters, block, shared_bytes: 0, target, sizes, work }
+        let text = text(name, summary, &parameters, block, target, shared_bytes, body);
+        let work = Arc::new(work);
+        Self { name: name.to_owned(), text, parameters, block, shared_bytes, target, sizes, work }
     }
 
     /// Bytes and operations for a problem of these sizes; `None` when there are not as many as [`Kernel::sizes`] names.
@@ -154,6 +167,12 @@ impl ParameterKind {
     }
 }
 
+impl fmt::Debug for Kernel {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "Kernel({} for {})", self.name, self.target)
+    }
+}
+
 impl fmt::Display for Element {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str(match self {
@@ -183,7 +202,15 @@ impl fmt::Display for Target {
 }
 
 /// The module's text: the header from the description, then the body.
-fn text(name: &str, summary: &str, parameters: &[Parameter], block: [u32; 3], target: Target, body: &str) -> String {
+fn text(
+    name: &str,
+    summary: &str,
+    parameters: &[Parameter],
+    block: [u32; 3],
+    target: Target,
+    shared_bytes: u32,
+    body: &str,
+) -> String {
     let mut text = String::new();
     for line in summary.lines() {
         let _ = writeln!(text, "// {line}");
@@ -191,9 +218,13 @@ fn text(name: &str, summary: &str, parameters: &[Parameter], block: [u32; 3], ta
     let declarations: Vec<String> =
         parameters.iter().map(|parameter| format!("    {} {}", parameter.kind.declaration(), parameter.name)).collect();
     let [x, y, z] = block;
+    let shared = match shared_bytes {
+        0 => String::new(),
+        bytes => format!("// {bytes} bytes\n.extern .shared .align 128 .b8 shared_memory[];\n\n"),
+    };
     let _ = write!(
         text,
-        "\n.version {}\n.target {}\n.address_size 64\n\n.visible .entry {name}(\n{}\n)\n.reqntid {x}, {y}, {z}\n{{\n{}\n}}\n",
+        "\n.version {}\n.target {}\n.address_size 64\n\n{shared}.visible .entry {name}(\n{}\n)\n.reqntid {x}, {y}, {z}\n{{\n{}\n}}\n",
         target.version(),
         target.name(),
         declarations.join(",\n"),
@@ -228,7 +259,7 @@ mod tests {
 
     #[test]
     fn work_wants_the_named_sizes() {
-        let kernel = crate::kernels::axpy::Axpy.build();
+        let kernel = crate::KernelSource::build(&crate::kernels::axpy::Axpy);
         assert_eq!(kernel.work(&[10]), Some(Work { bytes: 120, operations: 20 }));
         assert_eq!(kernel.work(&[]), None);
         assert_eq!(kernel.work(&[1, 2]), None);

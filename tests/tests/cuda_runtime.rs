@@ -10,7 +10,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use kernels_ptx::kernels::{axpy::Axpy, fill::Fill};
-use kernels_ptx::{Element, Kernel};
+use kernels_ptx::{Element, Kernel, KernelSource};
 use runtime::cuda::{Argument, Function, Stream, devices};
 use runtime::{Buffer, Device, DeviceKind, Error};
 

@@ -5,67 +5,43 @@
 //! - Traffic: 12 bytes per element (x and y read, y written) for two operations. Bound by memory.
 //! - Source: BLAS level 1, `saxpy`.
 
-use crate::{Element, Kernel, Parameter, ParameterKind, Target, Work};
+use crate::asm::{Assembler, Description};
+use crate::{Element, Kernel, KernelSource, Target, Work};
 
 const THREADS: u32 = 256;
 
 /// Adds a multiple of one vector to another.
 ///
 /// Parameters: `y` (f32, `count` elements, read and written), `x` (f32, `count` elements), `a` (f32), `count` (u64).
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Axpy;
 
-impl Axpy {
-    /// The kernel's description and text.
-    pub fn build(&self) -> Kernel {
-        Kernel::new(
-            "axpy_f32",
-            "y[i] = a * x[i] + y[i] for 0 <= i < count; one thread per element, one rounding",
-            vec![
-                Parameter { name: "y", kind: ParameterKind::Write(Element::F32) },
-                Parameter { name: "x", kind: ParameterKind::Read(Element::F32) },
-                Parameter { name: "a", kind: ParameterKind::F32 },
-                Parameter { name: "count", kind: ParameterKind::U64 },
-            ],
-            [THREADS, 1, 1],
-            Target::Sm80,
-            &format!(
-                "
-    .reg .pred %beyond;
-    .reg .b32  %block, %thread;
-    .reg .f32  %a, %x_value, %y_value;
-    .reg .b64  %index, %lane, %count, %x, %y;
-
-    // index = block * {THREADS} + thread; threads past the end leave
-    mov.u32         %block, %ctaid.x;
-    mov.u32         %thread, %tid.x;
-    cvt.u64.u32     %lane, %thread;
-    mad.wide.u32    %index, %block, {THREADS}, %lane;
-    ld.param.u64    %count, [count];
-    setp.ge.u64     %beyond, %index, %count;
-    @%beyond bra    done;
-
-    // addresses of x[index] and y[index]
-    ld.param.u64    %x, [x];
-    cvta.to.global.u64 %x, %x;
-    mad.lo.u64      %x, %index, 4, %x;
-    ld.param.u64    %y, [y];
-    cvta.to.global.u64 %y, %y;
-    mad.lo.u64      %y, %index, 4, %y;
-
-    // y[index] = a * x[index] + y[index]
-    ld.param.f32    %a, [a];
-    ld.global.f32   %x_value, [%x];
-    ld.global.f32   %y_value, [%y];
-    fma.rn.f32      %y_value, %a, %x_value, %y_value;
-    st.global.f32   [%y], %y_value;
-done:
-    ret;"
-            ),
-            &["count"],
-            |sizes| Work { bytes: 12 * sizes[0], operations: 2 * sizes[0] },
-        )
+impl KernelSource for Axpy {
+    fn build(&self) -> Kernel {
+        let description = Description {
+            name: "axpy_f32".to_owned(),
+            summary: "y[i] = a * x[i] + y[i] for 0 <= i < count; one thread per element, one rounding".to_owned(),
+            block: [THREADS, 1, 1],
+            target: Target::Sm80,
+            sizes: &["count"],
+            work: |sizes: &[u64]| Work { bytes: 12 * sizes[0], operations: 2 * sizes[0] },
+        };
+        Assembler::assemble(description, |k| {
+            let (y, x) = (k.write("y", Element::F32), k.read("x", Element::F32));
+            let (a, count) = (k.f32("a"), k.u64("count"));
+            let index = k.block().mad_wide(THREADS, k.thread().wide()).named("index");
+            k.return_if(index.ge(count));
+            let place = y.from(index).first();
+            place.store(a.fma(x.from(index).first().load(), place.load()));
+        })
     }
 
+    fn configurations() -> Vec<Self> {
+        vec![Self]
+    }
+}
+
+impl Axpy {
     /// Blocks for `count` elements; `None` when one launch cannot cover them.
     pub fn grid(count: u64) -> Option<[u32; 3]> {
         super::one_thread_per_element(count, THREADS)

@@ -1,13 +1,88 @@
-//! One file per kernel.
+//! One file per kernel, or per family of kernels that belong together.
 
-pub mod axpy;
-pub mod fill;
+use crate::Element;
+use crate::asm::{Assembler, F32, Global, U32, Value};
+
+/// Declares the files and collects every configuration that models use.
+macro_rules! kernels {
+    ($($file:ident: $($kernel:ident),+;)*) => {
+        $(pub mod $file;)*
+
+        /// Every kernel in every configuration that models use, for tools that print, assemble or list all of them.
+        pub fn catalogue() -> Vec<crate::Kernel> {
+            let mut all = Vec::new();
+            $($(all.extend(
+                <$file::$kernel as crate::KernelSource>::configurations().iter().map(crate::KernelSource::build),
+            );)+)*
+            all
+        }
+    };
+}
+kernels! {
+    axpy: Axpy;
+    fill: Fill;
+    swiglu: SwigluForward, SwigluBackward;
+}
 
 /// Blocks of `threads` threads in x so that each of `count` elements has its own; `None` beyond the 2³¹ − 1 blocks that
 /// every device takes.
-fn one_thread_per_element(count: u64, threads: u32) -> Option<[u32; 3]> {
+pub fn one_thread_per_element(count: u64, threads: u32) -> Option<[u32; 3]> {
     let blocks = count.div_ceil(u64::from(threads));
     (blocks <= i32::MAX as u64).then_some([blocks as u32, 1, 1])
+}
+
+/// Neighbouring elements that one thread of an elementwise kernel takes: 16 bytes of bf16.
+pub const VECTOR: u32 = 8;
+
+/// The blocks of an elementwise kernel whose body is [`vectors`]; `None` when one launch cannot cover the elements.
+pub fn vectors_grid(count: u64, threads: u32) -> Option<[u32; 3]> {
+    // Indices are 32 bits wide.
+    (count <= u64::from(u32::MAX) - u64::from(VECTOR * threads))
+        .then(|| one_thread_per_element(count.div_ceil(u64::from(VECTOR)), threads))
+        .flatten()
+}
+
+/// The body of an elementwise kernel: `outputs[i] = function(inputs[i])` for `0 ≤ i < count`. A thread takes
+/// [`VECTOR`] neighbouring elements; the last one takes what is left one by one.
+pub(crate) fn vectors<'a, const I: usize, const O: usize>(
+    k: &'a Assembler,
+    threads: u32,
+    count: Value<'a, U32>,
+    inputs: &[Global<'a>; I],
+    outputs: &[Global<'a>; O],
+    function: impl Fn([Value<'a, F32>; I]) -> [Value<'a, F32>; O],
+) {
+    let first = (k.global_thread(threads) * VECTOR).named("first");
+    let whole = (first + VECTOR).le(count);
+    k.if_else(
+        whole,
+        || {
+            let values = inputs.map(|input| input.at(first).load_vector::<{ VECTOR as usize }>());
+            let mut results: [Vec<Value<'a, F32>>; O] = std::array::from_fn(|_| Vec::new());
+            for lane in 0..VECTOR as usize {
+                let computed = function(values.map(|vector| vector[lane]));
+                for (result, value) in results.iter_mut().zip(computed) {
+                    result.push(value);
+                }
+            }
+            for (output, values) in outputs.iter().zip(&results) {
+                output.at(first).store_vector(values);
+            }
+        },
+        || {
+            k.for_(first, count, 1, |index| {
+                let computed = function(inputs.map(|input| input.at(index).load()));
+                for (output, value) in outputs.iter().zip(computed) {
+                    output.at(index).store(value);
+                }
+            });
+        },
+    );
+}
+
+/// A configuration for each type that floating-point tensors have.
+pub(crate) fn float_elements<K>(configuration: impl Fn(Element) -> K) -> Vec<K> {
+    [Element::F32, Element::Bf16].into_iter().map(configuration).collect()
 }
 
 #[cfg(test)]

@@ -1,0 +1,84 @@
+//! Branches and loops.
+
+use super::Assembler;
+use super::print::Line;
+use super::value::{Operand, Pred, U32, Value, Variable};
+
+impl Assembler {
+    /// Runs `then` where the condition holds.
+    pub fn if_(&self, condition: Value<'_, Pred>, then: impl FnOnce()) {
+        let end = self.label();
+        self.branch(Some((condition, false)), &end);
+        self.indented(then);
+        self.place(end);
+    }
+
+    /// Runs `then` where the condition holds, and `otherwise` elsewhere.
+    pub fn if_else(&self, condition: Value<'_, Pred>, then: impl FnOnce(), otherwise: impl FnOnce()) {
+        let (other, end) = (self.label(), self.label());
+        self.branch(Some((condition, false)), &other);
+        self.indented(then);
+        self.branch(None, &end);
+        self.place(other);
+        self.indented(otherwise);
+        self.place(end);
+    }
+
+    /// Runs `body` with `start`, `start + step`, … while below `end`.
+    pub fn for_<'a>(
+        &'a self,
+        start: impl Operand<'a, U32>,
+        end: impl Operand<'a, U32>,
+        step: impl Operand<'a, U32>,
+        body: impl FnOnce(Value<'a, U32>),
+    ) {
+        let index: Variable<'a, U32> = self.variable(start);
+        self.while_(
+            || index.get().lt(end),
+            || {
+                body(index.get());
+                index.set(index.get() + step);
+            },
+        );
+    }
+
+    /// Runs `body` while `condition`, computed before each round, holds.
+    pub fn while_<'a>(&'a self, condition: impl Fn() -> Value<'a, Pred>, body: impl FnOnce()) {
+        let (again, end) = (self.label(), self.label());
+        self.branch(Some((condition(), false)), &end);
+        self.place(again.clone());
+        self.indented(|| {
+            body();
+            let more = condition();
+            self.branch(Some((more, true)), &again);
+        });
+        self.place(end);
+    }
+
+    /// Ends the threads where the condition holds. No barrier may follow.
+    pub fn return_if(&self, condition: Value<'_, Pred>) {
+        self.push(Line::instruction("ret", Vec::new()).when(condition.id, true));
+    }
+
+    /// Waits until every thread of the block is here; what they wrote to shared and global memory is seen afterwards.
+    pub fn barrier(&self) {
+        self.emit_effect("bar.sync", vec![super::print::Piece::text("0")]);
+    }
+
+    /// Waits until the lanes of the warp are here; what they wrote to shared memory is seen by the warp afterwards.
+    pub fn warp_barrier(&self) {
+        self.emit_effect("bar.warp.sync", vec![super::print::Piece::text("0xffffffff")]);
+    }
+
+    fn branch(&self, condition: Option<(Value<'_, Pred>, bool)>, label: &str) {
+        let line = Line::instruction("bra", vec![super::print::Piece::text(label)]);
+        self.push(match condition {
+            Some((condition, holds)) => line.when(condition.id, holds),
+            None => line,
+        });
+    }
+
+    fn place(&self, label: String) {
+        self.push(Line::Label(label));
+    }
+}

@@ -1,0 +1,357 @@
+//! Global and shared memory, in elements.
+
+use super::Assembler;
+use super::print::{Line, Piece};
+use super::value::{F32, Operand, Pred, Type, U16, U32, U64, Value};
+use crate::{Element, ParameterKind};
+
+/// Bytes to which every piece of shared memory is aligned.
+const SHARED_ALIGNMENT: u32 = 128;
+
+/// Global memory that a parameter points to.
+#[derive(Clone, Copy)]
+pub struct Global<'a> {
+    base: Value<'a, U64>,
+    element: Element,
+    read_only: bool,
+}
+
+/// A piece of the block's shared memory.
+#[derive(Clone, Copy)]
+pub struct Shared<'a> {
+    base: Value<'a, U32>,
+    offset: i64,
+    element: Element,
+    count: u32,
+}
+
+/// The place of an element, and of those after it.
+#[derive(Clone, Copy)]
+pub struct Address<'a> {
+    assembler: &'a Assembler,
+    register: usize,
+    offset: i64,
+    element: Element,
+    space: Space,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Space {
+    GlobalReadOnly,
+    Global,
+    Shared,
+}
+
+impl Assembler {
+    /// Declares a parameter that points to global memory which is only read.
+    pub fn read(&self, name: &'static str, element: Element) -> Global<'_> {
+        Global { base: self.pointer(name, ParameterKind::Read(element)), element, read_only: true }
+    }
+
+    /// Declares a parameter that points to global memory which is written, and maybe read.
+    pub fn write(&self, name: &'static str, element: Element) -> Global<'_> {
+        Global { base: self.pointer(name, ParameterKind::Write(element)), element, read_only: false }
+    }
+
+    fn pointer(&self, name: &'static str, kind: ParameterKind) -> Value<'_, U64> {
+        let generic: Value<'_, U64> = self.parameter(name, kind, "ld.param.u64");
+        self.emit_effect("cvta.to.global.u64", vec![generic.piece(), generic.piece()]);
+        generic
+    }
+
+    /// `count` elements of the block's shared memory, aligned to 128 bytes. What they hold at first is unspecified.
+    pub fn shared(&self, element: Element, count: u32) -> Shared<'_> {
+        let bytes = count * element.bytes() as u32;
+        let offset = {
+            let mut state = self.state.borrow_mut();
+            let offset = state.shared_bytes;
+            state.shared_bytes += bytes.next_multiple_of(SHARED_ALIGNMENT);
+            i64::from(offset)
+        };
+        let base = self.emit("mov.u32", vec![Piece::text("shared_memory")]);
+        Shared { base, offset, element, count }
+    }
+
+    /// Starts copying 16 bytes from global to shared memory, past the registers. `bytes` of them (0 or 16) are read, the
+    /// rest is zero. Both places are aligned to 16 bytes.
+    pub fn copy_16_bytes<'a>(&'a self, target: Address<'a>, source: Address<'a>, bytes: impl Operand<'a, U32>) {
+        let pieces = vec![target.piece(), source.piece(), Piece::text("16"), bytes.operand().0];
+        self.emit_effect("cp.async.cg.shared.global", pieces);
+    }
+
+    /// Closes a group of the copies that this thread started since the last one.
+    pub fn commit_copies(&self) {
+        self.emit_effect("cp.async.commit_group", Vec::new());
+    }
+
+    /// Waits until at most `groups` of this thread's groups of copies are under way. A barrier makes them seen by others.
+    pub fn wait_copies(&self, groups: u32) {
+        self.emit_effect("cp.async.wait_group", vec![Piece::Text(groups.to_string())]);
+    }
+}
+
+impl<'a> Global<'a> {
+    /// The type of the elements.
+    pub fn element(&self) -> Element {
+        self.element
+    }
+
+    /// The same memory from element `elements` on.
+    pub fn from(self, elements: impl Operand<'a, U64>) -> Self {
+        let assembler = self.base.assembler;
+        let size = Piece::Text(self.element.bytes().to_string());
+        Self { base: assembler.emit("mad.lo.u64", vec![elements.operand().0, size, self.base.piece()]), ..self }
+    }
+
+    /// The same memory from element `rows · width` on; the product may exceed 32 bits.
+    pub fn from_row(self, rows: impl Operand<'a, U32>, width: impl Operand<'a, U32>) -> Self {
+        let elements: Value<'a, U64> =
+            self.base.assembler.emit("mul.wide.u32", vec![rows.operand().0, width.operand().0]);
+        self.from(elements)
+    }
+
+    /// The place of element `index`.
+    pub fn at(self, index: impl Operand<'a, U32>) -> Address<'a> {
+        let assembler = self.base.assembler;
+        let size = Piece::Text(self.element.bytes().to_string());
+        let address: Value<'a, U64> = assembler.emit("mad.wide.u32", vec![index.operand().0, size, self.base.piece()]);
+        self.address(address.id)
+    }
+
+    /// The place of the first element.
+    pub fn first(self) -> Address<'a> {
+        self.address(self.base.id)
+    }
+
+    fn address(self, register: usize) -> Address<'a> {
+        let space = if self.read_only { Space::GlobalReadOnly } else { Space::Global };
+        Address { assembler: self.base.assembler, register, offset: 0, element: self.element, space }
+    }
+}
+
+impl<'a> Shared<'a> {
+    /// The type of the elements.
+    pub fn element(&self) -> Element {
+        self.element
+    }
+
+    /// The number of elements.
+    pub fn count(&self) -> u32 {
+        self.count
+    }
+
+    /// The place of element `index`.
+    pub fn at(self, index: impl Operand<'a, U32>) -> Address<'a> {
+        let assembler = self.base.assembler;
+        let size = Piece::Text(self.element.bytes().to_string());
+        let address: Value<'a, U32> = assembler.emit("mad.lo.u32", vec![index.operand().0, size, self.base.piece()]);
+        Address { register: address.id, ..self.first() }
+    }
+
+    /// The place of the first element.
+    pub fn first(self) -> Address<'a> {
+        Address {
+            assembler: self.base.assembler,
+            register: self.base.id,
+            offset: self.offset,
+            element: self.element,
+            space: Space::Shared,
+        }
+    }
+}
+
+impl<'a> Address<'a> {
+    /// The place `elements` further.
+    pub fn plus(self, elements: i64) -> Self {
+        Self { offset: self.offset + elements * self.element.bytes() as i64, ..self }
+    }
+
+    /// The place as a byte address of its space in a register: 64 bits for global memory.
+    pub fn global_address(self) -> Value<'a, U64> {
+        assert!(self.space != Space::Shared, "the address is one of shared memory");
+        let base: Value<'a, U64> = Value::new(self.assembler, self.register);
+        base + self.offset as u64
+    }
+
+    /// The place as a byte address of shared memory.
+    pub fn shared_address(self) -> Value<'a, U32> {
+        assert!(self.space == Space::Shared, "the address is one of global memory");
+        let base: Value<'a, U32> = Value::new(self.assembler, self.register);
+        base + self.offset as u32
+    }
+
+    /// The same bytes as elements of another type.
+    pub fn cast(self, element: Element) -> Self {
+        Self { element, ..self }
+    }
+
+    /// The element as f32.
+    pub fn load(self) -> Value<'a, F32> {
+        match self.element {
+            Element::F32 => self.assembler.emit(self.opcode("ld", "f32"), vec![self.piece()]),
+            Element::Bf16 => {
+                let bits: Value<'a, U32> = self.assembler.emit(self.opcode("ld", "u16"), vec![self.piece()]);
+                bits.low_bf16()
+            }
+            Element::U32 => panic!("u32 elements are read by load_u32"),
+        }
+    }
+
+    /// The element as f32 where the condition holds, `otherwise` elsewhere; memory is not touched there.
+    pub fn load_if(self, condition: Value<'a, Pred>, otherwise: f32) -> Value<'a, F32> {
+        match self.element {
+            Element::F32 => self.guarded(condition, "f32", otherwise),
+            Element::Bf16 => {
+                let bits: Value<'a, U32> = self.guarded(condition, "u16", otherwise.to_bits() >> 16);
+                bits.low_bf16()
+            }
+            Element::U32 => panic!("u32 elements are read by load_u32_if"),
+        }
+    }
+
+    /// The u32 element.
+    pub fn load_u32(self) -> Value<'a, U32> {
+        assert!(self.element == Element::U32, "elements of {} are not u32", self.element);
+        self.assembler.emit(self.opcode("ld", "u32"), vec![self.piece()])
+    }
+
+    /// The u32 element where the condition holds, `otherwise` elsewhere; memory is not touched there.
+    pub fn load_u32_if(self, condition: Value<'a, Pred>, otherwise: u32) -> Value<'a, U32> {
+        assert!(self.element == Element::U32, "elements of {} are not u32", self.element);
+        self.guarded(condition, "u32", otherwise)
+    }
+
+    /// `N` neighbouring elements as f32, in as few accesses as possible. The place is aligned to all of them, or to 16
+    /// bytes where they are more.
+    pub fn load_vector<const N: usize>(self) -> [Value<'a, F32>; N] {
+        let words = self.load_words(N * self.element.bytes() / 4);
+        let values: Vec<Value<'a, F32>> = match self.element {
+            Element::F32 => words.into_iter().map(Value::as_f32).collect(),
+            Element::Bf16 => words.into_iter().flat_map(Value::unpack_bf16).collect(),
+            Element::U32 => panic!("u32 elements are read by load_words"),
+        };
+        exactly(values)
+    }
+
+    /// `count` neighbouring 32-bit words, in as few accesses as possible; aligned as for [`Address::load_vector`].
+    pub fn load_words(self, count: usize) -> Vec<Value<'a, U32>> {
+        self.parts(count)
+            .flat_map(|(address, width)| {
+                let words: Vec<Value<'a, U32>> = (0..width).map(|_| self.assembler.register()).collect();
+                let opcode = address.opcode("ld", &vector("b32", width));
+                self.assembler.emit_effect(opcode, vec![words_piece(&words), address.piece()]);
+                words
+            })
+            .collect()
+    }
+
+    /// Writes the element, rounded to its type.
+    pub fn store(self, value: impl Operand<'a, F32>) {
+        self.assembler.push(self.store_line(value));
+    }
+
+    /// Writes the element where the condition holds.
+    pub fn store_if(self, condition: Value<'a, Pred>, value: impl Operand<'a, F32>) {
+        let line = self.store_line(value);
+        self.assembler.push(line.when(condition.id, true));
+    }
+
+    /// Writes the u32 element.
+    pub fn store_u32(self, value: impl Operand<'a, U32>) {
+        assert!(self.element == Element::U32, "elements of {} are not u32", self.element);
+        self.assembler.emit_effect(self.opcode("st", "b32"), vec![self.piece(), value.operand().0]);
+    }
+
+    /// Writes the u32 element where the condition holds.
+    pub fn store_u32_if(self, condition: Value<'a, Pred>, value: impl Operand<'a, U32>) {
+        assert!(self.element == Element::U32, "elements of {} are not u32", self.element);
+        let line = Line::instruction(self.opcode("st", "b32"), vec![self.piece(), value.operand().0]);
+        self.assembler.push(line.when(condition.id, true));
+    }
+
+    /// Writes neighbouring elements in as few accesses as possible; aligned as for [`Address::load_vector`].
+    pub fn store_vector(self, values: &[Value<'a, F32>]) {
+        let words: Vec<Value<'a, U32>> = match self.element {
+            Element::F32 => values.iter().map(|value| value.bits()).collect(),
+            Element::Bf16 => values.chunks_exact(2).map(|pair| pair[0].pack_bf16(pair[1])).collect(),
+            Element::U32 => panic!("u32 elements are written by store_words"),
+        };
+        assert!(words.len() * 4 == values.len() * self.element.bytes(), "an odd number of bf16");
+        self.store_words(&words);
+    }
+
+    /// Writes neighbouring 32-bit words; aligned as for [`Address::load_vector`].
+    pub fn store_words(self, words: &[Value<'a, U32>]) {
+        let mut rest = words;
+        for (address, width) in self.parts(words.len()) {
+            let (now, later) = rest.split_at(width);
+            let opcode = address.opcode("st", &vector("b32", width));
+            self.assembler.emit_effect(opcode, vec![address.piece(), words_piece(now)]);
+            rest = later;
+        }
+    }
+
+    /// The widest accesses that together cover `count` words: (place, words).
+    fn parts(self, count: usize) -> impl Iterator<Item = (Self, usize)> {
+        let width = match count {
+            0 => panic!("an access of no words"),
+            1 | 2 => count,
+            _ => 4,
+        };
+        assert!(count % width == 0, "{count} words are no whole number of accesses");
+        (0..count / width).map(move |part| (Self { offset: self.offset + (part * width * 4) as i64, ..self }, width))
+    }
+
+    pub(super) fn piece(self) -> Piece {
+        Piece::Address(self.register, self.offset)
+    }
+
+    pub(super) fn is_shared(self) -> bool {
+        self.space == Space::Shared
+    }
+
+    fn opcode(self, access: &str, kind: &str) -> String {
+        match self.space {
+            Space::GlobalReadOnly if access == "st" => panic!("the parameter was declared as only read"),
+            Space::GlobalReadOnly => format!("{access}.global.nc.{kind}"),
+            Space::Global => format!("{access}.global.{kind}"),
+            Space::Shared => format!("{access}.shared.{kind}"),
+        }
+    }
+
+    fn guarded<T: Type>(self, condition: Value<'a, Pred>, kind: &str, otherwise: impl Operand<'a, T>) -> Value<'a, T> {
+        let value: Value<'a, T> = self.assembler.constant(otherwise);
+        let line = Line::instruction(self.opcode("ld", kind), vec![value.piece(), self.piece()]);
+        self.assembler.push(line.when(condition.id, true));
+        value
+    }
+
+    fn store_line(self, value: impl Operand<'a, F32>) -> Line {
+        match self.element {
+            Element::F32 => Line::instruction(self.opcode("st", "f32"), vec![self.piece(), value.operand().0]),
+            Element::Bf16 => {
+                let rounded: Value<'a, U16> = self.assembler.emit("cvt.rn.bf16.f32", vec![value.operand().0]);
+                Line::instruction(self.opcode("st", "b16"), vec![self.piece(), rounded.piece()])
+            }
+            Element::U32 => panic!("u32 elements are written by store_u32"),
+        }
+    }
+}
+
+fn vector(kind: &str, width: usize) -> String {
+    if width == 1 { kind.to_owned() } else { format!("v{width}.{kind}") }
+}
+
+fn words_piece(words: &[Value<'_, U32>]) -> Piece {
+    match words {
+        [word] => word.piece(),
+        _ => Piece::Vector(words.iter().map(|word| word.id).collect()),
+    }
+}
+
+fn exactly<T, const N: usize>(values: Vec<T>) -> [T; N] {
+    match values.try_into() {
+        Ok(values) => values,
+        Err(_) => panic!("a vector of another length than asked for"),
+    }
+}

@@ -303,6 +303,15 @@ fn a_model_is_trained_from_random_weights_and_further() {
     succeed(&borrowed(&arguments("second", &trained, &more)));
     let second = losses(&workshop.path("second"));
     assert!(second[0] < 3.0, "{} after {}", second[0], first[59]);
+
+    // Sizes that no machine has room for.
+    let mut config = support::config_json(1 << 24);
+    config["hidden_size"] = json!(1 << 24);
+    fs::write(source.join("config.json"), config.to_string()).unwrap();
+    let said = fail(&borrowed(&arguments("huge", &source, &["--steps", "1"])));
+    assert!(said.contains("config.json: vocab_size and hidden_size: the model has"), "{said}");
+    assert!(said.contains("more than the") && said.contains("make the model smaller"), "{said}");
+    assert!(!workshop.path("huge").exists());
 }
 
 #[test]
@@ -345,6 +354,11 @@ fn bad_input_is_refused_before_anything_is_written() {
         &["unknown key `training.lerning_rate`", "`training.learning_rate`?"],
     );
     refused(&["--batch-size", "0"], &["training.batch_size is 0"]);
+    refused(&["--batch-size", "10000000000"], &["training.batch_size is 10000000000: it must be from 1 to 1048576"]);
+    refused(
+        &["--batch-size", "1000000", "--micro-batch", "1000000", "--sequence-length", "10000000"],
+        &["training.micro_batch: the logits of 1000000 sequences of 10000000 tokens", "more than the", "(now 1000000)"],
+    );
     refused(&["--device", "tpu"], &["tpu"]);
     let run_file = workshop.path("run.toml");
     fs::write(&run_file, "[training]\nbatchsize = 4\n").unwrap();
@@ -372,6 +386,12 @@ fn bad_input_is_refused_before_anything_is_written() {
         b"{\"messages\": [{\"role\": \"user\", \"content\": \"x\"}]}",
         &["bad.jsonl line 1: no message is the assistant's"],
     );
+
+    // Positions that the model was not made for are spoken of: documents that long may be meant.
+    let output = run(&borrowed(&workshop.distill("long", &["--steps", "1", "--sequence-length", "300"])));
+    let said = stderr(&output);
+    assert!(output.status.success(), "{said}");
+    assert!(said.contains("warning: data.sequence_length is 300, but the model was made for 256 positions"), "{said}");
 
     // Long documents may be cut or left out, and are counted.
     fs::write(&data, format!("{long}\n{{\"text\": \"short\"}}\n")).unwrap();

@@ -42,6 +42,21 @@ pub fn parameter_specs(config: &ModelConfig, matrix_dtype: impl Fn(&str) -> DTyp
     specs.specs
 }
 
+/// The keys of `config.json` that the shape of a parameter follows from, for messages.
+pub fn size_keys(name: &str) -> &'static str {
+    if name.contains(".mixer.") {
+        "ssm_cfg and hidden_size"
+    } else if name.contains(".self_attn.") {
+        "num_attention_heads, num_key_value_heads, head_dim and hidden_size"
+    } else if name.contains(".mlp.") {
+        "intermediate_size and hidden_size"
+    } else if name.contains("embed_tokens") || name.starts_with("lm_head") {
+        "vocab_size and hidden_size"
+    } else {
+        "hidden_size"
+    }
+}
+
 struct Specs<F> {
     specs: Vec<ParameterSpec>,
     matrix_dtype: F,

@@ -3,12 +3,14 @@
 //! The graft is MIL, "Mamba in the Llama" (Wang et al. 2024), in the form of M1 and Apriel-H1: with `[z; x; B; C]` the
 //! rows of in_proj, `x ← W_v`, `B ← W_k`, `C ← W_q`, `out_proj ← W_o`; everything else of the mixer is fixed or random.
 
+use std::path::PathBuf;
+
 use autograd::{DType, Parameter, Parameters, Tensor};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use runtime::Device;
 
-use crate::architecture::parameter_specs;
+use crate::architecture::{parameter_specs, size_keys};
 use crate::checkpoint::ParameterSpec;
 use crate::config::{MambaConfig, MixerKind, ModelConfig};
 use crate::model::Model;
@@ -32,17 +34,30 @@ pub(crate) fn random_parameters(config: &ModelConfig, seed: u64, device: &Device
     let mut parameters = Parameters::default();
     for (index, spec) in parameter_specs(config, |_| DType::F32).into_iter().enumerate() {
         let mut random = stream(seed, index as u64);
-        let values = match mamba_part(&spec, config) {
-            Some((geometry, part)) => mamba_values(&spec, geometry, part, config.hidden_size, &mut random),
+        // Memory first: sizes in a configuration may be beyond any machine, and that is an error, not an abort.
+        let mut host =
+            Tensor::zeros(&Device::cpu(), &spec.shape, DType::F32).map_err(|error| too_large(&spec, &error))?;
+        let values = host.make_mut::<f32>()?;
+        match mamba_part(&spec, config) {
+            Some((geometry, part)) => mamba_values(values, geometry, part, config.hidden_size, &mut random),
             None => match spec.shape.len() {
-                1 if spec.name.ends_with(".bias") => vec![0.0; count(&spec)],
-                1 => vec![1.0; count(&spec)],
-                _ => (0..count(&spec)).map(|_| (normal(&mut random) * deviation) as f32).collect(),
+                1 if spec.name.ends_with(".bias") => values.fill(0.0),
+                1 => values.fill(1.0),
+                _ => values.fill_with(|| (normal(&mut random) * deviation) as f32),
             },
-        };
-        push(&mut parameters, &spec, Tensor::from_slice(device, &spec.shape, &values)?);
+        }
+        let value = if device.is_cpu() { host } else { Tensor::from_slice(device, &spec.shape, values)? };
+        push(&mut parameters, &spec, value);
     }
     Ok(parameters)
+}
+
+fn too_large(spec: &ParameterSpec, error: &autograd::Error) -> Error {
+    Error::Configuration {
+        path: PathBuf::from("config.json"),
+        key: size_keys(&spec.name).to_owned(),
+        problem: format!("give the tensor {} the shape {:?}: {error}; make them smaller", spec.name, spec.shape),
+    }
 }
 
 /// A hybrid of `base` with the attention of `layers` replaced by Mamba mixers that start from the same layers of
@@ -168,7 +183,8 @@ fn grafted(
             check_width(&query, geometry.d_inner * hidden)?;
             check_width(&key, geometry.d_xb * hidden)?;
             check_width(&value, geometry.d_xb * hidden)?;
-            let mut rows = uniform(geometry.d_inner * hidden, (hidden as f64).powf(-0.5), &mut random);
+            let mut rows = vec![0.0; geometry.d_inner * hidden];
+            uniform(&mut rows, (hidden as f64).powf(-0.5), &mut random);
             rows.extend_from_slice(&value.host_f32()?);
             rows.extend_from_slice(&key.host_f32()?);
             let query = query.host_f32()?;
@@ -197,7 +213,11 @@ fn grafted(
             }
             columns
         }
-        _ => mamba_values(spec, geometry, part, hidden, &mut random),
+        _ => {
+            let mut values = vec![0.0; spec.shape.iter().product()];
+            mamba_values(&mut values, geometry, part, hidden, &mut random);
+            values
+        }
     };
     Ok(Tensor::from_slice(&device, &spec.shape, &values)?)
 }
@@ -251,22 +271,19 @@ fn mamba_part<'a>(spec: &ParameterSpec, config: &'a ModelConfig) -> Option<(&'a 
 }
 
 /// Values of a mixer's parameter that owe nothing to attention, as PyTorch's constructors and M1 draw them.
-fn mamba_values(
-    spec: &ParameterSpec,
-    geometry: &MambaConfig,
-    part: Part,
-    hidden: usize,
-    random: &mut ChaCha8Rng,
-) -> Vec<f32> {
-    let count = count(spec);
+fn mamba_values(values: &mut [f32], geometry: &MambaConfig, part: Part, hidden: usize, random: &mut ChaCha8Rng) {
     match part {
-        Part::InProj | Part::DtInProj => uniform(count, (hidden as f64).powf(-0.5), random),
-        Part::OutProj => uniform(count, (geometry.d_inner as f64).powf(-0.5), random),
-        Part::DtProjWeight => uniform(count, (geometry.dt_rank as f64).powf(-0.5), random),
-        Part::DtProjBias => (0..count).map(|_| step_size_bias(geometry, random) as f32).collect(),
-        Part::ConvolutionWeight | Part::ConvolutionBias => uniform(count, (geometry.d_conv as f64).powf(-0.5), random),
-        Part::ALog => (0..count).map(|index| logarithm(index % geometry.d_state + 1)).collect(),
-        Part::D => vec![1.0; count],
+        Part::InProj | Part::DtInProj => uniform(values, (hidden as f64).powf(-0.5), random),
+        Part::OutProj => uniform(values, (geometry.d_inner as f64).powf(-0.5), random),
+        Part::DtProjWeight => uniform(values, (geometry.dt_rank as f64).powf(-0.5), random),
+        Part::DtProjBias => values.fill_with(|| step_size_bias(geometry, random) as f32),
+        Part::ConvolutionWeight | Part::ConvolutionBias => uniform(values, (geometry.d_conv as f64).powf(-0.5), random),
+        Part::ALog => {
+            for (index, value) in values.iter_mut().enumerate() {
+                *value = logarithm(index % geometry.d_state + 1);
+            }
+        }
+        Part::D => values.fill(1.0),
     }
 }
 
@@ -286,8 +303,8 @@ fn step_size_bias(geometry: &MambaConfig, random: &mut ChaCha8Rng) -> f64 {
     step + (-(-step).exp_m1()).ln()
 }
 
-fn uniform(count: usize, bound: f64, random: &mut ChaCha8Rng) -> Vec<f32> {
-    (0..count).map(|_| ((2.0 * unit(random) - 1.0) * bound) as f32).collect()
+fn uniform(values: &mut [f32], bound: f64, random: &mut ChaCha8Rng) {
+    values.fill_with(|| ((2.0 * unit(random) - 1.0) * bound) as f32);
 }
 
 /// Uniform in [0, 1) with 53 random bits.
@@ -305,10 +322,6 @@ fn stream(seed: u64, number: u64) -> ChaCha8Rng {
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     random.set_stream(number);
     random
-}
-
-fn count(spec: &ParameterSpec) -> usize {
-    spec.shape.iter().product()
 }
 
 fn push(parameters: &mut Parameters, spec: &ParameterSpec, value: Tensor) {
@@ -426,6 +439,21 @@ mod tests {
         for number in 17..=256 {
             assert!((f64::from(logarithm(number)) - (number as f64).ln()).abs() <= 5e-7, "ln {number}");
         }
+    }
+
+    #[test]
+    fn sizes_beyond_memory_are_an_error_that_names_their_keys() {
+        let mut source = config(4, 2, 16).source;
+        source.insert("vocab_size".to_owned(), (1 << 24).into());
+        source.insert("hidden_size".to_owned(), (1 << 24).into());
+        let config = ModelConfig::from_json(&source).unwrap();
+        // 2⁵⁰ bytes.
+        let message = Model::random(config, 1, &Device::cpu()).unwrap_err().to_string();
+        assert!(
+            message.contains("config.json: vocab_size and hidden_size: give the tensor model.embed_tokens"),
+            "{message}"
+        );
+        assert!(message.contains("out of memory on cpu: 1125899906842624 bytes"), "{message}");
     }
 
     #[test]

@@ -80,7 +80,13 @@ pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
 }
 
 fn run_pack(arguments: &PackArguments) -> Result<ExitCode> {
-    anyhow::ensure!(arguments.sequence_length >= 2, "--sequence-length must be at least 2");
+    anyhow::ensure!(
+        PackOptions::SEQUENCE_LENGTHS.contains(&arguments.sequence_length),
+        "--sequence-length {}: it must be from {} to {}",
+        arguments.sequence_length,
+        PackOptions::SEQUENCE_LENGTHS.start(),
+        PackOptions::SEQUENCE_LENGTHS.end()
+    );
     let config = ModelConfig::read(&arguments.model)?;
     let tokenizer = Tokenizer::load(&arguments.model)?;
     let hash = tokenizer_hash(&arguments.model)?;

@@ -8,6 +8,7 @@ use runtime::cuda;
 use serde_json::{Value, json};
 
 use super::{done, output};
+use crate::memory;
 
 const EXAMPLES: &str = "\
 Example:
@@ -26,7 +27,7 @@ pub(super) struct Arguments {
 
 pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let memory = memory_bytes();
+    let memory = memory::machine_bytes();
     let gpus = cuda::devices();
     if arguments.json {
         let mut devices = vec![json!({ "name": "cpu", "threads": threads, "memory_bytes": memory })];
@@ -59,12 +60,4 @@ pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
         Err(error) => output::line(&error.to_string())?,
     }
     done()
-}
-
-/// The machine's memory, where the system tells it (Linux).
-fn memory_bytes() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find(|line| line.starts_with("MemTotal:"))?;
-    let kibibytes: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
-    Some(kibibytes * 1024)
 }

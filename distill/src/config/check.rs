@@ -3,6 +3,10 @@
 use anyhow::{Result, bail, ensure};
 
 use super::{Init, RunConfig, Task};
+use crate::data::PackOptions;
+
+/// No update needs more rows; beyond that one never ends.
+const GREATEST_BATCH: usize = 1 << 20;
 
 /// Refuses a configuration that makes no sense.
 ///
@@ -73,10 +77,11 @@ fn data(config: &RunConfig) -> Result<()> {
     let data = &config.data;
     ensure!(data.train.is_some(), "data.train is missing: a jsonl file (--train)");
     ensure!(
-        (2..=1 << 24).contains(&data.sequence_length),
-        "data.sequence_length is {}: it must be from 2 to {}",
+        PackOptions::SEQUENCE_LENGTHS.contains(&data.sequence_length),
+        "data.sequence_length is {}: it must be from {} to {}",
         data.sequence_length,
-        1 << 24
+        PackOptions::SEQUENCE_LENGTHS.start(),
+        PackOptions::SEQUENCE_LENGTHS.end()
     );
     Ok(())
 }
@@ -84,7 +89,11 @@ fn data(config: &RunConfig) -> Result<()> {
 fn training(config: &RunConfig) -> Result<()> {
     let training = &config.training;
     ensure!(training.steps >= 1, "training.steps is missing or 0: how many updates to make (--steps)");
-    ensure!(training.batch_size >= 1, "training.batch_size is 0: it must be at least 1");
+    ensure!(
+        (1..=GREATEST_BATCH).contains(&training.batch_size),
+        "training.batch_size is {}: it must be from 1 to {GREATEST_BATCH}",
+        training.batch_size
+    );
     ensure!(
         (1..=training.batch_size).contains(&training.micro_batch),
         "training.micro_batch is {}: it must be from 1 to training.batch_size, which is {}",

@@ -345,6 +345,8 @@ mod tests {
             ("training.steps=0", "training.steps is missing or 0"),
             ("training.steps=-1", "training.steps"),
             ("training.batch_size=0", "training.batch_size is 0"),
+            ("training.batch_size=10000000000", "training.batch_size is 10000000000: it must be from 1 to 1048576"),
+            ("data.sequence_length=20000000", "data.sequence_length is 20000000: it must be from 2 to 16777216"),
             (
                 "training.micro_batch=9",
                 "training.micro_batch is 9: it must be from 1 to training.batch_size, which is 8",

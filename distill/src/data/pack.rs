@@ -27,6 +27,11 @@ pub enum LongDocuments {
     Drop,
 }
 
+impl PackOptions {
+    /// Lengths that a row may have.
+    pub const SEQUENCE_LENGTHS: std::ops::RangeInclusive<usize> = 2..=1 << 24;
+}
+
 impl LongDocuments {
     fn name(self) -> &'static str {
         match self {

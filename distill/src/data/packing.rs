@@ -62,23 +62,23 @@ impl Packer {
         if row.tokens.len() == self.length {
             return self.open.remove(index);
         }
-        if self.open.len() > OPEN_ROWS { self.open.pop_front().map(|row| self.padded(row)) } else { None }
+        if self.open.len() > OPEN_ROWS { self.open.pop_front().map(|row| padded(row, self.length)) } else { None }
     }
 
     /// The rows still open, oldest first.
-    pub fn finish(mut self) -> Vec<Row> {
-        std::mem::take(&mut self.open).into_iter().map(|row| self.padded(row)).collect()
+    pub fn finish(self) -> impl Iterator<Item = Row> {
+        self.open.into_iter().map(move |row| padded(row, self.length))
     }
+}
 
-    fn padded(&self, mut row: Row) -> Row {
-        let documents_end = row.tokens.len();
-        row.tokens.resize(self.length, 0);
-        row.flags.resize(self.length, PADDING);
-        if let Some(first) = row.flags.get_mut(documents_end) {
-            *first |= DOCUMENT_START;
-        }
-        row
+fn padded(mut row: Row, length: usize) -> Row {
+    let documents_end = row.tokens.len();
+    row.tokens.resize(length, 0);
+    row.flags.resize(length, PADDING);
+    if let Some(first) = row.flags.get_mut(documents_end) {
+        *first |= DOCUMENT_START;
     }
+    row
 }
 
 #[cfg(test)]
@@ -104,7 +104,7 @@ mod tests {
             [DOCUMENT_START, 0, TARGET, TARGET, TARGET, DOCUMENT_START, TARGET, TARGET],
             "a document's first token is never a target"
         );
-        let rest = packer.finish();
+        let rest: Vec<Row> = packer.finish().collect();
         assert_eq!(rest.len(), 1);
         assert_eq!(rest[0].tokens, [20, 21, 22, 23, 0, 0, 0, 0]);
         assert_eq!(rest[0].flags[4..], [DOCUMENT_START | PADDING, PADDING, PADDING, PADDING]);

@@ -29,7 +29,7 @@ pub use metrics::{Record, StepRecord, TimingRecord, ValidationRecord, read_metri
 pub use progress::Progress;
 
 use crate::config::{self, RunConfig};
-use crate::data::{self, Batch, PackOptions, Sampler, Sequence, TokenFile};
+use crate::data::{self, Batch, PackOptions, PositionsThatCount, Sampler, Sequence, TokenFile};
 use crate::files;
 use checkpoint::{DataState, State};
 use folder::RunFolder;
@@ -99,6 +99,7 @@ pub fn run(config: &RunConfig, folder: &Path, interruption: &Interruption, progr
     let metrics = Log::open(&run.metrics(), state.metrics_bytes)?;
     let timing = Log::open(&run.timing(), metrics::timing_bytes(&run.timing(), state.step))?;
     progress.say(&models.description());
+    warn_of_long_rows(config, &models, progress);
     let trainer = Trainer {
         config,
         run,
@@ -114,6 +115,19 @@ pub fn run(config: &RunConfig, folder: &Path, interruption: &Interruption, progr
         timing,
     };
     trainer.run(interruption, progress)
+}
+
+/// A row may be longer than what the model was made for, since each of its documents begins at position 0; a document
+/// should not be.
+fn warn_of_long_rows(config: &RunConfig, models: &Models, progress: &mut Progress) {
+    let (length, positions) = (config.data.sequence_length, models.student.config.max_positions);
+    if length > positions {
+        progress.say(&format!(
+            "warning: data.sequence_length is {length}, but the model was made for {positions} positions \
+             (max_position_embeddings): of a document longer than that it sees positions that it does not know; use \
+             data.sequence_length = {positions} if there are such documents"
+        ));
+    }
 }
 
 struct Data {
@@ -281,10 +295,9 @@ impl Trainer<'_> {
     fn step(&mut self, progress: &mut Progress) -> Result<()> {
         let started = Instant::now();
         let training = &self.config.training;
-        let rows: Vec<Sequence> = (0..training.batch_size as u64)
-            .map(|offset| self.data.train.sequence(self.sampler.row(self.state.sequences + offset)))
-            .collect::<Result<_>>()?;
-        let positions: u64 = rows.iter().map(|row| data::positions_that_count(row, self.objective.positions)).sum();
+        let first = self.state.sequences;
+        let rows: Vec<u64> = (first..first + training.batch_size as u64).map(|at| self.sampler.row(at)).collect();
+        let positions = positions_that_count(&self.data.train, &rows, self.objective.positions)?;
         ensure!(positions > 0, "no position of its {} rows counts in the loss: use larger batches", rows.len());
         let (mut gradients, loss) = self.gradients(&rows, positions)?;
         let parameters = &mut self.models.student.parameters;
@@ -313,7 +326,7 @@ impl Trainer<'_> {
             tokens: self.state.tokens,
         };
         self.metrics.write(&record)?;
-        let tokens = rows.len() * rows.first().map_or(0, |row| row.tokens.len());
+        let tokens = rows.len() * self.data.train.identity().sequence_length;
         let tokens_per_second = self.time("step", started, Some(tokens))?;
         progress.step(&record, tokens_per_second);
         Ok(())
@@ -321,11 +334,11 @@ impl Trainer<'_> {
 
     /// The whole batch's gradients: micro-batches summed, each divided by the whole batch's count of positions, so
     /// that the result does not depend on how the batch is cut.
-    fn gradients(&self, rows: &[Sequence], positions: u64) -> Result<(Gradients, Loss)> {
+    fn gradients(&self, rows: &[u64], positions: u64) -> Result<(Gradients, Loss)> {
         let mut loss = Loss::default();
         let mut sum: Option<Gradients> = None;
         for rows in rows.chunks(self.config.training.micro_batch) {
-            let batch = Batch::new(&self.device, rows, self.objective.positions)?;
+            let batch = Batch::new(&self.device, &read_rows(&self.data.train, rows)?, self.objective.positions)?;
             let tape = Tape::new();
             let (value, part) = self
                 .objective
@@ -346,12 +359,12 @@ impl Trainer<'_> {
         let Some(file) = &self.data.validation else { return Ok(()) };
         let started = Instant::now();
         let count = file.sequences().min(self.config.evaluation.sequences);
-        let rows: Vec<Sequence> = (0..count).map(|index| file.sequence(index)).collect::<Result<_>>()?;
-        let positions: u64 = rows.iter().map(|row| data::positions_that_count(row, self.objective.positions)).sum();
+        let rows: Vec<u64> = (0..count).collect();
+        let positions = positions_that_count(file, &rows, self.objective.positions)?;
         ensure!(positions > 0, "no position of the first {count} rows of validation data counts in the loss");
         let mut loss = Loss::default();
         for rows in rows.chunks(self.config.training.micro_batch) {
-            let batch = Batch::new(&self.device, rows, self.objective.positions)?;
+            let batch = Batch::new(&self.device, &read_rows(file, rows)?, self.objective.positions)?;
             let tape = Tape::inference();
             let (_, part) = self
                 .objective
@@ -367,7 +380,7 @@ impl Trainer<'_> {
             validation_tokens: positions,
         };
         self.metrics.write(&record)?;
-        let tokens = rows.len() * rows.first().map_or(0, |row| row.tokens.len());
+        let tokens = rows.len() * file.identity().sequence_length;
         self.time("validation", started, Some(tokens))?;
         progress.validation(&record);
         Ok(())
@@ -409,6 +422,15 @@ impl Trainer<'_> {
         })?;
         Ok(tokens_per_second.unwrap_or_default())
     }
+}
+
+/// The rows of one micro-batch: a whole batch may be larger than memory.
+fn read_rows(file: &TokenFile, rows: &[u64]) -> Result<Vec<Sequence>> {
+    rows.iter().map(|&row| file.sequence(row)).collect()
+}
+
+fn positions_that_count(file: &TokenFile, rows: &[u64], positions: PositionsThatCount) -> Result<u64> {
+    rows.iter().map(|&row| Ok(data::positions_that_count(&file.sequence(row)?, positions))).sum()
 }
 
 fn is_due(step: u64, every: u64) -> bool {

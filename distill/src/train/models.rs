@@ -16,6 +16,7 @@ use runtime::Device;
 use crate::config::{Init, ModelSection, RunConfig, Task, Trainable};
 use crate::data::Encoder;
 use crate::files::{hash_bytes, hash_file};
+use crate::memory;
 
 /// Student, teacher, and how text becomes tokens for both.
 pub(super) struct Models {
@@ -40,8 +41,8 @@ impl Models {
         let mut hashes = BTreeMap::new();
         let section = &config.model;
         let (mut student, teacher, files_from) = match config.task {
-            Task::Distill => distillation(section, config.training.seed, device, &mut hashes)?,
-            Task::Train => training(section, config.training.seed, device, &mut hashes)?,
+            Task::Distill => distillation(config, device, &mut hashes)?,
+            Task::Train => training(config, device, &mut hashes)?,
         };
         student.checkpoint_layers = section.recompute_layers;
         choose_trainable(&mut student, config.training.trainable)?;
@@ -138,19 +139,21 @@ pub(crate) fn tokenizer_hash(folder: &Path) -> Result<String> {
 }
 
 fn distillation(
-    section: &ModelSection,
-    seed: u64,
+    config: &RunConfig,
     device: &Device,
     hashes: &mut BTreeMap<String, String>,
 ) -> Result<(Model, Option<Model>, PathBuf)> {
+    let section = &config.model;
     let teacher_folder = given(section.teacher.as_ref(), "model.teacher")?;
-    check_layers(section, &ModelConfig::read(teacher_folder)?)?;
+    let teacher_config = ModelConfig::read(teacher_folder)?;
+    check_layers(section, &teacher_config)?;
+    memory::check(config, &teacher_config, device)?;
     if let Some(student_folder) = &section.student {
         check_vocabularies(teacher_folder, student_folder)?;
     }
     let teacher = load(teacher_folder, device, Precision::AsStored, "teacher")?;
     hashes.insert("teacher".to_owned(), model_hash(teacher_folder)?);
-    let options = GraftOptions { seed, align: section.mil_align };
+    let options = GraftOptions { seed: config.training.seed, align: section.mil_align };
     let student = match &section.student {
         None => initialise::graft(&teacher, &teacher, &section.layers, &options)?,
         Some(folder) => {
@@ -167,18 +170,20 @@ fn distillation(
 }
 
 fn training(
-    section: &ModelSection,
-    seed: u64,
+    config: &RunConfig,
     device: &Device,
     hashes: &mut BTreeMap<String, String>,
 ) -> Result<(Model, Option<Model>, PathBuf)> {
+    let section = &config.model;
     let folder = given(section.source.as_ref(), "model.source")?;
+    let model_config = ModelConfig::read(folder)?;
+    memory::check(config, &model_config, device).with_context(|| format!("the model {}", folder.display()))?;
     let student = if section.init == Init::Weights {
         hashes.insert("source".to_owned(), model_hash(folder)?);
         load(folder, device, Precision::F32, "source")?
     } else {
         hashes.insert("source".to_owned(), hash_file(&folder.join("config.json"))?);
-        Model::random(ModelConfig::read(folder)?, seed, device)?
+        Model::random(model_config, config.training.seed, device)?
     };
     Ok((student, None, folder.clone()))
 }

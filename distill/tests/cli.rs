@@ -256,6 +256,41 @@ fn distillation_brings_a_hybrid_nearer_to_its_teacher() {
     assert_eq!(inspection["layers"][1]["mixer"], "mamba");
 }
 
+/// Element types of a saved model by tensor name.
+fn stored_types(model: &Path) -> std::collections::BTreeMap<String, String> {
+    let bytes = fs::read(model.join("model.safetensors")).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    tensors.iter().map(|(name, tensor)| (name.to_owned(), format!("{:?}", tensor.dtype()))).collect()
+}
+
+#[test]
+fn a_later_stage_keeps_the_form_of_its_student() {
+    let workshop = Workshop::new();
+    let (teacher, student) = (workshop.path("teacher"), workshop.path("student"));
+    fs::write(teacher.join("of-the-teacher.txt"), "teacher").unwrap();
+    succeed(&borrowed(&workshop.distill("first", &["--steps", "1"])));
+    let first = workshop.path("first").join("model");
+    assert!(stored_types(&first).values().all(|dtype| dtype == "BF16"));
+    // The hybrid goes on in float32, with a file and a chat template of its own.
+    let options = model::checkpoint::SaveOptions {
+        dtype: Some(autograd::DType::F32),
+        carry_from: Some(&first),
+        ..Default::default()
+    };
+    Model::load(&first, &Device::cpu(), Precision::F32).unwrap().save(&student, &options).unwrap();
+    fs::remove_file(student.join("of-the-teacher.txt")).unwrap();
+    fs::write(student.join("of-the-student.txt"), "student").unwrap();
+    fs::write(student.join("chat_template.jinja"), format!("{}{{# the student's #}}", support::TEMPLATE)).unwrap();
+
+    succeed(&borrowed(&workshop.distill("second", &["--steps", "1", "--student", text(&student), "--layers", "0"])));
+    let second = workshop.path("second").join("model");
+    assert!(second.join("of-the-student.txt").exists() && !second.join("of-the-teacher.txt").exists());
+    assert!(fs::read_to_string(second.join("chat_template.jinja")).unwrap().contains("the student's"));
+    let types = stored_types(&second);
+    assert!(types.values().all(|dtype| dtype == "F32"), "{types:?}");
+    assert!(types.contains_key("model.layers.0.mixer.in_proj.weight"));
+}
+
 #[test]
 fn training_only_the_mixers_leaves_everything_else_alone() {
     let workshop = Workshop::new();

@@ -22,7 +22,7 @@ use crate::memory;
 pub(super) struct Models {
     pub student: Model,
     pub teacher: Option<Model>,
-    /// The folder whose tokenizer and other files the result gets.
+    /// The folder whose tokenizer, other files and element types the result gets: the student's where one is given.
     pub files_from: PathBuf,
     /// SHA-256 of each folder that was read, by role.
     pub hashes: BTreeMap<String, String>,
@@ -166,7 +166,9 @@ fn distillation(
             }
         }
     };
-    Ok((student, Some(teacher), teacher_folder.clone()))
+    // What goes on from a student stays in its form: element types, chat template, code.
+    let files_from = section.student.as_ref().unwrap_or(teacher_folder);
+    Ok((student, Some(teacher), files_from.clone()))
 }
 
 fn training(

@@ -292,6 +292,30 @@ fn a_later_stage_keeps_the_form_of_its_student() {
 }
 
 #[test]
+fn biases_that_a_graft_cannot_keep_are_spoken_of() {
+    let workshop = Workshop::new();
+    let teacher = workshop.path("teacher");
+    let mut config = support::config_json(VOCABULARY);
+    config["model_type"] = json!("llama");
+    config["architectures"] = json!(["LlamaForCausalLM"]);
+    config["attention_bias"] = json!(true);
+    let config = model::config::ModelConfig::from_json(config.as_object().unwrap()).unwrap();
+    let mut biased = Model::random(config, 1, &Device::cpu()).unwrap();
+    let id = biased.parameters.find("model.layers.3.self_attn.q_proj.bias").unwrap();
+    let bias = autograd::Tensor::filled(&Device::cpu(), &[64], autograd::DType::F32, 0.5).unwrap();
+    biased.parameters.set(id, bias).unwrap();
+    biased.save(&teacher, &model::checkpoint::SaveOptions { replace: true, ..Default::default() }).unwrap();
+    support::write_tokenizer(&teacher);
+    let said = |layers: &str| {
+        let output = run(&borrowed(&workshop.distill(layers, &["--steps", "1", "--layers", layers])));
+        assert!(output.status.success(), "{}", stderr(&output));
+        stderr(&output)
+    };
+    assert!(said("1,3").contains("warning: the teacher's attention has biases (q, k, v or o) in layers 3 that"));
+    assert!(!said("1,2").contains("biases"));
+}
+
+#[test]
 fn training_only_the_mixers_leaves_everything_else_alone() {
     let workshop = Workshop::new();
     let more = ["--steps", "3", "--batch-size", "2", "--trainable", "mixers", "--set", "model.recompute_layers=true"];

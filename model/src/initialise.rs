@@ -63,7 +63,7 @@ fn too_large(spec: &ParameterSpec, error: &autograd::Error) -> Error {
 /// A hybrid of `base` with the attention of `layers` replaced by Mamba mixers that start from the same layers of
 /// `teacher`; everything else comes from `base` (the teacher itself for a first graft, the previous hybrid for a later
 /// stage). All parameters of the result are f32 and trainable; those that need no conversion share the base's memory
-/// until they are first updated.
+/// until they are first updated. Biases of replaced attention are lost: see [`layers_losing_biases`].
 ///
 /// # Errors
 /// [`Error::Graft`] for a layer that does not exist, is named twice, or has no attention in base or teacher; for head
@@ -94,6 +94,27 @@ pub fn graft(base: &Model, teacher: &Model, layers: &[usize], options: &GraftOpt
         push(&mut parameters, &spec, value);
     }
     Model::new(config, parameters)
+}
+
+/// Which of `layers` have biases in the teacher's attention that are not zero. A graft loses them: the mixer's projections
+/// have none (neither has the published teacher), so that what they did is for training to learn again.
+///
+/// # Errors
+/// When a bias cannot be read from its device.
+pub fn layers_losing_biases(teacher: &Model, layers: &[usize]) -> Result<Vec<usize>> {
+    let mut losing = Vec::new();
+    for &layer in layers {
+        for name in ["q", "k", "v", "o"] {
+            let Some(id) = teacher.parameters.find(&format!("model.layers.{layer}.self_attn.{name}_proj.bias")) else {
+                continue;
+            };
+            if teacher.parameters.get(id).value.to_f32_vec()?.iter().any(|&bias| bias != 0.0) {
+                losing.push(layer);
+                break;
+            }
+        }
+    }
+    Ok(losing)
 }
 
 /// The geometry that MIL gives: one scan channel per query dimension, one x and B channel per key dimension.
@@ -439,6 +460,27 @@ mod tests {
         for number in 17..=256 {
             assert!((f64::from(logarithm(number)) - (number as f64).ln()).abs() <= 5e-7, "ln {number}");
         }
+    }
+
+    #[test]
+    fn layers_whose_biases_are_lost_are_found() {
+        let mut source = config(4, 2, 16).source;
+        source.insert("model_type".to_owned(), "llama".into());
+        source.insert("attention_bias".to_owned(), true.into());
+        let mut teacher = Model::random(ModelConfig::from_json(&source).unwrap(), 7, &Device::cpu()).unwrap();
+        assert_eq!(layers_losing_biases(&teacher, &[0, 1, 2]).unwrap(), [0; 0], "biases of zero are no loss");
+        for (name, width) in [("0.self_attn.o_proj", 24), ("2.self_attn.k_proj", 32)] {
+            let id = teacher.parameters.find(&format!("model.layers.{name}.bias")).unwrap();
+            let mut bias = vec![0.0; width];
+            bias[width - 1] = -0.5;
+            teacher.parameters.set(id, Tensor::from_slice(&Device::cpu(), &[width], &bias).unwrap()).unwrap();
+        }
+        assert_eq!(layers_losing_biases(&teacher, &[0, 1, 2]).unwrap(), [0, 2]);
+        assert_eq!(layers_losing_biases(&teacher, &[2, 1]).unwrap(), [2]);
+        let options = GraftOptions { seed: 3, align: false };
+        let hybrid = graft(&teacher, &teacher, &[0], &options).unwrap();
+        assert!(hybrid.parameters.find("model.layers.0.mixer.out_proj.bias").is_none());
+        assert!(hybrid.parameters.find("model.layers.2.self_attn.k_proj.bias").is_some());
     }
 
     #[test]

@@ -99,6 +99,9 @@ pub fn run(config: &RunConfig, folder: &Path, interruption: &Interruption, progr
     let metrics = Log::open(&run.metrics(), state.metrics_bytes)?;
     let timing = Log::open(&run.timing(), metrics::timing_bytes(&run.timing(), state.step))?;
     progress.say(&models.description());
+    for warning in &models.warnings {
+        progress.say(warning);
+    }
     warn_of_long_rows(config, &models, progress);
     let trainer = Trainer {
         config,

@@ -26,6 +26,8 @@ pub(super) struct Models {
     pub files_from: PathBuf,
     /// SHA-256 of each folder that was read, by role.
     pub hashes: BTreeMap<String, String>,
+    /// What the user should know about how the student was made.
+    pub warnings: Vec<String>,
     tokenizer: Tokenizer,
     tokenizer_hash: String,
     template: Option<ChatTemplate>,
@@ -40,7 +42,7 @@ impl Models {
     pub fn new(config: &RunConfig, device: &Device) -> Result<Self> {
         let mut hashes = BTreeMap::new();
         let section = &config.model;
-        let (mut student, teacher, files_from) = match config.task {
+        let Beginning { mut student, teacher, files_from, warnings } = match config.task {
             Task::Distill => distillation(config, device, &mut hashes)?,
             Task::Train => training(config, device, &mut hashes)?,
         };
@@ -53,6 +55,7 @@ impl Models {
             student,
             teacher,
             hashes,
+            warnings,
             tokenizer: Tokenizer::load(&files_from)?,
             tokenizer_hash: tokenizer_hash(&files_from)?,
             template: ChatTemplate::load(&files_from)?,
@@ -138,11 +141,15 @@ pub(crate) fn tokenizer_hash(folder: &Path) -> Result<String> {
     Ok(hash_bytes(hashes.as_bytes()))
 }
 
-fn distillation(
-    config: &RunConfig,
-    device: &Device,
-    hashes: &mut BTreeMap<String, String>,
-) -> Result<(Model, Option<Model>, PathBuf)> {
+/// The models as they are read or made.
+struct Beginning {
+    student: Model,
+    teacher: Option<Model>,
+    files_from: PathBuf,
+    warnings: Vec<String>,
+}
+
+fn distillation(config: &RunConfig, device: &Device, hashes: &mut BTreeMap<String, String>) -> Result<Beginning> {
     let section = &config.model;
     let teacher_folder = given(section.teacher.as_ref(), "model.teacher")?;
     let teacher_config = ModelConfig::read(teacher_folder)?;
@@ -168,14 +175,11 @@ fn distillation(
     };
     // What goes on from a student stays in its form: element types, chat template, code.
     let files_from = section.student.as_ref().unwrap_or(teacher_folder);
-    Ok((student, Some(teacher), files_from.clone()))
+    let warnings = lost_biases(&teacher, &section.layers)?;
+    Ok(Beginning { student, teacher: Some(teacher), files_from: files_from.clone(), warnings })
 }
 
-fn training(
-    config: &RunConfig,
-    device: &Device,
-    hashes: &mut BTreeMap<String, String>,
-) -> Result<(Model, Option<Model>, PathBuf)> {
+fn training(config: &RunConfig, device: &Device, hashes: &mut BTreeMap<String, String>) -> Result<Beginning> {
     let section = &config.model;
     let folder = given(section.source.as_ref(), "model.source")?;
     let model_config = ModelConfig::read(folder)?;
@@ -187,7 +191,20 @@ fn training(
         hashes.insert("source".to_owned(), hash_file(&folder.join("config.json"))?);
         Model::random(model_config, config.training.seed, device)?
     };
-    Ok((student, None, folder.clone()))
+    Ok(Beginning { student, teacher: None, files_from: folder.clone(), warnings: Vec::new() })
+}
+
+fn lost_biases(teacher: &Model, layers: &[usize]) -> Result<Vec<String>> {
+    let losing = initialise::layers_losing_biases(teacher, layers)?;
+    if losing.is_empty() {
+        return Ok(Vec::new());
+    }
+    let names: Vec<String> = losing.iter().map(usize::to_string).collect();
+    Ok(vec![format!(
+        "warning: the teacher's attention has biases (q, k, v or o) in layers {} that Mamba mixers have no place for: \
+         they are left out, and the hybrid has to learn without them",
+        names.join(", ")
+    )])
 }
 
 fn given<'a>(folder: Option<&'a PathBuf>, key: &str) -> Result<&'a PathBuf> {

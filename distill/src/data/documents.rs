@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -117,9 +117,8 @@ fn parse(text: &str, line: usize) -> Result<Document> {
     let content = match (parsed.text, parsed.messages) {
         (Some(text), None) => Content::Text(text),
         (None, Some(messages)) => {
-            let nameless = |message: &Value| message.get("role").and_then(Value::as_str).is_none();
-            if let Some(index) = messages.iter().position(nameless) {
-                bail!("message {} has no \"role\": each is an object with \"role\" and \"content\"", index + 1);
+            for (index, message) in messages.iter().enumerate() {
+                check_message(message).with_context(|| format!("message {}", index + 1))?;
             }
             Content::Messages(messages)
         }
@@ -131,6 +130,20 @@ fn parse(text: &str, line: usize) -> Result<Document> {
         other => other.to_string(),
     });
     Ok(Document { line, id, content })
+}
+
+/// A template would render what is missing as nothing, and nothing would be learned.
+fn check_message(message: &Value) -> Result<()> {
+    const FORM: &str = "each message is an object with \"role\" and \"content\"";
+    ensure!(message.get("role").is_some_and(Value::is_string), "it has no \"role\": {FORM}");
+    match message.get("content").unwrap_or(&Value::Null) {
+        // Templates of some models take a list of parts.
+        Value::String(_) | Value::Array(_) => Ok(()),
+        // A message that only calls tools has nothing to say.
+        Value::Null if message.get("tool_calls").is_some_and(Value::is_array) => Ok(()),
+        Value::Null => bail!("it has no \"content\": {FORM}"),
+        _ => bail!("its \"content\" is not a string: {FORM}"),
+    }
 }
 
 #[cfg(test)]
@@ -182,7 +195,23 @@ mod tests {
         let number = message(b"{\"text\": 4}");
         assert!(number.contains("line 1: not a document: invalid type: integer `4`, expected a string"), "{number}");
         let nameless = message(b"{\"messages\": [{\"role\": \"user\", \"content\": \"x\"}, {\"content\": \"y\"}]}");
-        assert!(nameless.contains("line 1: message 2 has no \"role\""), "{nameless}");
+        assert!(nameless.contains("data.jsonl line 1: message 2: it has no \"role\""), "{nameless}");
+        let chat = |message: &str| format!("{{\"text\": \"x\"}}\n{{\"messages\": [{message}]}}");
+        for (wrong, expected) in [
+            ("{\"role\": \"user\"}", "it has no \"content\": each message is an object with"),
+            ("{\"role\": \"user\", \"content\": null}", "it has no \"content\""),
+            ("{\"role\": \"user\", \"content\": 7}", "its \"content\" is not a string"),
+            ("\"hello\"", "it has no \"role\""),
+        ] {
+            let said = self::message(chat(wrong).as_bytes());
+            assert!(said.contains(&format!("data.jsonl line 2: message 1: {expected}")), "{said}");
+        }
+        for right in [
+            "{\"role\": \"assistant\", \"content\": null, \"tool_calls\": []}",
+            "{\"role\": \"user\", \"content\": [{\"type\": \"text\", \"text\": \"x\"}]}",
+        ] {
+            assert_eq!(read(chat(right).as_bytes()).unwrap().len(), 2);
+        }
         let both = message(b"{\"text\": \"x\", \"messages\": []}");
         assert!(both.contains("both \"text\" and \"messages\" are there"), "{both}");
         let missing = format!("{:#}", Documents::open(Path::new("/no/such.jsonl")).err().unwrap());

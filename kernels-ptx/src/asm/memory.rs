@@ -166,6 +166,13 @@ impl<'a> Address<'a> {
         Self { offset: self.offset + elements * self.element.bytes() as i64, ..self }
     }
 
+    /// The place `bytes` bytes further in shared memory, by a register.
+    pub fn moved(self, bytes: impl Operand<'a, U32>) -> Self {
+        assert!(self.space == Space::Shared, "only places in shared memory move by a register");
+        let base: Value<'a, U32> = Value::new(self.assembler, self.register);
+        Self { register: (base + bytes).id, ..self }
+    }
+
     /// The place as a byte address of its space in a register: 64 bits for global memory.
     pub fn global_address(self) -> Value<'a, U64> {
         assert!(self.space != Space::Shared, "the address is one of shared memory");

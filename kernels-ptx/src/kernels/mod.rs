@@ -20,7 +20,12 @@ macro_rules! kernels {
 }
 kernels! {
     axpy: Axpy;
+    cast: Cast;
+    column_sums: ColumnSums;
     fill: Fill;
+    matrix_product: MatrixProduct;
+    matrix_product_f32: MatrixProductF32;
+    sum_parts: SumParts;
     swiglu: SwigluForward, SwigluBackward;
 }
 

@@ -98,6 +98,17 @@ pub enum Error {
         /// What the user can do.
         advice: &'static str,
     },
+    /// A GPU's context is lost: nothing on it works until the process is started again. Every operation after the loss
+    /// says so, and names the first cause.
+    #[error("{device} is lost: {cause}{unfinished}")]
+    DeviceLost {
+        /// The device.
+        device: String,
+        /// The first failure, with its call, its code and, where it is known, the kernel.
+        cause: String,
+        /// Kernels that may have caused it; empty when there are none.
+        unfinished: String,
+    },
     /// A kernel's text does not load.
     #[error("kernel {kernel} cannot be loaded: {cause}{}{log}", if log.is_empty() { "" } else { "\n" })]
     Module {

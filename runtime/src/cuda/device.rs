@@ -9,6 +9,7 @@ use cust::sys::{self, CUdevice_attribute as Attribute};
 use kernels_ptx::Target;
 
 use super::driver::{self, OUT_OF_MEMORY, call};
+use super::health::Health;
 use super::module::LoadedFunctions;
 use super::pool::{Pool, Source};
 use super::{Block, Handle, Limits, Stream, information};
@@ -18,7 +19,8 @@ use crate::{Error, MemoryUsage, Result};
 /// context holds.
 pub(crate) struct CudaDevice {
     ordinal: u32,
-    context: Handle<sys::CUctx_st>,
+    context: Context,
+    health: Health,
     limits: Limits,
     /// The stream on which everything queues that names no other.
     home: Handle<sys::CUstream_st>,
@@ -57,18 +59,17 @@ impl CudaDevice {
                 compute_capability: limits.compute_capability,
             });
         }
-        let mut context = ptr::null_mut();
-        // SAFETY: `context` is a valid place for a handle; it stays retained as long as the process lives.
-        unsafe { call!(cuDevicePrimaryCtxRetain(&mut context, device)) }?;
+        let context = Context::retain(device)?;
         // SAFETY: the context was retained just now.
-        unsafe { call!(cuCtxSetCurrent(context)) }?;
+        unsafe { call!(cuCtxSetCurrent(context.raw.0)) }?;
         let mut home = ptr::null_mut();
         let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
         // SAFETY: `home` is a valid place for a handle; a context is current.
         unsafe { call!(cuStreamCreate(&mut home, flags)) }?;
         Ok(Self {
             ordinal,
-            context: Handle(context),
+            context,
+            health: Health::default(),
             limits,
             home: Handle(home),
             home_stream: OnceLock::new(),
@@ -86,9 +87,29 @@ impl CudaDevice {
     }
 
     /// Makes the device's context the calling thread's, as every driver call below needs it.
+    ///
+    /// # Errors
+    /// [`Error::DeviceLost`] with the first cause once the context is lost, or a driver error.
     pub(super) fn activate(&self) -> Result<()> {
-        // SAFETY: the context stays retained as long as the process lives.
-        unsafe { call!(cuCtxSetCurrent(self.context.0)) }
+        self.health.check(self)?;
+        // SAFETY: the context stays retained as long as the device is there.
+        unsafe { call!(on self, cuCtxSetCurrent(self.context.raw.0)) }
+    }
+
+    /// Makes the context current for giving something back; whether there is anything to give back. Of a lost context all
+    /// is gone. Where the context cannot be made current, the call itself may still find it.
+    pub(super) fn activate_to_drop(&self) -> bool {
+        let _ = self.activate();
+        !self.health.is_lost()
+    }
+
+    /// The result of a driver call on the device's context, as [`Health::judge`] sees it.
+    pub(super) fn checked(&self, result: Result<()>) -> Result<()> {
+        self.health.judge(self, result, None)
+    }
+
+    pub(super) fn health(&self) -> &Health {
+        &self.health
     }
 
     /// The home stream.
@@ -106,8 +127,11 @@ impl CudaDevice {
     /// A fault of that work.
     pub(crate) fn synchronize(&self) -> Result<()> {
         self.activate()?;
+        let before = self.health.now();
         // SAFETY: waits for the current context; no arguments.
-        unsafe { call!(cuCtxSynchronize()) }
+        unsafe { call!(on self, cuCtxSynchronize()) }?;
+        self.health.finished(None, before);
+        Ok(())
     }
 
     /// Memory of `bytes` bytes with unspecified contents.
@@ -116,7 +140,7 @@ impl CudaDevice {
     /// [`Error::OutOfMemory`], or a driver error.
     pub(crate) fn allocate(&'static self, bytes: usize) -> Result<Block> {
         self.activate()?;
-        let taken = lock(&self.pool).take(bytes, &mut DriverMemory)?;
+        let taken = lock(&self.pool).take(bytes, &mut DriverMemory { device: self })?;
         match taken {
             Some(address) => Ok(Block::new(self, address, bytes)),
             None => Err(self.out_of_memory(bytes)),
@@ -137,9 +161,9 @@ impl CudaDevice {
     }
 
     /// Gives unused memory back to the driver, after all queued work is done.
-    pub(crate) fn trim_memory(&self) -> Result<()> {
+    pub(crate) fn trim_memory(&'static self) -> Result<()> {
         self.activate()?;
-        lock(&self.pool).trim(&mut DriverMemory)
+        lock(&self.pool).trim(&mut DriverMemory { device: self })
     }
 
     /// Bytes of the device that nobody holds, and all its bytes.
@@ -147,7 +171,7 @@ impl CudaDevice {
         self.activate()?;
         let (mut free, mut total) = (0, 0);
         // SAFETY: both places are valid and a context is current.
-        unsafe { call!(cuMemGetInfo_v2(&mut free, &mut total)) }?;
+        unsafe { call!(on self, cuMemGetInfo_v2(&mut free, &mut total)) }?;
         Ok((free, total))
     }
 
@@ -179,28 +203,53 @@ impl fmt::Display for CudaDevice {
     }
 }
 
-/// The pool's source: the driver. The caller has made a context current.
-struct DriverMemory;
+/// A GPU's primary context, held until this is dropped.
+struct Context {
+    raw: Handle<sys::CUctx_st>,
+    device: sys::CUdevice,
+}
+
+impl Context {
+    fn retain(device: sys::CUdevice) -> Result<Self> {
+        let mut context = ptr::null_mut();
+        // SAFETY: `context` is a valid place for a handle.
+        unsafe { call!(cuDevicePrimaryCtxRetain(&mut context, device)) }?;
+        Ok(Self { raw: Handle(context), device })
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        // The device could not be opened, and that is the error to report.
+        // SAFETY: the context was retained once, and nothing is left that uses it.
+        let _ = unsafe { call!(cuDevicePrimaryCtxRelease_v2(self.device)) };
+    }
+}
+
+/// The pool's source: the driver. The caller has made the device's context current.
+struct DriverMemory {
+    device: &'static CudaDevice,
+}
 
 impl Source for DriverMemory {
     fn reserve(&mut self, bytes: usize) -> Result<Option<u64>> {
         let mut address = 0;
         // SAFETY: `address` is a valid place for one address; a context is current.
-        match unsafe { call!(cuMemAlloc_v2(&mut address, bytes)) } {
+        match unsafe { call!(on self.device, cuMemAlloc_v2(&mut address, bytes)) } {
             Ok(()) => Ok(Some(address)),
             Err(Error::Driver { code: OUT_OF_MEMORY, .. }) => Ok(None),
             Err(error) => Err(error),
         }
     }
 
-    fn release(&mut self, addresses: &[u64]) -> Result<()> {
-        // SAFETY: waits for all work of the current context; no arguments.
-        unsafe { call!(cuCtxSynchronize()) }?;
-        for &address in addresses {
-            // SAFETY: the address came from cuMemAlloc, the pool gives it back once, and the work that used it is done.
-            unsafe { call!(cuMemFree_v2(address)) }?;
-        }
-        Ok(())
+    fn settle(&mut self) -> Result<()> {
+        // Blocks come back once their work is in order on the home stream.
+        self.device.home().synchronize()
+    }
+
+    fn release(&mut self, address: u64) -> Result<()> {
+        // SAFETY: the address came from cuMemAlloc, the pool gives it back once, and the work that used it is done.
+        unsafe { call!(on self.device, cuMemFree_v2(address)) }
     }
 }
 

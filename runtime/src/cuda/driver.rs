@@ -7,16 +7,22 @@
 //! the slots by name. No signature is written twice: the arguments pass through registers and stack untouched.
 //!
 //! Calls go through [`call!`], which reads the return code as a number (a driver newer than the bindings returns codes
-//! that their enumeration does not have) and turns it into an error that names the call, the code and what to do.
+//! that their enumeration does not have) and turns it into an error that names the call, the code and what to do. With
+//! `call!(on device, ...)` the device hears of it too: a code after which its context is lost is remembered there.
+//!
+//! The table is also where tests take the driver's place: `fake` replaces its slots by functions of its own, so that
+//! the whole path runs without a GPU and any call can be made to fail. No trait stands between the runtime and the
+//! driver for that: it would write every signature once more, and the trampolines would go untested.
 
 use std::arch::global_asm;
 use std::ffi::{CStr, c_char, c_void};
 use std::ptr;
-use std::sync::OnceLock;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicPtr, Ordering};
 
 use cust::sys::{self, CUresult};
 
+use super::device::lock;
 use super::symbols::for_each_symbol;
 use crate::{Error, Result};
 
@@ -26,9 +32,19 @@ const LIBRARY: &str = "libcuda.so.1";
 /// The code of `CUDA_ERROR_OUT_OF_MEMORY`.
 pub(super) const OUT_OF_MEMORY: u32 = CUresult::CUDA_ERROR_OUT_OF_MEMORY as u32;
 
-/// Calls a driver function, `call!(cuMemFree_v2(address))`, and checks its return code.
+/// The code of `CUDA_ERROR_NOT_READY`: asked-for work is not done yet.
+pub(super) const NOT_READY: u32 = CUresult::CUDA_ERROR_NOT_READY as u32;
+
+/// Whether the table was filled, or why not; `None` before it was tried.
+static LIBRARY_OPENED: Mutex<Option<std::result::Result<(), String>>> = Mutex::new(None);
+
+/// Calls a driver function, `call!(cuMemFree_v2(address))`, and checks its return code. `call!(on device, ...)` is for
+/// every call that a [`super::CudaDevice`]'s context takes.
 macro_rules! call {
     (@placeholder $argument:expr) => { _ };
+    (on $device:expr, $name:ident($($argument:expr),* $(,)?)) => {
+        $device.checked($crate::cuda::driver::call!($name($($argument),*)))
+    };
     ($name:ident($($argument:expr),* $(,)?)) => {{
         let function: unsafe extern "C" fn($($crate::cuda::driver::call!(@placeholder $argument)),*) -> cust::sys::CUresult =
             cust::sys::$name;
@@ -43,11 +59,10 @@ pub(super) use call;
 /// # Errors
 /// [`Error::NoDriver`] when the library is not there, [`Error::Driver`] when it refuses to start.
 pub(super) fn load() -> Result<()> {
-    static LIBRARY_OPENED: OnceLock<std::result::Result<(), String>> = OnceLock::new();
-    LIBRARY_OPENED
-        .get_or_init(fill_table)
-        .as_ref()
-        .map_err(|reason| Error::NoDriver { library: LIBRARY, reason: reason.clone() })?;
+    lock(&LIBRARY_OPENED)
+        .get_or_insert_with(fill_table)
+        .clone()
+        .map_err(|reason| Error::NoDriver { library: LIBRARY, reason })?;
     // SAFETY: cuInit takes flags by value (0 is the only valid value) and may be called any number of times.
     unsafe { call!(cuInit(0)) }
 }
@@ -93,8 +108,9 @@ fn advice(code: u32) -> &'static str {
         218 => "the kernel's text is wrong, or newer than the driver: the compiler's log says which",
         214 | 220 => "the GPU's hardware reports a fault: see nvidia-smi -q and the kernel log, then reset the GPU",
         500 => "the module, or a driver older than the program expects, has nothing of this name",
-        700 | 702 | 714..=719 => {
-            "a kernel faulted and the GPU's context is lost: start the process again; compute-sanitizer names the kernel"
+        700 | 702 | 710 | 714..=719 => {
+            "a kernel faulted and the GPU's context is lost: start the process again; compute-sanitizer names the kernel, \
+             and with CUDA_LAUNCH_BLOCKING=1 its launch is what fails"
         }
         701 | 720 => "the launch needs more registers or shared memory than the GPU has: use smaller blocks",
         802 => "the system is not ready: on machines with NVSwitch, start nvidia-fabricmanager",
@@ -104,6 +120,14 @@ fn advice(code: u32) -> &'static str {
         3 | 4 | 304 | 999 => "the driver does not run properly: see nvidia-smi and the kernel log",
         _ => "the CUDA driver API's documentation explains the code",
     }
+}
+
+/// Whether a code says that the context is lost: all its memory is, and every later call fails.
+///
+/// The codes are those of the driver API's documentation that leave "the process in an inconsistent state": errors of the
+/// hardware (214, 220, 226), faults of kernels (700, 702, 710, 714 to 719, 721) and a context that was destroyed (709).
+pub(super) fn loses_context(code: u32) -> bool {
+    matches!(code, 214 | 220 | 226 | 700 | 702 | 709 | 710 | 714..=719 | 721)
 }
 
 /// Opens the library and points every slot at the function of its name.
@@ -161,6 +185,7 @@ numeric_result!(A B);
 numeric_result!(A B C);
 numeric_result!(A B C D);
 numeric_result!(A B C D E);
+numeric_result!(A B C D E F G H);
 numeric_result!(A B C D E F G H I J K);
 
 macro_rules! trampolines {
@@ -232,6 +257,17 @@ fn table() -> &'static [AtomicPtr<c_void>] {
     unsafe { &TABLE }
 }
 
+/// Puts functions of a test in place of the driver's, for as long as the process lives. The library is not opened after.
+#[cfg(test)]
+pub(super) fn replace(functions: &[(&'static str, *mut c_void)]) {
+    let mut opened = lock(&LIBRARY_OPENED);
+    *opened = Some(Ok(()));
+    for (name, function) in functions {
+        let position = NAMES.iter().position(|own| own.to_bytes() == name.as_bytes());
+        table()[position.unwrap()].store(*function, Ordering::Release);
+    }
+}
+
 const fn symbol_name(name: &'static str) -> &'static CStr {
     match CStr::from_bytes_with_nul(name.as_bytes()) {
         Ok(name) => name,
@@ -276,22 +312,22 @@ mod tests {
 
     #[test]
     fn a_trampoline_passes_arguments_and_result_through() {
-        /// Stands for `cuMemGetInfo_v2`, which nothing in these tests calls otherwise.
-        extern "C" fn stand_in(free: *mut usize, total: *mut usize) -> u32 {
+        /// Stands for `cuCtxGetStreamPriorityRange`, which nothing calls otherwise.
+        extern "C" fn stand_in(least: *mut i32, greatest: *mut i32) -> u32 {
             // SAFETY: the caller below passes two valid places.
             unsafe {
-                *free = 3;
-                *total = 7;
+                *least = 3;
+                *greatest = 7;
             }
             721
         }
-        let position = NAMES.iter().position(|name| name.to_bytes() == b"cuMemGetInfo_v2").unwrap();
+        let position = NAMES.iter().position(|name| name.to_bytes() == b"cuCtxGetStreamPriorityRange").unwrap();
         let before = table()[position].swap(stand_in as *mut c_void, Ordering::AcqRel);
-        let (mut free, mut total) = (0, 0);
+        let (mut least, mut greatest) = (0, 0);
         // SAFETY: both places are valid.
-        let result = unsafe { call!(cuMemGetInfo_v2(&mut free, &mut total)) };
+        let result = unsafe { call!(cuCtxGetStreamPriorityRange(&mut least, &mut greatest)) };
         table()[position].store(before, Ordering::Release);
-        assert_eq!((free, total), (3, 7));
+        assert_eq!((least, greatest), (3, 7));
         // A code that the bindings do not know is reported, not undefined behaviour.
         assert!(result.unwrap_err().to_string().contains("(721)"));
     }

@@ -124,12 +124,14 @@ fn free_memory(device: sys::CUdevice) -> Result<usize> {
     // SAFETY: `context` is a valid place for a handle.
     unsafe { call!(cuDevicePrimaryCtxRetain(&mut context, device)) }?;
     let (mut free, mut total) = (0, 0);
-    // SAFETY: the context was retained just now; both places are valid.
-    let asked = unsafe {
-        call!(cuCtxPushCurrent_v2(context))
-            .and_then(|()| call!(cuMemGetInfo_v2(&mut free, &mut total)))
-            .and_then(|()| call!(cuCtxPopCurrent_v2(&mut context)))
-    };
+    // SAFETY: the context was retained just now.
+    let asked = unsafe { call!(cuCtxPushCurrent_v2(context)) }.and_then(|()| {
+        // SAFETY: both places are valid and the context is current.
+        let asked = unsafe { call!(cuMemGetInfo_v2(&mut free, &mut total)) };
+        // SAFETY: takes off what was pushed above.
+        let popped = unsafe { call!(cuCtxPopCurrent_v2(&mut context)) };
+        asked.and(popped)
+    });
     // SAFETY: releases what was retained above.
     unsafe { call!(cuDevicePrimaryCtxRelease_v2(device)) }?;
     asked.map(|()| free)

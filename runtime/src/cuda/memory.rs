@@ -68,9 +68,10 @@ impl Block {
         let stream = self.device.home().queue().raw();
         // SAFETY: both sides have `source.len()` bytes (the caller checked), and `source` is borrowed until the copy is done,
         // which the next call waits for.
-        unsafe { call!(cuMemcpyHtoDAsync_v2(self.address, source.as_ptr().cast(), source.len(), stream)) }?;
-        // SAFETY: the stream lives as long as the process.
-        unsafe { call!(cuStreamSynchronize(stream)) }
+        unsafe {
+            call!(on self.device, cuMemcpyHtoDAsync_v2(self.address, source.as_ptr().cast(), source.len(), stream))
+        }?;
+        self.device.home().synchronize()
     }
 
     /// Copies the block to `target`, which is as long. Waits for the work that writes the block.
@@ -83,10 +84,10 @@ impl Block {
         let stream = self.device.home().queue().raw();
         // SAFETY: both sides have `target.len()` bytes (the caller checked), and `target` is borrowed until the copy is done,
         // which the next call waits for.
-        let queued =
-            unsafe { call!(cuMemcpyDtoHAsync_v2(target.as_mut_ptr().cast(), self.address, target.len(), stream)) };
-        // SAFETY: the stream lives as long as the process.
-        let done = unsafe { call!(cuStreamSynchronize(stream)) };
+        let queued = unsafe {
+            call!(on self.device, cuMemcpyDtoHAsync_v2(target.as_mut_ptr().cast(), self.address, target.len(), stream))
+        };
+        let done = self.device.home().synchronize();
         queued.and(done)
     }
 
@@ -97,15 +98,27 @@ impl Block {
             return Ok(());
         }
         // SAFETY: the block has `bytes` bytes.
-        unsafe { call!(cuMemsetD8Async(self.address, 0, self.bytes, self.device.home().queue().raw())) }
+        unsafe { call!(on self.device, cuMemsetD8Async(self.address, 0, self.bytes, self.device.home().queue().raw())) }
+    }
+}
+
+impl Block {
+    /// Makes sure that the home stream's later work comes after all work that uses the block.
+    fn settle(&self) -> Result<()> {
+        if lock(&self.users).is_empty() || self.use_at_home().is_ok() {
+            return Ok(());
+        }
+        // The streams cannot be put in order: then the host waits for them.
+        lock(&self.users).iter().try_for_each(|user| user.synchronize())
     }
 }
 
 impl Drop for Block {
     fn drop(&mut self) {
-        // The next owner's work may start once the work of every stream is ordered before the home stream's. A failure
-        // means a lost context: no work will run, and the next call reports it.
-        let _ = self.use_at_home();
-        self.device.put_back(self.address);
+        // The next owner's work may start once the work of every stream is ordered before the home stream's. Of a lost
+        // context no work runs any more. Where neither is certain, nobody gets the block again.
+        if self.settle().is_ok() || self.device.health().is_lost() {
+            self.device.put_back(self.address);
+        }
     }
 }

@@ -10,6 +10,9 @@
 
 mod device;
 mod driver;
+#[cfg(test)]
+mod fake;
+mod health;
 mod information;
 mod launch;
 mod memory;
@@ -17,6 +20,8 @@ mod module;
 mod pool;
 mod stream;
 mod symbols;
+#[cfg(test)]
+mod tests;
 
 pub use information::{CudaDeviceInformation, devices};
 pub use launch::{Argument, Limits, check_launch};

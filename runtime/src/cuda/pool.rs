@@ -31,11 +31,17 @@ pub(super) trait Source {
     /// Any failure other than a lack of memory.
     fn reserve(&mut self, bytes: usize) -> Result<Option<u64>>;
 
-    /// Gives segments back, once all work that may still use them is done.
+    /// Waits until all work is done that may still use free memory.
     ///
     /// # Errors
-    /// Those of that work, and of giving back.
-    fn release(&mut self, addresses: &[u64]) -> Result<()>;
+    /// Those of that work.
+    fn settle(&mut self) -> Result<()>;
+
+    /// Gives a segment back.
+    ///
+    /// # Errors
+    /// Any failure; the segment is still there then.
+    fn release(&mut self, address: u64) -> Result<()>;
 }
 
 /// Segments, the blocks cut from them, and their counts.
@@ -131,12 +137,13 @@ impl Pool {
         if whole.is_empty() {
             return Ok(());
         }
-        for &(address, block) in &whole {
+        source.settle()?;
+        for (address, block) in whole {
+            source.release(address)?;
             self.forget_free(address, block);
             self.reserved -= block.bytes;
         }
-        let addresses: Vec<u64> = whole.into_iter().map(|(address, _)| address).collect();
-        source.release(&addresses)
+        Ok(())
     }
 
     pub(super) fn usage(&self) -> MemoryUsage {
@@ -250,10 +257,12 @@ mod tests {
             Ok(Some(address))
         }
 
-        fn release(&mut self, addresses: &[u64]) -> Result<()> {
-            for address in addresses {
-                assert!(self.segments.remove(address).is_some(), "released twice or never reserved");
-            }
+        fn settle(&mut self) -> Result<()> {
+            Ok(())
+        }
+
+        fn release(&mut self, address: u64) -> Result<()> {
+            assert!(self.segments.remove(&address).is_some(), "released twice or never reserved");
             Ok(())
         }
     }

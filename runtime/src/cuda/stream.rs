@@ -34,7 +34,7 @@ impl Stream {
         device.activate()?;
         let mut raw = ptr::null_mut();
         // SAFETY: `raw` is a valid place for a handle; a context is current.
-        unsafe { call!(cuStreamCreate(&mut raw, sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32)) }?;
+        unsafe { call!(on device, cuStreamCreate(&mut raw, sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32)) }?;
         Ok(Self { queue: Arc::new(Queue { device, raw: Handle(raw), home: false }) })
     }
 
@@ -98,28 +98,32 @@ impl Queue {
     fn record(&self, event: &Event) -> Result<()> {
         self.device.activate()?;
         // SAFETY: event and stream are alive and of the current context.
-        unsafe { call!(cuEventRecord(event.raw.0, self.raw.0)) }
+        unsafe { call!(on self.device, cuEventRecord(event.raw.0, self.raw.0)) }
     }
 
     fn wait(&self, event: &Event) -> Result<()> {
         self.device.activate()?;
         // SAFETY: event and stream are alive; the driver keeps what it needs of the event should it be destroyed.
-        unsafe { call!(cuStreamWaitEvent(self.raw.0, event.raw.0, 0)) }
+        unsafe { call!(on self.device, cuStreamWaitEvent(self.raw.0, event.raw.0, 0)) }
     }
 
-    fn synchronize(&self) -> Result<()> {
+    /// Waits on the host until everything queued so far is done.
+    pub(super) fn synchronize(&self) -> Result<()> {
         self.device.activate()?;
+        let before = self.device.health().now();
         // SAFETY: the stream is alive.
-        unsafe { call!(cuStreamSynchronize(self.raw.0)) }
+        unsafe { call!(on self.device, cuStreamSynchronize(self.raw.0)) }?;
+        self.device.health().finished(Some(self.raw.0.addr()), before);
+        Ok(())
     }
 }
 
 impl Drop for Queue {
     fn drop(&mut self) {
-        if !self.home && self.device.activate().is_ok() {
-            // A failure means a lost context, which the next call reports.
+        if !self.home && self.device.activate_to_drop() {
+            // Nobody is there to hear of a failure; a lost context shows at the next operation.
             // SAFETY: nothing else holds the stream; the driver finishes its work before it frees it.
-            let _ = unsafe { call!(cuStreamDestroy_v2(self.raw.0)) };
+            let _ = unsafe { call!(on self.device, cuStreamDestroy_v2(self.raw.0)) };
         }
     }
 }
@@ -135,7 +139,7 @@ impl Event {
         device.activate()?;
         let mut raw = ptr::null_mut();
         // SAFETY: `raw` is a valid place for a handle; a context is current.
-        unsafe { call!(cuEventCreate(&mut raw, flags as u32)) }?;
+        unsafe { call!(on device, cuEventCreate(&mut raw, flags as u32)) }?;
         Ok(Self { device, raw: Handle(raw) })
     }
 
@@ -146,7 +150,7 @@ impl Event {
     pub fn synchronize(&self) -> Result<()> {
         self.device.activate()?;
         // SAFETY: the event is alive.
-        unsafe { call!(cuEventSynchronize(self.raw.0)) }
+        unsafe { call!(on self.device, cuEventSynchronize(self.raw.0)) }
     }
 
     /// Time on the GPU between an earlier event and this one, to about half a microsecond. Waits for this one.
@@ -157,7 +161,7 @@ impl Event {
         self.synchronize()?;
         let mut milliseconds = 0.0;
         // SAFETY: both events are alive; `milliseconds` is a valid place for the result.
-        unsafe { call!(cuEventElapsedTime(&mut milliseconds, earlier.raw.0, self.raw.0)) }?;
+        unsafe { call!(on self.device, cuEventElapsedTime(&mut milliseconds, earlier.raw.0, self.raw.0)) }?;
         // Events that were recorded in the other order give a negative time.
         Ok(Duration::try_from_secs_f32(milliseconds / 1e3).unwrap_or_default())
     }
@@ -165,10 +169,10 @@ impl Event {
 
 impl Drop for Event {
     fn drop(&mut self) {
-        if self.device.activate().is_ok() {
-            // A failure means a lost context, which the next call reports.
+        if self.device.activate_to_drop() {
+            // Nobody is there to hear of a failure; a lost context shows at the next operation.
             // SAFETY: nothing else holds the event; the driver keeps it until work that waits for it is done.
-            let _ = unsafe { call!(cuEventDestroy_v2(self.raw.0)) };
+            let _ = unsafe { call!(on self.device, cuEventDestroy_v2(self.raw.0)) };
         }
     }
 }

@@ -448,6 +448,42 @@ impl<'a> Value<'a, F32> {
         ((self * -std::f32::consts::LOG2_E).exp2() + 1.0).reciprocal()
     }
 
+    /// `e^self`, to 4 units in the last place: what base 2 takes from the argument's precision is made good.
+    pub fn exp_precise(self) -> Self {
+        use std::f32::consts::{LN_2, LOG2_E};
+        /// log₂ e less its nearest f32.
+        const REST: f32 = 1.925_963e-8;
+        let scaled = self * LOG2_E;
+        // Kept small, so that infinite and huge arguments give the limits.
+        let lost = self.fma(REST, self.fma(LOG2_E, -scaled)).max(-1.0).min(1.0);
+        scaled.exp2() * lost.fma(LN_2, 1.0)
+    }
+
+    /// `1 / (1 + e^-self)`, to 6 units in the last place down to -87, where it falls below every normal number.
+    pub fn sigmoid_precise(self) -> Self {
+        ((-self).exp_precise() + 1.0).reciprocal()
+    }
+
+    /// `ln(1 + e^self)`, to 8 units in the last place.
+    pub fn softplus(self) -> Self {
+        // ln((1 + s) / (1 - s)) = 2 (s + s³/3 + s⁵/5 + …) with s = x / (2 + x), at most 1/3 for x = e^-|self|; the last
+        // coefficient carries the truncated tail.
+        let x = (-self.abs()).exp_precise();
+        let s = x * (x + 2.0).reciprocal();
+        let square = s * s;
+        let polynomial = square.fma(0.0999, 1.0 / 9.0);
+        let polynomial = [1.0f32 / 7.0, 1.0 / 5.0, 1.0 / 3.0]
+            .into_iter()
+            .fold(polynomial, |polynomial, coefficient| polynomial.fma(square, coefficient));
+        let twice = s + s;
+        twice.fma(polynomial * square, twice) + self.max(0.0)
+    }
+
+    /// The nearest bf16 (ties to even), as f32.
+    pub fn round_to_bf16(self) -> Self {
+        self.pack_bf16(self).low_bf16()
+    }
+
     /// The absolute value.
     pub fn abs(self) -> Self {
         self.unary("abs.f32")

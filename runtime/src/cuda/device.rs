@@ -2,12 +2,14 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
+use std::path::PathBuf;
 use std::ptr;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use cust::sys::{self, CUdevice_attribute as Attribute};
 use kernels_ptx::Target;
 
+use super::cache::{self, Cache};
 use super::driver::{self, OUT_OF_MEMORY, call};
 use super::health::Health;
 use super::module::LoadedFunctions;
@@ -27,6 +29,7 @@ pub(crate) struct CudaDevice {
     home_stream: OnceLock<Stream>,
     pool: Mutex<Pool>,
     functions: Mutex<LoadedFunctions>,
+    cache: Cache,
 }
 
 impl CudaDevice {
@@ -35,6 +38,11 @@ impl CudaDevice {
     /// # Errors
     /// Why there is no such GPU, or why it cannot be used.
     pub(crate) fn open(ordinal: u32) -> Result<&'static Self> {
+        Self::open_with(ordinal, cache::folder)
+    }
+
+    /// The same, with a function that names the folder for machine code.
+    pub(super) fn open_with(ordinal: u32, cache: impl FnOnce() -> Option<PathBuf>) -> Result<&'static Self> {
         static OPENED: Mutex<BTreeMap<u32, &'static CudaDevice>> = Mutex::new(BTreeMap::new());
         let mut opened = lock(&OPENED);
         if let Some(device) = opened.get(&ordinal) {
@@ -45,20 +53,21 @@ impl CudaDevice {
         if ordinal >= count {
             return Err(Error::NoSuchGpu { ordinal, count });
         }
-        let device: &'static Self = Box::leak(Box::new(Self::new(ordinal)?));
+        let device: &'static Self = Box::leak(Box::new(Self::new(ordinal, cache())?));
         opened.insert(ordinal, device);
         Ok(device)
     }
 
-    fn new(ordinal: u32) -> Result<Self> {
+    fn new(ordinal: u32, cache: Option<PathBuf>) -> Result<Self> {
         let device = information::handle(ordinal)?;
         let limits = limits(device)?;
+        let name = information::name(device)?;
         if !Target::Sm80.runs_on(limits.compute_capability) {
-            return Err(Error::GpuTooOld {
-                name: information::name(device)?,
-                compute_capability: limits.compute_capability,
-            });
+            return Err(Error::GpuTooOld { name, compute_capability: limits.compute_capability });
         }
+        let (cuda, driver) = (information::cuda_version()?, information::driver_version().unwrap_or_default());
+        let capability = limits.compute_capability;
+        let compiler = format!("{name}, compute capability {capability:?}, CUDA {cuda:?}, driver {driver}");
         let context = Context::retain(device)?;
         // SAFETY: the context was retained just now.
         unsafe { call!(cuCtxSetCurrent(context.raw.0)) }?;
@@ -75,6 +84,7 @@ impl CudaDevice {
             home_stream: OnceLock::new(),
             pool: Mutex::default(),
             functions: Mutex::new(HashMap::new()),
+            cache: Cache::new(cache, compiler),
         })
     }
 
@@ -106,6 +116,11 @@ impl CudaDevice {
     /// The result of a driver call on the device's context, as [`Health::judge`] sees it.
     pub(super) fn checked(&self, result: Result<()>) -> Result<()> {
         self.health.judge(self, result, None)
+    }
+
+    /// Compiled kernels on disk.
+    pub(super) fn cache(&self) -> &Cache {
+        &self.cache
     }
 
     pub(super) fn health(&self) -> &Health {

@@ -103,17 +103,13 @@ fn information(ordinal: u32) -> Result<CudaDeviceInformation> {
     let mut total_memory = 0;
     // SAFETY: `total_memory` is a valid place for one number.
     unsafe { call!(cuDeviceTotalMem_v2(&mut total_memory, device)) }?;
-    let mut version = 0;
-    // SAFETY: `version` is a valid place for one number.
-    unsafe { call!(cuDriverGetVersion(&mut version)) }?;
-    let version = version.max(0) as u32;
     Ok(CudaDeviceInformation {
         ordinal,
         name: name(device)?,
         compute_capability: compute_capability(device)?,
         total_memory,
         free_memory: free_memory(device).ok(),
-        cuda_version: (version / 1000, version % 1000 / 10),
+        cuda_version: cuda_version()?,
         driver_version: driver_version(),
     })
 }
@@ -137,8 +133,17 @@ fn free_memory(device: sys::CUdevice) -> Result<usize> {
     asked.map(|()| free)
 }
 
+/// The version of CUDA that the driver brings (major, minor).
+pub(super) fn cuda_version() -> Result<(u32, u32)> {
+    let mut version = 0;
+    // SAFETY: `version` is a valid place for one number.
+    unsafe { call!(cuDriverGetVersion(&mut version)) }?;
+    let version = version.max(0) as u32;
+    Ok((version / 1000, version % 1000 / 10))
+}
+
 /// The kernel module's version on Linux.
-fn driver_version() -> Option<String> {
+pub(super) fn driver_version() -> Option<String> {
     let version = std::fs::read_to_string("/sys/module/nvidia/version").ok()?;
     Some(version.trim().to_owned())
 }

@@ -8,6 +8,8 @@
 //! used for them: they fold codes that are newer than CUDA 11.4 into one, drop the name of the call that failed, and
 //! leave some return codes unread.
 
+mod cache;
+mod compile;
 mod device;
 mod driver;
 #[cfg(test)]

@@ -22,6 +22,7 @@ kernels! {
     axpy: Axpy;
     cast: Cast;
     column_sums: ColumnSums;
+    elementwise: Elementwise;
     fill: Fill;
     matrix_product: MatrixProduct;
     matrix_product_f32: MatrixProductF32;

@@ -14,6 +14,7 @@
 mod check;
 mod cpu;
 mod error;
+mod gpu;
 mod gradient_check;
 pub mod ops;
 pub mod optimizer;

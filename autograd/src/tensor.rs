@@ -7,9 +7,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
-use runtime::{Buffer, Device};
+use kernels_ptx::kernels::cast::Cast;
+use runtime::{Argument, Buffer, Device};
 
-use crate::{Error, Result};
+use crate::{Error, Result, gpu};
 
 /// Type of a tensor's elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -205,28 +206,44 @@ impl Tensor {
     /// The values as another floating-point type, rounded to nearest even; the same tensor when nothing changes.
     ///
     /// # Errors
-    /// [`Error::ElementType`] between integers and floats; [`Error::NotOnDevice`] off the CPU.
+    /// [`Error::ElementType`] between integers and floats; out of memory.
     pub fn cast(&self, dtype: DType) -> Result<Self> {
         if dtype == self.dtype() {
             return Ok(self.clone());
         }
-        crate::check::on_cpu("cast", self)?;
+        if !self.device().is_cpu() {
+            return self.cast_gpu(dtype);
+        }
         let mut buffer = self.device().allocate(self.count() * dtype.size())?;
         match (self.dtype(), dtype) {
             (DType::F32, DType::Bf16) => {
                 buffer.as_mut_slice::<bf16>()?.convert_from_f32_slice(self.host_slice::<f32>()?);
             }
             (DType::Bf16, DType::F32) => crate::cpu::widen(self.host_slice::<bf16>()?, buffer.as_mut_slice::<f32>()?),
-            _ => {
-                return Err(Error::ElementType {
-                    operator: "cast",
-                    argument: "input",
-                    expected: "f32 or bf16 on both sides",
-                    found: self.dtype(),
-                });
-            }
+            _ => return Err(self.not_castable()),
         }
         Ok(Self::from_buffer(self.shape(), dtype, buffer))
+    }
+
+    fn cast_gpu(&self, dtype: DType) -> Result<Self> {
+        if self.dtype() == DType::U32 || dtype == DType::U32 {
+            return Err(self.not_castable());
+        }
+        let count = gpu::size("cast", "the number of elements", self.count())?;
+        let kernel = Cast { from: gpu::element(self.dtype()), to: gpu::element(dtype) };
+        let mut output = gpu::Output::new(self.device(), self.shape(), dtype)?;
+        let arguments = [output.write(), gpu::read(self), Argument::U32(count)];
+        gpu::launch("cast", self.device(), &kernel, Cast::grid(count.into()), &[count.into()], &arguments)?;
+        Ok(output.tensor())
+    }
+
+    fn not_castable(&self) -> Error {
+        Error::ElementType {
+            operator: "cast",
+            argument: "input",
+            expected: "f32 or bf16 on both sides",
+            found: self.dtype(),
+        }
     }
 
     /// The values in host memory, without a copy.
@@ -304,15 +321,28 @@ impl Tensor {
     /// [`Error::ElementType`] when `T` is not the element type; a runtime error off the CPU; out of memory.
     pub fn make_mut<T: Element>(&mut self) -> Result<&mut [T]> {
         self.expect_dtype(T::DTYPE)?;
+        Ok(self.make_unique()?.as_mut_slice()?)
+    }
+
+    /// The memory for writing, on any device. Copies first when anything else shares it.
+    ///
+    /// # Errors
+    /// Driver errors; out of memory.
+    pub(crate) fn make_unique(&mut self) -> Result<&mut Buffer> {
         if Arc::get_mut(&mut self.0).is_none_or(|inner| Arc::get_mut(&mut inner.storage).is_none()) {
             let mut copy = self.device().allocate(self.0.storage.len())?;
-            copy.copy_from_host(self.0.storage.as_slice()?)?;
+            copy.copy_from(&self.0.storage)?;
             *self = Self::from_buffer(self.shape(), self.dtype(), copy);
         }
         match Arc::get_mut(&mut self.0).and_then(|inner| Arc::get_mut(&mut inner.storage)) {
-            Some(buffer) => Ok(buffer.as_mut_slice()?),
+            Some(buffer) => Ok(buffer),
             None => unreachable!("the storage was made unique just above"),
         }
+    }
+
+    /// The memory that holds the values.
+    pub(crate) fn buffer(&self) -> &Buffer {
+        &self.0.storage
     }
 
     pub(crate) fn from_buffer(shape: &[usize], dtype: DType, buffer: Buffer) -> Self {

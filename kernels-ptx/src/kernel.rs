@@ -89,7 +89,6 @@ impl Kernel {
     /// A kernel of one entry point whose header is written from `parameters`, `block` and `target`; `body` is what
     /// stands between the braces. `summary` becomes the comment at the top. `work` maps the problem's sizes, named by
     /// `sizes`, to the roofline's numbers.
-    #[allow(clippy::too_many_arguments)] // one per field; two callers
     pub(crate) fn new(
         name: &str,
         summary: &str,

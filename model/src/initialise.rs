@@ -206,9 +206,9 @@ fn grafted(
             check_width(&value, geometry.d_xb * hidden)?;
             let mut rows = vec![0.0; geometry.d_inner * hidden];
             uniform(&mut rows, (hidden as f64).powf(-0.5), &mut random);
-            rows.extend_from_slice(&value.host_f32()?);
-            rows.extend_from_slice(&key.host_f32()?);
-            let query = query.host_f32()?;
+            rows.extend_from_slice(&value.to_f32_vec()?);
+            rows.extend_from_slice(&key.to_f32_vec()?);
+            let query = query.to_f32_vec()?;
             if options.align {
                 for chunk in aligned_chunks(config, geometry) {
                     rows.extend_from_slice(&query[chunk * geometry.d_state * hidden..][..geometry.d_state * hidden]);
@@ -224,7 +224,7 @@ fn grafted(
             if !options.align {
                 return Ok(output);
             }
-            let output = output.host_f32()?;
+            let output = output.to_f32_vec()?;
             let chunks = aligned_chunks(config, geometry);
             let mut columns = Vec::with_capacity(output.len());
             for row in output.chunks_exact(geometry.d_inner) {

@@ -14,13 +14,15 @@ use crate::initialise;
 use crate::mixer::{Mixer, MixerCache, Projection};
 use crate::{Error, Result};
 
-/// In which type matrices are kept in memory. Arithmetic is f32 on the CPU either way.
+/// In which type matrices are kept in memory, and what layers pass on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Precision {
-    /// f32: for training.
+    /// Everything in f32: for training.
     F32,
-    /// bf16 where the checkpoint has bf16, f32 otherwise: for inference, at half the memory and no loss.
+    /// Matrices in bf16 where the checkpoint has bf16, f32 otherwise: half the memory and no loss. Activations in f32.
     AsStored,
+    /// Matrices and activations in bf16, sums in f32: what a GPU's matrix units are fast at.
+    Bf16,
 }
 
 /// A transformer or hybrid with its weights.
@@ -32,6 +34,8 @@ pub struct Model {
     pub parameters: Parameters,
     /// Whether training keeps only each layer's input and computes the layer again in the reverse pass.
     pub checkpoint_layers: bool,
+    /// Element type of what the layers pass on: f32 or bf16.
+    pub activations: DType,
     embedding: ParameterId,
     layers: Vec<Option<Layer>>,
     norm: ParameterId,
@@ -64,6 +68,19 @@ impl Model {
     /// # Errors
     /// Everything that is wrong with the folder, each naming file and tensor.
     pub fn load(folder: &Path, device: &Device, precision: Precision) -> Result<Self> {
+        Self::load_while(folder, device, precision, || true)
+    }
+
+    /// As [`Model::load`], as long as `goes_on`, which is asked before each tensor, says yes.
+    ///
+    /// # Errors
+    /// As [`Model::load`]; [`Error::Stopped`] when `goes_on` says no.
+    pub fn load_while(
+        folder: &Path,
+        device: &Device,
+        precision: Precision,
+        goes_on: impl FnMut() -> bool,
+    ) -> Result<Self> {
         let mut config = ModelConfig::read(folder)?;
         let files = WeightFiles::open(folder)?;
         files.resolve(&mut config)?;
@@ -71,7 +88,7 @@ impl Model {
             Precision::F32 => DType::F32,
             Precision::AsStored => files.stored_dtype(name),
         });
-        let parameters = checkpoint::load(&files, &config, &specs, device)?;
+        let parameters = checkpoint::load(&files, &config, &specs, device, goes_on)?;
         Self::new(config, parameters)
     }
 
@@ -97,7 +114,16 @@ impl Model {
         let layers = (0..config.mixers.len())
             .map(|layer| Layer::new(&config, &parameters, layer))
             .collect::<Result<Vec<_>>>()?;
-        Ok(Self { config, parameters, checkpoint_layers: false, embedding, layers, norm, head })
+        Ok(Self {
+            config,
+            parameters,
+            checkpoint_layers: false,
+            activations: DType::F32,
+            embedding,
+            layers,
+            norm,
+            head,
+        })
     }
 
     /// Writes a Hugging Face folder, whole or not at all.
@@ -108,7 +134,7 @@ impl Model {
         checkpoint::save(folder, &self.config, &self.parameters, options)
     }
 
-    /// Next-token logits, `[batch, time, vocabulary]`.
+    /// Next-token logits, `[batch, time, vocabulary]`, in the activations' type.
     ///
     /// # Errors
     /// Those of the operators; a token id outside the vocabulary.
@@ -190,7 +216,7 @@ impl Model {
         }
         let last = ops::last_step(&hidden)?;
         let normed = self.final_norm(&tape, &Var::constant(&last))?;
-        let logits = self.head(&tape, &normed)?.tensor().clone();
+        let logits = self.head(&tape, &normed)?.cast(DType::F32)?;
         Ok((logits, Cache { layers, length: batch.time() }))
     }
 
@@ -214,11 +240,11 @@ impl Model {
         }
         cache.length += 1;
         let normed = self.final_norm(&tape, &hidden)?;
-        Ok(self.head(&tape, &normed)?.tensor().reshape(&[batch, self.config.vocabulary_size])?)
+        Ok(self.head(&tape, &normed)?.cast(DType::F32)?.reshape(&[batch, self.config.vocabulary_size])?)
     }
 
     fn embed(&self, tape: &Tape<'_>, tokens: &Tensor) -> Result<Var> {
-        Ok(ops::embedding(tape, tokens, &self.parameters.var(tape, self.embedding), DType::F32)?)
+        Ok(ops::embedding(tape, tokens, &self.parameters.var(tape, self.embedding), self.activations)?)
     }
 
     fn final_norm(&self, tape: &Tape<'_>, hidden: &Var) -> Result<Var> {

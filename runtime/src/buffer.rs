@@ -113,6 +113,23 @@ impl Buffer {
         Ok(())
     }
 
+    /// Overwrites the whole buffer with another one of the same device.
+    ///
+    /// # Errors
+    /// [`Error::SizeMismatch`] when the lengths differ, [`Error::NotOnHost`] when the devices do; driver errors.
+    pub fn copy_from(&mut self, source: &Self) -> Result<()> {
+        const OPERATION: &str = "copying between buffers";
+        if self.len() != source.len() {
+            return Err(Error::SizeMismatch { operation: OPERATION, buffer: self.len(), given: source.len() });
+        }
+        match (&mut self.storage, &source.storage) {
+            (Storage::Host(block), Storage::Host(source)) => block.bytes_mut().copy_from_slice(source.bytes()),
+            (Storage::Cuda(block), Storage::Cuda(source)) => block.copy_from(source)?,
+            _ => return Err(not_on_host(OPERATION, &source.device)),
+        }
+        Ok(())
+    }
+
     /// Sets every byte to zero.
     ///
     /// # Errors

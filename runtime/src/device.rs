@@ -6,9 +6,9 @@ use std::sync::{Arc, OnceLock};
 
 use kernels_ptx::Kernel;
 
-use crate::cuda::{CudaDevice, Function, Stream};
+use crate::cuda::{self, CudaDevice, Stream};
 use crate::host::HostPool;
-use crate::{Buffer, Error, Result};
+use crate::{Buffer, Error, Function, Result};
 
 /// What kind of device a [`Device`] is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -150,7 +150,7 @@ impl Device {
     /// [`Error::NotAGpu`] on the CPU, [`Error::Launch`] when the GPU cannot run such a kernel, [`Error::Module`] with the
     /// compiler's log when the text is wrong; driver errors.
     pub fn load(&self, kernel: &Kernel) -> Result<Function> {
-        Function::load(self.gpu("loading a kernel")?, kernel)
+        Ok(Function::cuda(cuda::Function::load(self.gpu("loading a kernel")?, kernel)?))
     }
 
     fn gpu(&self, operation: &'static str) -> Result<&'static CudaDevice> {

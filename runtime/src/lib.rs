@@ -10,11 +10,15 @@ mod buffer;
 pub mod cuda;
 mod device;
 mod error;
+mod function;
 mod host;
+mod launch;
 pub mod matrix;
 mod prefetch;
 
 pub use buffer::Buffer;
 pub use device::{Device, DeviceKind, MemoryUsage};
 pub use error::{Error, Result};
+pub use function::Function;
+pub use launch::{Argument, Limits, check_launch};
 pub use prefetch::prefetch;

@@ -1,17 +1,21 @@
-//! An operator's CPU way against its f64 reference: results, and gradients against finite differences.
+//! An operator on the device under test against its f64 reference: results, and gradients against finite differences.
 
 use autograd::{DType, Tape, Tensor, Var};
 use half::bf16;
 use proptest::test_runner::{Config, RngSeed};
-use runtime::Device;
 use tools::compare::{Bounds, compare};
 
 use crate::random::Random;
 
-/// Property tests over `count` cases, the same in every run. `PROPTEST_CASES` and `PROPTEST_RNG_SEED` search further.
+/// Cases of a property test on the simulator, where each takes about a hundred times as long as on the CPU.
+const SIMULATED_CASES: u32 = 64;
+
+/// Property tests over `count` cases (fewer on the simulator), the same in every run. `PROPTEST_CASES` and `PROPTEST_RNG_SEED` search further.
 pub fn cases(count: u32) -> Config {
     let given = |name: &str| std::env::var_os(name).is_some();
     let default = Config::default();
+    let simulated = std::env::var("TEST_DEVICE").is_ok_and(|name| name == "sim");
+    let count = if simulated { count.min(SIMULATED_CASES) } else { count };
     Config {
         cases: if given("PROPTEST_CASES") { default.cases } else { count },
         rng_seed: if given("PROPTEST_RNG_SEED") { default.rng_seed } else { RngSeed::Fixed(2026) },
@@ -256,9 +260,9 @@ fn prepare(precision: Precision, inputs: &[Input]) -> (Vec<Tensor>, Vec<Vec<f64>
         .unzip()
 }
 
-/// A CPU tensor of the given values, rounded to `dtype`.
+/// A tensor of the given values on the device under test, rounded to `dtype`.
 pub fn tensor(dtype: DType, shape: &[usize], values: &[f64]) -> Tensor {
-    let device = Device::cpu();
+    let device = crate::device();
     let made = match dtype {
         DType::F32 => {
             Tensor::from_slice(&device, shape, &values.iter().map(|value| *value as f32).collect::<Vec<f32>>())
@@ -275,7 +279,7 @@ pub fn tensor(dtype: DType, shape: &[usize], values: &[f64]) -> Tensor {
     made.unwrap_or_else(|error| panic!("a tensor of shape {shape:?}: {error}"))
 }
 
-/// A CPU tensor of indices.
+/// A tensor of indices on the device under test.
 pub fn indices(shape: &[usize], values: &[usize]) -> Tensor {
     tensor(DType::U32, shape, &values.iter().map(|value| *value as f64).collect::<Vec<f64>>())
 }

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use kernels_ptx::kernels::{axpy::Axpy, fill::Fill};
 use kernels_ptx::{Element, Kernel, KernelSource};
-use runtime::cuda::{Argument, Function, Stream, devices};
-use runtime::{Buffer, Device, DeviceKind, Error};
+use runtime::cuda::{Stream, devices};
+use runtime::{Argument, Buffer, Device, DeviceKind, Error, Function};
 
 /// Around a warp, around nothing, and a prime number of elements that fills many blocks.
 const SIZES: [usize; 6] = [0, 1, 31, 32, 33, 1_000_003];

@@ -1,9 +1,14 @@
 //! The gated activation of the MLP.
 
+use kernels_ptx::kernels::{self, swiglu::{SwigluBackward, SwigluForward}};
 use rayon::prelude::*;
+use runtime::Argument;
 
 use super::elementwise;
-use crate::{Result, Tape, Tensor, Var, cpu};
+use crate::gpu::{self, Output};
+use crate::{Result, Tape, Tensor, Var, check, cpu};
+
+const OPERATOR: &str = "swiglu";
 
 /// Elements that one thread takes at a time.
 const BLOCK: usize = 1 << 13;
@@ -13,12 +18,48 @@ const BLOCK: usize = 1 << 13;
 /// # Errors
 /// A shape error when they differ.
 pub fn swiglu(tape: &Tape<'_>, gate: &Var, up: &Var) -> Result<Var> {
-    let output = elementwise::zip("swiglu", gate, up, |gate, up| gate * cpu::sigmoid(gate) * up)?;
+    check::is_float(OPERATOR, "gate", gate)?;
+    check::is_float(OPERATOR, "up", up)?;
+    check::shape(OPERATOR, "up", up, gate.shape())?;
+    let on_cpu = gate.device().is_cpu();
+    let output = if on_cpu { forward_cpu(gate, up)? } else { forward_gpu(gate, up)? };
     let (saved_gate, saved_up) = (gate.tensor().clone(), up.tensor().clone());
     Ok(tape.record_one(&[gate, up], output, move |gradient, _| {
-        let (gate_gradient, up_gradient) = backward_cpu(gradient, &saved_gate, &saved_up)?;
+        let backward = if on_cpu { backward_cpu } else { backward_gpu };
+        let (gate_gradient, up_gradient) = backward(gradient, &saved_gate, &saved_up)?;
         Ok(vec![Some(gate_gradient), Some(up_gradient)])
     }))
+}
+
+fn forward_gpu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    let up = up.cast(gate.dtype())?;
+    let count = gpu::size(OPERATOR, "the number of elements", gate.count())?;
+    let kernel = SwigluForward { element: gpu::element(gate.dtype()) };
+    let mut output = Output::like(gate)?;
+    let arguments = [output.write(), gpu::read(gate), gpu::read(&up), Argument::U32(count)];
+    gpu::launch(OPERATOR, gate.device(), &kernel, kernels::swiglu::grid(count.into()), &[count.into()], &arguments)?;
+    Ok(output.tensor())
+}
+
+fn backward_gpu(gradient: &Tensor, gate: &Tensor, up: &Tensor) -> Result<(Tensor, Tensor)> {
+    let (gradient, same_up) = (gradient.cast(gate.dtype())?, up.cast(gate.dtype())?);
+    let count = gpu::size(OPERATOR, "the number of elements", gate.count())?;
+    let kernel = SwigluBackward { element: gpu::element(gate.dtype()) };
+    let (mut gate_gradient, mut up_gradient) = (Output::like(gate)?, Output::like(&same_up)?);
+    let arguments = [
+        gate_gradient.write(),
+        up_gradient.write(),
+        gpu::read(&gradient),
+        gpu::read(gate),
+        gpu::read(&same_up),
+        Argument::U32(count),
+    ];
+    gpu::launch(OPERATOR, gate.device(), &kernel, kernels::swiglu::grid(count.into()), &[count.into()], &arguments)?;
+    Ok((gate_gradient.tensor(), up_gradient.tensor().cast(up.dtype())?))
+}
+
+fn forward_cpu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    elementwise::zip(OPERATOR, gate, up, |gate, up| gate * cpu::sigmoid(gate) * up)
 }
 
 /// With `s = sigmoid(gate)`: `d gate = g · up · s (1 + gate (1 - s))`, `d up = g · gate · s`.

@@ -116,7 +116,6 @@ fn advance_stage<'a>(extent: u32, stage: Variable<'a, U32>) {
 }
 
 impl<'a> Source<'a> {
-    #[allow(clippy::too_many_arguments)] // the two operands differ in most of them
     fn new(
         k: &'a Assembler,
         threads: u32,
@@ -387,7 +386,6 @@ impl KernelSource for MatrixProduct {
     }
 }
 
-#[allow(clippy::too_many_arguments)] // what an element's address and value are made of
 /// Writes two neighbouring elements of a row of C, as far as they are inside; at once where the row length allows.
 fn store_pair<'a>(
     k: &'a Assembler,

@@ -50,7 +50,6 @@ impl MatrixProductF32 {
 }
 
 /// Copies the tile of one operand that begins at row `first` and depth `at` to shared memory, depth outermost.
-#[allow(clippy::too_many_arguments)] // the two operands differ in each
 fn copy<'a>(
     k: &'a Assembler,
     memory: Global<'a>,

@@ -1,7 +1,7 @@
 //! One file per kernel, or per family of kernels that belong together.
 
 use crate::Element;
-use crate::asm::{Assembler, F32, Global, U32, Value};
+use crate::asm::{Address, Assembler, F32, Global, U32, Value};
 
 /// Declares the files and collects every configuration that models use.
 macro_rules! kernels {
@@ -26,6 +26,8 @@ kernels! {
     fill: Fill;
     matrix_product: MatrixProduct;
     matrix_product_f32: MatrixProductF32;
+    rms_norm: RmsNormForward, RmsNormInputGradient, RmsNormWeightGradient;
+    sum: Sum, Broadcast;
     sum_parts: SumParts;
     swiglu: SwigluForward, SwigluBackward;
 }
@@ -84,6 +86,19 @@ pub(crate) fn vectors<'a, const I: usize, const O: usize>(
             });
         },
     );
+}
+
+/// The elements that a thread takes at a time where rows are vectors: [`VECTOR`] neighbours by wide accesses, or else one.
+pub(crate) fn load_part<'a>(place: Address<'a>, vector: bool) -> Vec<Value<'a, F32>> {
+    if vector { place.load_vector::<{ VECTOR as usize }>().to_vec() } else { vec![place.load()] }
+}
+
+/// Writes what [`load_part`] reads.
+pub(crate) fn store_part<'a>(place: Address<'a>, values: &[Value<'a, F32>]) {
+    match values {
+        [value] => place.store(*value),
+        _ => place.store_vector(values),
+    }
 }
 
 /// A configuration for each type that floating-point tensors have.

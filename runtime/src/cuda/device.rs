@@ -14,8 +14,8 @@ use super::driver::{self, OUT_OF_MEMORY, call};
 use super::health::Health;
 use super::module::LoadedFunctions;
 use super::pool::{Pool, Source};
-use super::{Block, Handle, Limits, Stream, information};
-use crate::{Error, MemoryUsage, Result};
+use super::{Block, Handle, Stream, information};
+use crate::{Error, Limits, MemoryUsage, Result};
 
 /// An opened GPU. There is one per ordinal and process, and it lives as long as the process: so does everything that its
 /// context holds.

@@ -91,6 +91,19 @@ impl Block {
         queued.and(done)
     }
 
+    /// Overwrites the block with another one, as long and on the same device, in the order of the home stream.
+    pub(crate) fn copy_from(&mut self, source: &Self) -> Result<()> {
+        self.use_at_home()?;
+        source.use_at_home()?;
+        if self.bytes == 0 {
+            return Ok(());
+        }
+        let stream = self.device.home().queue().raw();
+        // SAFETY: both blocks have `bytes` bytes (the caller compared them) and live until the home stream is done with
+        // them: they return to the pool, whose next owner queues behind this.
+        unsafe { call!(on self.device, cuMemcpyDtoDAsync_v2(self.address, source.address, self.bytes, stream)) }
+    }
+
     /// Sets every byte to zero, in the order of the home stream.
     pub(crate) fn set_zero(&mut self) -> Result<()> {
         self.use_at_home()?;

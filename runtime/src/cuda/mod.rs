@@ -26,12 +26,11 @@ mod symbols;
 mod tests;
 
 pub use information::{CudaDeviceInformation, devices};
-pub use launch::{Argument, Limits, check_launch};
-pub use module::Function;
 pub use stream::{Event, Stream};
 
 pub(crate) use device::CudaDevice;
 pub(crate) use memory::Block;
+pub(crate) use module::Function;
 
 /// A handle that the driver gave out.
 struct Handle<T>(*mut T);

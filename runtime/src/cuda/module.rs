@@ -9,8 +9,9 @@ use cust::sys::{self, CUfunction_attribute, CUjit_option};
 use kernels_ptx::Kernel;
 
 use super::driver::call;
-use super::launch::{self, Argument};
+use super::launch;
 use super::{CudaDevice, Handle, Stream};
+use crate::launch::{Argument, check_kernel};
 use crate::{Error, Result};
 
 /// Bytes for what the driver's compiler has to say about a text.
@@ -21,7 +22,7 @@ const UNASKED_SHARED_BYTES: u32 = 48 << 10;
 
 /// A kernel that is loaded on a GPU. Clones are the same function.
 #[derive(Clone)]
-pub struct Function {
+pub(crate) struct Function {
     device: &'static CudaDevice,
     loaded: Arc<Loaded>,
 }
@@ -58,7 +59,7 @@ impl Function {
         if let Some(loaded) = known.find(|loaded| loaded.is(kernel)) {
             return Ok(Self { device, loaded: Arc::clone(loaded) });
         }
-        launch::check_kernel(kernel, device.limits())?;
+        check_kernel(kernel, device.limits())?;
         device.activate()?;
         let loaded = Arc::new(Loaded { kernel: kernel.clone(), raw: load(kernel)? });
         functions.entry(kernel.text.clone()).or_default().push(Arc::clone(&loaded));

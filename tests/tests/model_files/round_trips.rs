@@ -39,6 +39,19 @@ fn mixed(folder: &Path) {
 }
 
 #[test]
+fn loading_stops_when_it_is_asked_to() {
+    let scratch = tempfile::tempdir().unwrap();
+    let model = random_folder(scratch.path(), "model", &mistral_config());
+    let mut asked = 0;
+    let stopped = Model::load_while(&model, &Device::cpu(), Precision::F32, || {
+        asked += 1;
+        asked < 4
+    });
+    assert!(matches!(stopped, Err(model::Error::Stopped)));
+    assert_eq!(asked, 4, "once before each tensor");
+}
+
+#[test]
 fn load_and_save_keep_every_byte_of_every_tensor() {
     let scratch = tempfile::tempdir().unwrap();
     for (name, config) in [("mistral", mistral_config()), ("hybrid", hybrid_config())] {

@@ -1,8 +1,10 @@
-//! Prints the GPU kernels: `ptx list` their names, `ptx dump KERNEL` the text of one.
+//! Prints the GPU kernels: `ptx list` their names, `ptx dump KERNEL` the text of one, `ptx write FOLDER` all texts.
 
 #![forbid(unsafe_code)]
 
+use std::fs;
 use std::io::{self, Write as _};
+use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, bail};
 use clap::{Parser, Subcommand};
@@ -28,6 +30,11 @@ enum Command {
         /// The kernel's name as `ptx list` prints it.
         kernel: String,
     },
+    /// Writes the PTX text of every kernel, each to a file of its own, `KERNEL.ptx`.
+    Write {
+        /// Where to; it is made if it is not there.
+        folder: PathBuf,
+    },
 }
 
 fn main() -> Result<()> {
@@ -48,7 +55,7 @@ fn main() -> Result<()> {
                     .collect();
                 writeln!(
                     output,
-                    "{:<16} {:<7} {:>4} threads  {}",
+                    "{:<40} {:<7} {:>4} threads  {}",
                     kernel.name,
                     kernel.target,
                     kernel.threads_per_block(),
@@ -61,6 +68,13 @@ fn main() -> Result<()> {
                 bail!("no kernel is named \"{wanted}\": `ptx list` prints the names");
             };
             output.write_all(kernel.text.as_bytes()).context("writing to standard output")?;
+        }
+        Command::Write { folder } => {
+            fs::create_dir_all(&folder).with_context(|| format!("creating {}", folder.display()))?;
+            for kernel in kernels {
+                let path = folder.join(format!("{}.ptx", kernel.name));
+                fs::write(&path, &kernel.text).with_context(|| format!("writing {}", path.display()))?;
+            }
         }
     }
     Ok(())

@@ -1,8 +1,10 @@
 //! Matrix product with a weight.
 //!
-//! Three ways on the CPU: one matrix product for f32 weights; for bf16 weights the same in blocks of output rows, so
+//! On GPUs: tensor cores for bf16 inputs, plain multiply-adds for f32 ones. Three ways on the CPU: one matrix product for f32 weights; for bf16 weights the same in blocks of output rows, so
 //! that no whole f32 copy of the weight ever exists; and, for the few rows of a decoding step, dot products straight on
 //! the stored weights, which run at the speed of memory.
+
+mod gpu;
 
 use half::bf16;
 use rayon::prelude::*;
@@ -29,7 +31,6 @@ const BIAS_ROWS: usize = 64;
 /// # Errors
 /// Shape errors that name the argument.
 pub fn linear(tape: &Tape<'_>, input: &Var, weight: &Var, bias: Option<&Var>) -> Result<Var> {
-    check::on_cpu(OPERATOR, input)?;
     check::is_float(OPERATOR, "input", input)?;
     check::is_float(OPERATOR, "weight", weight)?;
     check::rank(OPERATOR, "weight", weight, 2, "[out, in]")?;
@@ -37,15 +38,16 @@ pub fn linear(tape: &Tape<'_>, input: &Var, weight: &Var, bias: Option<&Var>) ->
     if let Some(bias) = bias {
         check::shape(OPERATOR, "bias", bias, &[weight.shape()[0]])?;
     }
-    let output = forward_cpu(input, weight, bias.map(Var::tensor))?;
+    let ways = if input.device().is_cpu() { &CPU } else { &gpu::WAYS };
+    let output = (ways.forward)(input, weight, bias.map(Var::tensor))?;
     let (saved_input, saved_weight) = (input.tensor().clone(), weight.tensor().clone());
     let backward = move |gradient: &Tensor, needed: &[bool]| {
         let mut gradients = vec![
-            needed[0].then(|| input_gradient_cpu(gradient, &saved_input, &saved_weight)).transpose()?,
-            needed[1].then(|| weight_gradient_cpu(gradient, &saved_input, &saved_weight)).transpose()?,
+            needed[0].then(|| (ways.input_gradient)(gradient, &saved_input, &saved_weight)).transpose()?,
+            needed[1].then(|| (ways.weight_gradient)(gradient, &saved_input, &saved_weight)).transpose()?,
         ];
         if let Some(needed) = needed.get(2) {
-            gradients.push(needed.then(|| bias_gradient_cpu(gradient)).transpose()?);
+            gradients.push(needed.then(|| (ways.bias_gradient)(gradient)).transpose()?);
         }
         Ok(gradients)
     };
@@ -55,16 +57,40 @@ pub fn linear(tape: &Tape<'_>, input: &Var, weight: &Var, bias: Option<&Var>) ->
     })
 }
 
-fn forward_cpu(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    let (rows, inner, outer) = (input.rows(), input.last_dimension(), weight.shape()[0]);
+/// The operator's four functions on one kind of device.
+struct Ways {
+    /// Input, weight, bias: `x Wᵀ + bias`.
+    forward: fn(&Tensor, &Tensor, Option<&Tensor>) -> Result<Tensor>,
+    /// Gradient, input, weight: `dX = dY W`.
+    input_gradient: fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
+    /// Gradient, input, weight: `dW = dYᵀ X`, f32.
+    weight_gradient: fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
+    /// Gradient: `db = Σ_rows dY`, f32.
+    bias_gradient: fn(&Tensor) -> Result<Tensor>,
+}
+
+const CPU: Ways = Ways {
+    forward: forward_cpu,
+    input_gradient: input_gradient_cpu,
+    weight_gradient: weight_gradient_cpu,
+    bias_gradient: bias_gradient_cpu,
+};
+
+/// The shape of `x Wᵀ`.
+fn output_shape(input: &Tensor, weight: &Tensor) -> Vec<usize> {
     let mut shape = input.shape().to_vec();
     match shape.last_mut() {
-        Some(last) => *last = outer,
-        None => shape.push(outer),
+        Some(last) => *last = weight.shape()[0],
+        None => shape.push(weight.shape()[0]),
     }
+    shape
+}
+
+fn forward_cpu(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let (rows, inner, outer) = (input.rows(), input.last_dimension(), weight.shape()[0]);
     let values = input.host_f32()?;
     let bias = bias.map(Tensor::host_f32).transpose()?;
-    Tensor::compute(input.device(), &shape, input.dtype(), |output| {
+    Tensor::compute(input.device(), &output_shape(input, weight), input.dtype(), |output| {
         if rows <= FEW_ROWS {
             match weight.dtype() {
                 DType::Bf16 => few_rows(&values, weight.host_slice::<bf16>()?, inner, rows, output),

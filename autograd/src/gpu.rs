@@ -1,0 +1,117 @@
+//! What the operators' GPU ways share: loading kernels, arguments, outputs.
+//!
+//! "GPU" means every device that runs kernels: a CUDA device, or the simulator.
+
+use std::any::{Any, TypeId};
+use std::collections::HashMap;
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+use kernels_ptx::KernelSource;
+use runtime::{Argument, Buffer, Device, DeviceKind, Function};
+
+use crate::{DType, Error, Result, Tensor};
+
+/// Queues a kernel. `grid` is `None` when the problem is larger than one launch can cover. `sizes` are the problem's, as
+/// the kernel's description names them: they are recorded for the profiler.
+///
+/// # Errors
+/// [`Error::Invalid`] for a problem that is too large; runtime errors.
+pub(crate) fn launch<K: KernelSource>(
+    operator: &'static str,
+    device: &Device,
+    kernel: &K,
+    grid: Option<[u32; 3]>,
+    sizes: &[u64],
+    arguments: &[Argument<'_>],
+) -> Result<()> {
+    let Some(grid) = grid else {
+        let message = format!("sizes {sizes:?} are too large for one launch on {device}: use smaller batches");
+        return Err(Error::Invalid { operator, message });
+    };
+    Ok(function(device, kernel)?.launch_sized(grid, arguments, sizes)?)
+}
+
+/// The kernel, loaded on the device. Its text is written once per configuration, not at every launch.
+fn function<K: KernelSource>(device: &Device, kernel: &K) -> Result<Function> {
+    type Loaded<K> = HashMap<(DeviceKind, K), Function>;
+    static LOADED: OnceLock<Mutex<HashMap<TypeId, Box<dyn Any + Send>>>> = OnceLock::new();
+    let mut all = LOADED.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
+    let of_source = all.entry(TypeId::of::<K>()).or_insert_with(|| Box::new(Loaded::<K>::new()));
+    let Some(loaded) = of_source.downcast_mut::<Loaded<K>>() else { unreachable!("the entry is of this type") };
+    let key = (device.kind(), kernel.clone());
+    if let Some(function) = loaded.get(&key) {
+        return Ok(function.clone());
+    }
+    let function = device.load(&kernel.build())?;
+    loaded.insert(key, function.clone());
+    Ok(function)
+}
+
+/// The kernels' name of an element type.
+pub(crate) fn element(dtype: DType) -> kernels_ptx::Element {
+    match dtype {
+        DType::F32 => kernels_ptx::Element::F32,
+        DType::Bf16 => kernels_ptx::Element::Bf16,
+        DType::U32 => kernels_ptx::Element::U32,
+    }
+}
+
+/// A tensor as an argument that the kernel only reads.
+pub(crate) fn read(tensor: &Tensor) -> Argument<'_> {
+    Argument::Read(tensor.buffer(), element(tensor.dtype()))
+}
+
+/// A tensor that a kernel is about to write.
+pub(crate) struct Output {
+    shape: Vec<usize>,
+    dtype: DType,
+    buffer: Buffer,
+}
+
+impl Output {
+    /// Memory for the tensor; what it holds is unspecified.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub(crate) fn new(device: &Device, shape: &[usize], dtype: DType) -> Result<Self> {
+        let count: usize = shape.iter().product();
+        Ok(Self { shape: shape.to_vec(), dtype, buffer: device.allocate(count * dtype.size())? })
+    }
+
+    /// Memory for a tensor like another one.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub(crate) fn like(tensor: &Tensor) -> Result<Self> {
+        Self::new(tensor.device(), tensor.shape(), tensor.dtype())
+    }
+
+    /// The memory as an argument that the kernel writes.
+    pub(crate) fn write(&mut self) -> Argument<'_> {
+        Argument::Write(&mut self.buffer, element(self.dtype))
+    }
+
+    /// Sets every byte to zero.
+    ///
+    /// # Errors
+    /// Driver errors.
+    pub(crate) fn set_zero(&mut self) -> Result<()> {
+        Ok(self.buffer.set_zero()?)
+    }
+
+    /// The tensor, when everything that writes it is queued.
+    pub(crate) fn tensor(self) -> Tensor {
+        Tensor::from_buffer(&self.shape, self.dtype, self.buffer)
+    }
+}
+
+/// A size as kernels take it.
+///
+/// # Errors
+/// [`Error::Invalid`] beyond 32 bits.
+pub(crate) fn size(operator: &'static str, what: &str, size: usize) -> Result<u32> {
+    u32::try_from(size).map_err(|_| Error::Invalid {
+        operator,
+        message: format!("{what} is {size}: kernels take sizes below 2^32"),
+    })
+}

@@ -1,0 +1,143 @@
+//! The GPU ways of [`linear`](super::linear()).
+
+use kernels_ptx::kernels::column_sums::ColumnSums;
+use kernels_ptx::kernels::matrix_product::{MatrixProduct, Tile};
+use kernels_ptx::kernels::matrix_product_f32::MatrixProductF32;
+use kernels_ptx::kernels::sum_parts::SumParts;
+use runtime::Argument;
+
+use super::{OPERATOR, Ways, output_shape};
+use crate::gpu::{self, Output};
+use crate::{DType, Result, Tensor};
+
+pub(super) const WAYS: Ways = Ways { forward, input_gradient, weight_gradient, bias_gradient };
+
+/// Blocks that products are split into where they have too few of their own: two per multiprocessor of an H100. The same on
+/// every device, since the split decides in which order sums are formed.
+const BLOCKS: u32 = 264;
+
+/// One operand: a matrix as it is stored, and whether the product wants it transposed.
+#[derive(Clone, Copy)]
+struct Operand<'a> {
+    tensor: &'a Tensor,
+    /// The innermost dimension.
+    width: usize,
+    transposed: bool,
+}
+
+fn forward(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let (rows, inner, outer) = (input.rows(), input.last_dimension(), weight.shape()[0]);
+    let weight = weight.cast(input.dtype())?;
+    let bias = bias.map(|bias| bias.cast(DType::F32)).transpose()?;
+    let a = Operand { tensor: input, width: inner, transposed: false };
+    let b = Operand { tensor: &weight, width: inner, transposed: false };
+    let shape = output_shape(input, &weight);
+    product(a, b, [rows, outer, inner], bias.as_ref(), &shape, input.dtype())
+}
+
+fn input_gradient(gradient: &Tensor, input: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let (rows, inner, outer) = (input.rows(), input.last_dimension(), weight.shape()[0]);
+    let (gradient, weight) = (gradient.cast(input.dtype())?, weight.cast(input.dtype())?);
+    let a = Operand { tensor: &gradient, width: outer, transposed: false };
+    let b = Operand { tensor: &weight, width: inner, transposed: true };
+    product(a, b, [rows, inner, outer], None, input.shape(), input.dtype())
+}
+
+fn weight_gradient(gradient: &Tensor, input: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let (rows, inner, outer) = (input.rows(), input.last_dimension(), weight.shape()[0]);
+    let gradient = gradient.cast(input.dtype())?;
+    let a = Operand { tensor: &gradient, width: outer, transposed: true };
+    let b = Operand { tensor: input, width: inner, transposed: true };
+    product(a, b, [outer, inner, rows], None, weight.shape(), DType::F32)
+}
+
+/// `A Bᵀ` for A `[m, k]`, B `[n, k]` (or stored transposed), in the element type of A and B.
+fn product(
+    a: Operand<'_>,
+    b: Operand<'_>,
+    [m, n, k]: [usize; 3],
+    bias: Option<&Tensor>,
+    shape: &[usize],
+    output: DType,
+) -> Result<Tensor> {
+    let device = a.tensor.device();
+    let sizes = [m as u64, n as u64, k as u64];
+    let (m, n) = (gpu::size(OPERATOR, "rows", m)?, gpu::size(OPERATOR, "columns", n)?);
+    let k = gpu::size(OPERATOR, "the depth", k)?;
+    let in_f32 = a.tensor.dtype() == DType::F32;
+    let aligned = a.width.is_multiple_of(8) && b.width.is_multiple_of(8) && n.is_multiple_of(2);
+    let large = aligned && m >= 128 && n >= 128;
+    let narrow = MatrixProduct {
+        a_transposed: a.transposed,
+        b_transposed: b.transposed,
+        output: gpu::element(output),
+        bias: bias.is_some(),
+        aligned,
+        tile: if large { Tile::Large } else { Tile::Small },
+    };
+    let (splits, split_depth) = match (output, bias) {
+        (DType::F32, None) if in_f32 => MatrixProductF32::splits(m, n, k, BLOCKS),
+        (DType::F32, None) => narrow.splits(m, n, k, BLOCKS),
+        _ => (1, k.max(1).next_multiple_of(64)),
+    };
+    let mut whole = Output::new(device, shape, output)?;
+    let mut parts = match splits {
+        1 => None,
+        _ => Some(Output::new(device, &[splits as usize, m as usize, n as usize], DType::F32)?),
+    };
+    let mut arguments = vec![
+        parts.as_mut().unwrap_or(&mut whole).write(),
+        gpu::read(a.tensor),
+        gpu::read(b.tensor),
+    ];
+    arguments.extend(bias.map(gpu::read));
+    arguments.extend([m, n, k, split_depth].map(Argument::U32));
+    if in_f32 {
+        for operand in [a, b] {
+            let width = gpu::size(OPERATOR, "the width", operand.width)?;
+            let (row, depth) = if operand.transposed { (1, width) } else { (width, 1) };
+            arguments.extend([Argument::U32(row), Argument::U32(depth)]);
+        }
+        let kernel = MatrixProductF32 { bias: bias.is_some() };
+        gpu::launch(OPERATOR, device, &kernel, MatrixProductF32::grid(m, n, splits), &sizes, &arguments)?;
+    } else {
+        gpu::launch(OPERATOR, device, &narrow, narrow.grid(m, n, splits), &sizes, &arguments)?;
+    }
+    drop(arguments);
+    match parts {
+        None => Ok(whole.tensor()),
+        Some(parts) => sum_parts(whole, &parts.tensor(), splits),
+    }
+}
+
+fn bias_gradient(gradient: &Tensor) -> Result<Tensor> {
+    let (rows, columns) = (gradient.rows(), gradient.last_dimension());
+    let device = gradient.device();
+    let (row_count, column_count) = (gpu::size(OPERATOR, "rows", rows)?, gpu::size(OPERATOR, "columns", columns)?);
+    let (splits, part_rows) = ColumnSums::parts(row_count);
+    let mut parts = Output::new(device, &[splits as usize, columns], DType::F32)?;
+    let arguments = [
+        parts.write(),
+        gpu::read(gradient),
+        Argument::U32(row_count),
+        Argument::U32(column_count),
+        Argument::U32(part_rows),
+    ];
+    let kernel = ColumnSums { element: gpu::element(gradient.dtype()) };
+    let sizes = [rows as u64, columns as u64];
+    gpu::launch(OPERATOR, device, &kernel, ColumnSums::grid(column_count, splits), &sizes, &arguments)?;
+    let parts = parts.tensor();
+    match splits {
+        1 => parts.reshape(&[columns]),
+        _ => sum_parts(Output::new(device, &[columns], DType::F32)?, &parts, splits),
+    }
+}
+
+/// Fills `whole` with the ordered sum of `parts` (f32 `[splits, elements of whole]`).
+fn sum_parts(mut whole: Output, parts: &Tensor, splits: u32) -> Result<Tensor> {
+    let count = gpu::size(OPERATOR, "the number of elements", parts.count() / splits as usize)?;
+    let arguments = [whole.write(), gpu::read(parts), Argument::U32(count), Argument::U32(splits)];
+    let sizes = [u64::from(count), u64::from(splits)];
+    gpu::launch(OPERATOR, parts.device(), &SumParts, SumParts::grid(count.into()), &sizes, &arguments)?;
+    Ok(whole.tensor())
+}

@@ -1,0 +1,61 @@
+//! A kernel that is loaded on a device.
+
+use kernels_ptx::Kernel;
+
+use crate::cuda::{self, Stream};
+use crate::{Argument, Result};
+
+/// A kernel that is loaded on a device. Clones are the same function.
+#[derive(Clone)]
+pub struct Function {
+    inner: Inner,
+}
+
+#[derive(Clone)]
+enum Inner {
+    Cuda(cuda::Function),
+}
+
+impl Function {
+    pub(crate) fn cuda(function: cuda::Function) -> Self {
+        Self { inner: Inner::Cuda(function) }
+    }
+
+    /// What the function was loaded from.
+    pub fn kernel(&self) -> &Kernel {
+        match &self.inner {
+            Inner::Cuda(function) => function.kernel(),
+        }
+    }
+
+    /// Queues the function with `grid` blocks in x, y and z, behind all work of the device's home stream. A grid with a
+    /// zero in it is no work: the arguments are checked and nothing is queued.
+    ///
+    /// # Errors
+    /// [`Error::Launch`](crate::Error::Launch) when arguments or grid do not fit the kernel's description (nothing is
+    /// queued then); driver errors; faults that the simulator finds.
+    pub fn launch(&self, grid: [u32; 3], arguments: &[Argument<'_>]) -> Result<()> {
+        match &self.inner {
+            Inner::Cuda(function) => function.launch(grid, arguments),
+        }
+    }
+
+    /// As [`Function::launch`]; `sizes` are the problem's, as the kernel's description names them, for the profiler.
+    ///
+    /// # Errors
+    /// As [`Function::launch`].
+    pub fn launch_sized(&self, grid: [u32; 3], arguments: &[Argument<'_>], _sizes: &[u64]) -> Result<()> {
+        self.launch(grid, arguments)
+    }
+
+    /// Queues the function on another stream of its GPU. Buffers are safe there: the work waits for everything queued
+    /// on the home stream, and later work elsewhere that uses one of the buffers waits for this.
+    ///
+    /// # Errors
+    /// As [`Function::launch`]; [`Error::Launch`](crate::Error::Launch) for a stream of another device.
+    pub fn launch_on(&self, stream: &Stream, grid: [u32; 3], arguments: &[Argument<'_>]) -> Result<()> {
+        match &self.inner {
+            Inner::Cuda(function) => function.launch_on(stream, grid, arguments),
+        }
+    }
+}

@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use sha2::{Digest, Sha256};
 
+use crate::interruption::Interruption;
+
 /// Ends the names of files and folders that are being written.
 const PARTIAL: &str = ".partial";
 
@@ -142,13 +144,14 @@ impl<W: Write> Write for HashingWriter<W> {
 /// The SHA-256 of a file's bytes, in hexadecimal.
 ///
 /// # Errors
-/// When it cannot be read.
-pub fn hash_file(path: &Path) -> Result<String> {
+/// When it cannot be read; when `interruption` ends it, since weights and data may be large.
+pub fn hash_file(path: &Path, interruption: &Interruption) -> Result<String> {
     let hash = || -> Result<String> {
         let mut file = File::open(path)?;
         let mut hasher = Sha256::new();
         let mut block = vec![0; 1 << 20];
         loop {
+            interruption.check()?;
             match file.read(&mut block)? {
                 0 => return Ok(hexadecimal(&hasher.finalize())),
                 count => hasher.update(&block[..count]),

@@ -15,6 +15,7 @@ pub mod config;
 pub mod data;
 pub mod demo;
 pub mod files;
+pub mod interruption;
 mod memory;
 pub mod perplexity;
 pub mod report;

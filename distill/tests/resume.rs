@@ -6,6 +6,7 @@ mod support;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -122,6 +123,37 @@ fn a_run_ended_by_a_signal_continues_to_the_same_bits() {
     let output = run(&borrowed(&arguments));
     assert!(output.status.success() && stderr(&output).contains("all 40 updates are made"));
     assert_same(&files_below(&folder), &before, "after a call on a finished run");
+}
+
+#[test]
+fn a_signal_while_documents_are_packed_ends_the_run_at_once_and_leaves_nothing() {
+    let workshop = Workshop::new();
+    let folder = workshop.path("run");
+    // Packing takes seconds, and is ended long before.
+    support::write_documents(&workshop.path("train.jsonl"), 400_000);
+    let arguments = workshop.distill("run", &["--steps", "2"]);
+    for (signal_name, by) in [("-INT", "SIGINT"), ("-TERM", "SIGTERM")] {
+        let mut child = start(&arguments);
+        let mut said = BufReader::new(child.stderr.take().unwrap());
+        let mut line = String::new();
+        while !line.starts_with("packing ") {
+            line.clear();
+            assert!(said.read_line(&mut line).unwrap() > 0, "the run ended before it packed");
+        }
+        signal(&child, signal_name);
+        let signalled = Instant::now();
+        let mut rest = String::new();
+        said.read_to_string(&mut rest).unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(3), "{rest}");
+        assert!(
+            rest.contains(&format!("interrupted by {by} before the first step; the same command begins it")),
+            "{rest}"
+        );
+        assert!(signalled.elapsed() < Duration::from_secs(1), "{:?}", signalled.elapsed());
+        assert!(!folder.exists(), "{:?}", files_below(&folder).keys());
+    }
+    support::write_documents(&workshop.path("train.jsonl"), 90);
+    succeed(&borrowed(&arguments));
 }
 
 #[test]

@@ -91,6 +91,9 @@ pub enum Error {
         /// The tensors' names in the files.
         names: Vec<String>,
     },
+    /// The caller asked for loading to stop.
+    #[error("loading was stopped")]
+    Stopped,
     /// A table of parameters lacks one that the model needs.
     #[error("the parameter {name} is missing")]
     NoSuchParameter {

@@ -12,6 +12,7 @@ use serde_json::json;
 
 use super::{done, output};
 use crate::data::{LongDocuments, PackOptions, pack};
+use crate::interruption::Interruption;
 use crate::train::models::{encoder, tokenizer_hash};
 
 const EXAMPLES: &str = "\
@@ -101,7 +102,7 @@ fn run_pack(arguments: &PackArguments) -> Result<ExitCode> {
             LongDocumentsFlag::Drop => LongDocuments::Drop,
         },
     };
-    let file = pack(&arguments.input, &arguments.output, &encoder, options)?;
+    let file = pack(&arguments.input, &arguments.output, &encoder, options, &Interruption::new())?;
     let summary = file.summary();
     if arguments.json {
         output::json(&json!({ "file": file.path(), "summary": summary, "identity": file.identity() }))?;

@@ -50,8 +50,8 @@ pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
     match demo::run(&arguments.out, arguments.problems.into(), &interruption, &mut progress)? {
         DemoOutcome::Finished(summary) if arguments.json => output::json(&summary)?,
         DemoOutcome::Finished(summary) => print(&summary)?,
-        DemoOutcome::Interrupted { signal, step } => {
-            progress.say(&format!("interrupted by {signal} after update {step}: the same command continues"));
+        DemoOutcome::Interrupted { signal } => {
+            progress.say(&format!("interrupted by {signal}: the same command continues"));
             return Ok(ExitCode::from(INTERRUPTED));
         }
     }

@@ -113,7 +113,10 @@ pub(super) fn run(task: Task, flags: RunFlags, own: Vec<Override>) -> Result<Exi
             done()
         }
         Outcome::Interrupted { signal, step } => {
-            progress.say(&format!("interrupted by {signal} after step {step}; the same command continues from there"));
+            progress.say(&match step {
+                0 => format!("interrupted by {signal} before the first step; the same command begins it"),
+                _ => format!("interrupted by {signal} after step {step}; the same command continues from there"),
+            });
             if flags.json {
                 output::json(&json!({ "outcome": "interrupted", "signal": signal, "steps": step }))?;
             }

@@ -11,6 +11,7 @@ use super::encode::Encoder;
 use super::packing::{EncodedDocument, Packer, Row, TARGET};
 use super::token_file::{self, Identity, Summary, TokenFile};
 use crate::files::hash_file;
+use crate::interruption::Interruption;
 
 /// Documents that are encoded at a time, on all processors.
 const ENCODED_TOGETHER: usize = 256;
@@ -55,9 +56,15 @@ pub struct PackOptions {
 ///
 /// # Errors
 /// A document that cannot be read, encoded or packed, named by file and line; a file without documents; a target that
-/// cannot be written. Nothing appears under the target's name then.
-pub fn pack(source: &Path, target: &Path, encoder: &Encoder<'_>, options: PackOptions) -> Result<TokenFile> {
-    token_file::write(target, |add_row| pack_documents(source, encoder, options, add_row))?;
+/// cannot be written; an interruption. Nothing appears under the target's name then.
+pub fn pack(
+    source: &Path,
+    target: &Path,
+    encoder: &Encoder<'_>,
+    options: PackOptions,
+    interruption: &Interruption,
+) -> Result<TokenFile> {
+    token_file::write(target, |add_row| pack_documents(source, encoder, options, interruption, add_row))?;
     TokenFile::open(target)
 }
 
@@ -71,6 +78,7 @@ pub fn prepare(
     cache: &Path,
     encoder: &Encoder<'_>,
     options: PackOptions,
+    interruption: &Interruption,
     will_pack: impl FnOnce(),
 ) -> Result<TokenFile> {
     if TokenFile::is_one(source) {
@@ -94,7 +102,7 @@ pub fn prepare(
         return Ok(file);
     }
     if cache.exists() {
-        let wanted = identity(hash_file(source)?, encoder, options);
+        let wanted = identity(hash_file(source, interruption)?, encoder, options);
         // A cache that cannot be used is made again, whatever is wrong with it.
         if let Ok(file) = TokenFile::open(cache)
             && file.identity() == &wanted
@@ -103,18 +111,23 @@ pub fn prepare(
         }
     }
     will_pack();
-    pack(source, cache, encoder, options)
+    pack(source, cache, encoder, options, interruption)
 }
 
 /// What a token file of these documents would be made from.
 ///
 /// # Errors
 /// When the documents cannot be read.
-pub(crate) fn wanted_identity(source: &Path, encoder: &Encoder<'_>, options: PackOptions) -> Result<Identity> {
+pub(crate) fn wanted_identity(
+    source: &Path,
+    encoder: &Encoder<'_>,
+    options: PackOptions,
+    interruption: &Interruption,
+) -> Result<Identity> {
     if TokenFile::is_one(source) {
         return Ok(TokenFile::open(source)?.identity().clone());
     }
-    Ok(identity(hash_file(source)?, encoder, options))
+    Ok(identity(hash_file(source, interruption)?, encoder, options))
 }
 
 /// In what two token files' origins differ, in words.
@@ -171,6 +184,7 @@ fn pack_documents(
     source: &Path,
     encoder: &Encoder<'_>,
     options: PackOptions,
+    interruption: &Interruption,
     add_row: &mut dyn FnMut(&Row) -> Result<()>,
 ) -> Result<(Identity, Summary)> {
     let mut documents = Documents::open(source)?;
@@ -182,6 +196,7 @@ fn pack_documents(
         add_row(&row)
     };
     loop {
+        interruption.check()?;
         let group: Vec<Document> = documents.by_ref().take(ENCODED_TOGETHER).collect::<Result<_>>()?;
         if group.is_empty() {
             break;

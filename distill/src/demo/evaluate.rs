@@ -15,6 +15,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::task::{Problem, answer_of};
+use crate::interruption::Interruption;
 
 /// Longest solution that is waited for, in tokens; a right one has at most 28.
 const MOST_TOKENS: usize = 40;
@@ -50,13 +51,14 @@ struct Encoded {
 /// Lets the model solve every problem greedily, and measures it.
 ///
 /// # Errors
-/// Those of the model; a tokenizer or template that does not fit the task.
+/// Those of the model; a tokenizer or template that does not fit the task; an interruption.
 pub fn evaluate(
     model: &Model,
     tokenizer: &Tokenizer,
     template: &ChatTemplate,
     problems: &[Problem],
     device: &Device,
+    interruption: &Interruption,
 ) -> Result<Evaluation> {
     let mut by_length: BTreeMap<(usize, usize), Vec<(usize, Encoded)>> = BTreeMap::new();
     for (index, problem) in problems.iter().enumerate() {
@@ -69,6 +71,7 @@ pub fn evaluate(
     let (mut written_tokens, mut seconds) = (0, 0.0);
     let (mut loss, mut loss_tokens) = (0.0, 0);
     for group in by_length.into_values() {
+        interruption.check()?;
         let (indices, encoded): (Vec<usize>, Vec<Encoded>) = group.into_iter().unzip();
         let prompts: Vec<Vec<u32>> = encoded.iter().map(|encoded| encoded.prompt.clone()).collect();
         let start = Instant::now();

@@ -24,6 +24,7 @@ use task::{Problem, Problems, Split};
 
 use crate::config::{self, Override, RunConfig, Task};
 use crate::files;
+use crate::interruption::Interrupted;
 use crate::report::{Curve, Page, Plot, Table};
 use crate::train::{self, Interruption, Outcome, Progress, Record, read_metrics};
 
@@ -56,12 +57,10 @@ pub struct Summary {
 pub enum DemoOutcome {
     /// Everything was done.
     Finished(Box<Summary>),
-    /// A signal ended distillation; the same command goes on.
+    /// A signal ended it; the same command goes on.
     Interrupted {
         /// What ended it.
         signal: &'static str,
-        /// Updates made.
-        step: u64,
     },
 }
 
@@ -75,6 +74,21 @@ pub fn run(
     interruption: &Interruption,
     progress: &mut Progress,
 ) -> Result<DemoOutcome> {
+    match distil_and_examine(folder, problems, interruption, progress) {
+        Ok(summary) => Ok(DemoOutcome::Finished(Box::new(summary))),
+        Err(error) => match error.downcast_ref::<Interrupted>() {
+            Some(Interrupted { signal }) => Ok(DemoOutcome::Interrupted { signal }),
+            None => Err(error),
+        },
+    }
+}
+
+fn distil_and_examine(
+    folder: &Path,
+    problems: usize,
+    interruption: &Interruption,
+    progress: &mut Progress,
+) -> Result<Summary> {
     check_folder(folder)?;
     let device = Device::cpu();
     let world = world::write(&folder.join("world"))?;
@@ -82,7 +96,7 @@ pub fn run(
     let tokenizer = Tokenizer::load(&world.teacher)?;
     let template = ChatTemplate::load(&world.teacher)?.context("the demo's teacher has a chat template")?;
     let exam: Vec<Problem> = Problems::new(Split::Unseen, EXAM_SEED).take(problems).collect();
-    let examine = |model: &Model| evaluate(model, &tokenizer, &template, &exam, &device);
+    let examine = |model: &Model| evaluate(model, &tokenizer, &template, &exam, &device, interruption);
 
     let teacher = Model::load(&world.teacher, &device, Precision::AsStored)?;
     progress.say(&format!("examining the teacher on {problems} unseen problems"));
@@ -98,7 +112,7 @@ pub fn run(
     let run_folder = folder.join("run");
     let model = match train::run(&config, &run_folder, interruption, progress)? {
         Outcome::Finished { model } => model,
-        Outcome::Interrupted { signal, step } => return Ok(DemoOutcome::Interrupted { signal, step }),
+        Outcome::Interrupted { signal, .. } => return Err(Interrupted { signal }.into()),
     };
     let distillation_seconds = start.elapsed().as_secs_f64();
     let hybrid = Model::load(&model, &device, Precision::AsStored)?;
@@ -117,7 +131,7 @@ pub fn run(
     };
     let page = report(&summary, &exam, &hybrid, &config, &run_folder)?;
     files::write_file(&summary.report, |writer| Ok(std::io::Write::write_all(writer, page.as_bytes())?))?;
-    Ok(DemoOutcome::Finished(Box::new(summary)))
+    Ok(summary)
 }
 
 impl Summary {

@@ -7,7 +7,6 @@
 
 mod checkpoint;
 mod folder;
-mod interruption;
 mod metrics;
 pub(crate) mod models;
 mod objective;
@@ -24,14 +23,15 @@ use autograd::{Gradients, Tape};
 use model::checkpoint::SaveOptions;
 use runtime::Device;
 
-pub use interruption::Interruption;
 pub use metrics::{Record, StepRecord, TimingRecord, ValidationRecord, read_metrics};
 pub use progress::Progress;
 
 use crate::config::{self, RunConfig};
 use crate::data::{self, Batch, PackOptions, PositionsThatCount, Sampler, Sequence, TokenFile};
 use crate::files;
-use checkpoint::{DataState, State};
+use crate::interruption::Interrupted;
+pub use crate::interruption::Interruption;
+use checkpoint::{Checkpoint, DataState, State};
 use folder::RunFolder;
 use metrics::Log;
 use models::Models;
@@ -45,11 +45,11 @@ pub enum Outcome {
         /// `RUN/model`.
         model: PathBuf,
     },
-    /// A signal ended it after this update; a checkpoint was saved.
+    /// A signal ended it; what was done is saved.
     Interrupted {
         /// What ended it.
         signal: &'static str,
-        /// Updates made.
+        /// Updates made; 0 when it came before the first.
         step: u64,
     },
 }
@@ -74,8 +74,31 @@ pub fn run(config: &RunConfig, folder: &Path, interruption: &Interruption, progr
             return Ok(Outcome::Finished { model: run.model() });
         }
     }
-    let mut models = Models::new(config, &device)?;
-    let data = Data::prepare(config, &models, &run, resumed.as_ref().map(|checkpoint| &checkpoint.state), progress)?;
+    let done = resumed.as_ref().map_or(0, |checkpoint| checkpoint.state.step);
+    let prepared = prepare(config, &device, run, resumed, interruption, progress);
+    let trained = prepared.and_then(|trainer| trainer.run(interruption, progress));
+    // Only what makes no update ends in this way; the others are asked after each step.
+    match trained {
+        Err(error) => match error.downcast_ref::<Interrupted>() {
+            Some(Interrupted { signal }) => Ok(Outcome::Interrupted { signal, step: done }),
+            None => Err(error),
+        },
+        outcome => outcome,
+    }
+}
+
+/// Everything up to the first update.
+fn prepare<'a>(
+    config: &'a RunConfig,
+    device: &Device,
+    run: RunFolder,
+    resumed: Option<Checkpoint>,
+    interruption: &Interruption,
+    progress: &mut Progress,
+) -> Result<Trainer<'a>> {
+    let mut models = Models::new(config, device, interruption)?;
+    let state = resumed.as_ref().map(|checkpoint| &checkpoint.state);
+    let data = Data::prepare(config, &models, &run, state, interruption, progress)?;
     files::write_file(&run.config(), |writer| {
         Ok(std::io::Write::write_all(writer, config::to_toml(config)?.as_bytes())?)
     })?;
@@ -83,7 +106,7 @@ pub fn run(config: &RunConfig, folder: &Path, interruption: &Interruption, progr
         Some(checkpoint) => {
             check_models(&models, &checkpoint.state)?;
             let options = config.training.optimizer();
-            let optimizer = checkpoint.restore(&mut models.student.parameters, options, &device)?;
+            let optimizer = checkpoint.restore(&mut models.student.parameters, options, device)?;
             progress.say(&format!(
                 "continuing after step {} from {}",
                 checkpoint.state.step,
@@ -103,10 +126,10 @@ pub fn run(config: &RunConfig, folder: &Path, interruption: &Interruption, progr
         progress.say(warning);
     }
     warn_of_long_rows(config, &models, progress);
-    let trainer = Trainer {
+    Ok(Trainer {
         config,
         run,
-        device,
+        device: device.clone(),
         objective: Objective::new(&config.loss),
         sampler: Sampler::new(config.training.seed, data.train.sequences()),
         models,
@@ -116,8 +139,7 @@ pub fn run(config: &RunConfig, folder: &Path, interruption: &Interruption, progr
         state,
         metrics,
         timing,
-    };
-    trainer.run(interruption, progress)
+    })
 }
 
 /// A row may be longer than what the model was made for, since each of its documents begins at position 0; a document
@@ -144,6 +166,7 @@ impl Data {
         models: &Models,
         run: &RunFolder,
         state: Option<&State>,
+        interruption: &Interruption,
         progress: &mut Progress,
     ) -> Result<Self> {
         let encoder = models.encoder(config)?;
@@ -151,8 +174,10 @@ impl Data {
             PackOptions { sequence_length: config.data.sequence_length, long_documents: config.data.long_documents };
         let mut prepare = |role: &str, source: &Path| -> Result<TokenFile> {
             if let Some(begun) = state.and_then(|state| state.data.get(role)) {
-                let differences =
-                    data::differences(&begun.identity, &data::wanted_identity(source, &encoder, options)?);
+                let differences = data::differences(
+                    &begun.identity,
+                    &data::wanted_identity(source, &encoder, options, interruption)?,
+                );
                 ensure!(
                     differences.is_empty(),
                     "the {role} data are not those that the run began with: {}; put them back, or start a new run folder",
@@ -162,7 +187,7 @@ impl Data {
             files::create_folder(&run.data())?;
             let cache = run.data().join(format!("{role}.tokens"));
             let will_pack = || progress.say(&format!("packing {}", source.display()));
-            let file = data::prepare(source, &cache, &encoder, options, will_pack)
+            let file = data::prepare(source, &cache, &encoder, options, interruption, will_pack)
                 .with_context(|| format!("preparing the {role} data"))?;
             if let Some(begun) = state.and_then(|state| state.data.get(role)) {
                 ensure!(file.rows_hash() == begun.rows, "the {role} data give other tokens than when the run began");
@@ -272,14 +297,16 @@ impl Trainer<'_> {
     fn run(mut self, interruption: &Interruption, progress: &mut Progress) -> Result<Outcome> {
         let steps = self.config.training.steps;
         progress.begin(self.state.step, steps);
+        interruption.check()?;
         if self.fresh {
-            self.validate(progress)?;
+            self.validate(interruption, progress)?;
         }
         while self.state.step < steps {
             self.step(progress).with_context(|| format!("step {}", self.state.step + 1))?;
             let step = self.state.step;
             if step == steps || is_due(step, self.config.evaluation.every) {
-                self.validate(progress)?;
+                // Belongs to its step, and is finished with it.
+                self.validate(&Interruption::new(), progress)?;
             }
             let interrupted = interruption.requested();
             if step == steps || interrupted.is_some() || is_due(step, self.config.checkpoint.every) {
@@ -358,7 +385,7 @@ impl Trainer<'_> {
     }
 
     /// Looks at the first rows of the validation data, if there are any.
-    fn validate(&mut self, progress: &mut Progress) -> Result<()> {
+    fn validate(&mut self, interruption: &Interruption, progress: &mut Progress) -> Result<()> {
         let Some(file) = &self.data.validation else { return Ok(()) };
         let started = Instant::now();
         let count = file.sequences().min(self.config.evaluation.sequences);
@@ -367,6 +394,7 @@ impl Trainer<'_> {
         ensure!(positions > 0, "no position of the first {count} rows of validation data counts in the loss");
         let mut loss = Loss::default();
         for rows in rows.chunks(self.config.training.micro_batch) {
+            interruption.check()?;
             let batch = Batch::new(&self.device, &read_rows(file, rows)?, self.objective.positions)?;
             let tape = Tape::inference();
             let (_, part) = self

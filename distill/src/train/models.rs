@@ -16,6 +16,7 @@ use runtime::Device;
 use crate::config::{Init, ModelSection, RunConfig, Task, Trainable};
 use crate::data::Encoder;
 use crate::files::{hash_bytes, hash_file};
+use crate::interruption::Interruption;
 use crate::memory;
 
 /// Student, teacher, and how text becomes tokens for both.
@@ -38,13 +39,13 @@ impl Models {
     ///
     /// # Errors
     /// Folders that do not load; layers that cannot be replaced; teacher and student of different vocabularies; nothing
-    /// to train.
-    pub fn new(config: &RunConfig, device: &Device) -> Result<Self> {
+    /// to train; an interruption.
+    pub fn new(config: &RunConfig, device: &Device, interruption: &Interruption) -> Result<Self> {
         let mut hashes = BTreeMap::new();
         let section = &config.model;
         let Beginning { mut student, teacher, files_from, warnings } = match config.task {
-            Task::Distill => distillation(config, device, &mut hashes)?,
-            Task::Train => training(config, device, &mut hashes)?,
+            Task::Distill => distillation(config, device, interruption, &mut hashes)?,
+            Task::Train => training(config, device, interruption, &mut hashes)?,
         };
         student.checkpoint_layers = section.recompute_layers;
         choose_trainable(&mut student, config.training.trainable)?;
@@ -135,7 +136,7 @@ pub(crate) fn tokenizer_hash(folder: &Path) -> Result<String> {
     for name in ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"] {
         let path = folder.join(name);
         if path.exists() {
-            hashes += &format!("{name} {}\n", hash_file(&path)?);
+            hashes += &format!("{name} {}\n", hash_file(&path, &Interruption::new())?);
         }
     }
     Ok(hash_bytes(hashes.as_bytes()))
@@ -149,7 +150,12 @@ struct Beginning {
     warnings: Vec<String>,
 }
 
-fn distillation(config: &RunConfig, device: &Device, hashes: &mut BTreeMap<String, String>) -> Result<Beginning> {
+fn distillation(
+    config: &RunConfig,
+    device: &Device,
+    interruption: &Interruption,
+    hashes: &mut BTreeMap<String, String>,
+) -> Result<Beginning> {
     let section = &config.model;
     let teacher_folder = given(section.teacher.as_ref(), "model.teacher")?;
     let teacher_config = ModelConfig::read(teacher_folder)?;
@@ -158,14 +164,15 @@ fn distillation(config: &RunConfig, device: &Device, hashes: &mut BTreeMap<Strin
     if let Some(student_folder) = &section.student {
         check_vocabularies(teacher_folder, student_folder)?;
     }
-    let teacher = load(teacher_folder, device, Precision::AsStored, "teacher")?;
-    hashes.insert("teacher".to_owned(), model_hash(teacher_folder)?);
+    let teacher = load(teacher_folder, device, Precision::AsStored, "teacher", interruption)?;
+    hashes.insert("teacher".to_owned(), model_hash(teacher_folder, interruption)?);
+    interruption.check()?;
     let options = GraftOptions { seed: config.training.seed, align: section.mil_align };
     let student = match &section.student {
         None => initialise::graft(&teacher, &teacher, &section.layers, &options)?,
         Some(folder) => {
-            hashes.insert("student".to_owned(), model_hash(folder)?);
-            let base = load(folder, device, Precision::F32, "student")?;
+            hashes.insert("student".to_owned(), model_hash(folder, interruption)?);
+            let base = load(folder, device, Precision::F32, "student", interruption)?;
             if section.layers.is_empty() {
                 base
             } else {
@@ -179,16 +186,21 @@ fn distillation(config: &RunConfig, device: &Device, hashes: &mut BTreeMap<Strin
     Ok(Beginning { student, teacher: Some(teacher), files_from: files_from.clone(), warnings })
 }
 
-fn training(config: &RunConfig, device: &Device, hashes: &mut BTreeMap<String, String>) -> Result<Beginning> {
+fn training(
+    config: &RunConfig,
+    device: &Device,
+    interruption: &Interruption,
+    hashes: &mut BTreeMap<String, String>,
+) -> Result<Beginning> {
     let section = &config.model;
     let folder = given(section.source.as_ref(), "model.source")?;
     let model_config = ModelConfig::read(folder)?;
     memory::check(config, &model_config, device).with_context(|| format!("the model {}", folder.display()))?;
     let student = if section.init == Init::Weights {
-        hashes.insert("source".to_owned(), model_hash(folder)?);
-        load(folder, device, Precision::F32, "source")?
+        hashes.insert("source".to_owned(), model_hash(folder, interruption)?);
+        load(folder, device, Precision::F32, "source", interruption)?
     } else {
-        hashes.insert("source".to_owned(), hash_file(&folder.join("config.json"))?);
+        hashes.insert("source".to_owned(), hash_file(&folder.join("config.json"), interruption)?);
         Model::random(model_config, config.training.seed, device)?
     };
     Ok(Beginning { student, teacher: None, files_from: folder.clone(), warnings: Vec::new() })
@@ -211,8 +223,18 @@ fn given<'a>(folder: Option<&'a PathBuf>, key: &str) -> Result<&'a PathBuf> {
     folder.with_context(|| format!("{key} is missing"))
 }
 
-fn load(folder: &Path, device: &Device, precision: Precision, role: &str) -> Result<Model> {
-    Model::load(folder, device, precision).with_context(|| format!("loading the {role}"))
+fn load(
+    folder: &Path,
+    device: &Device,
+    precision: Precision,
+    role: &str,
+    interruption: &Interruption,
+) -> Result<Model> {
+    let loaded = Model::load_while(folder, device, precision, || interruption.requested().is_none());
+    if let Err(model::Error::Stopped) = &loaded {
+        interruption.check()?;
+    }
+    loaded.with_context(|| format!("loading the {role}"))
 }
 
 /// Layers are checked before gigabytes are read.
@@ -270,7 +292,7 @@ fn share_frozen(student: &mut Model, teacher: &Model) -> Result<()> {
 }
 
 /// SHA-256 of a model's configuration and weights.
-fn model_hash(folder: &Path) -> Result<String> {
+fn model_hash(folder: &Path, interruption: &Interruption) -> Result<String> {
     let mut names: Vec<String> = fs::read_dir(folder)
         .with_context(|| format!("reading {}", folder.display()))?
         .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
@@ -279,7 +301,7 @@ fn model_hash(folder: &Path) -> Result<String> {
     names.sort();
     let hashes: Vec<String> = names
         .par_iter()
-        .map(|name| Ok(format!("{name} {}\n", hash_file(&folder.join(name))?)))
+        .map(|name| Ok(format!("{name} {}\n", hash_file(&folder.join(name), interruption)?)))
         .collect::<Result<_>>()?;
     Ok(hash_bytes(hashes.concat().as_bytes()))
 }

@@ -20,14 +20,25 @@ const HEAD: &str = "lm_head.weight";
 /// Every destination starts as NaN and must be written exactly once, with finite numbers. Tensors that no spec wants
 /// are refused, except buffers that follow from the configuration. Where the embedding is also the head, a stored
 /// `lm_head.weight` is accepted if it is the embedding bit for bit, and refused otherwise: one of the two would be lost.
+/// `goes_on` is asked before each tensor.
 ///
 /// # Errors
+/// [`Error::Stopped`] when `goes_on` says no;
 /// [`Error::MissingTensor`], [`Error::TensorShape`], [`Error::Tensor`] for values that are not finite or a type that is
 /// not a float, [`Error::UnexpectedTensors`]; out of memory.
-pub fn load(files: &WeightFiles, config: &ModelConfig, specs: &[ParameterSpec], device: &Device) -> Result<Parameters> {
+pub fn load(
+    files: &WeightFiles,
+    config: &ModelConfig,
+    specs: &[ParameterSpec],
+    device: &Device,
+    mut goes_on: impl FnMut() -> bool,
+) -> Result<Parameters> {
     let views = check(files, config, specs)?;
     let mut parameters = Parameters::default();
     for (spec, view) in specs.iter().zip(&views) {
+        if !goes_on() {
+            return Err(Error::Stopped);
+        }
         let value = match spec.dtype {
             DType::Bf16 => read::<bf16>(view, spec, device, convert::to_bf16)?,
             _ => read::<f32>(view, spec, device, convert::to_f32)?,

@@ -1,5 +1,6 @@
-//! SIGINT and SIGTERM end a run after the step in hand.
+//! SIGINT and SIGTERM end a run: while it prepares at once, and while it trains after the step in hand.
 
+use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
@@ -42,6 +43,17 @@ impl Interruption {
         self.signal.store(SIGINT as usize, Ordering::Relaxed);
     }
 
+    /// Ends what is being prepared when the run was asked to end.
+    ///
+    /// # Errors
+    /// [`Interrupted`], which whoever can end in order catches.
+    pub fn check(&self) -> Result<()> {
+        match self.requested() {
+            Some(signal) => Err(Interrupted { signal }.into()),
+            None => Ok(()),
+        }
+    }
+
     /// What asked the run to end, by name.
     pub fn requested(&self) -> Option<&'static str> {
         match self.signal.load(Ordering::Relaxed) {
@@ -51,3 +63,18 @@ impl Interruption {
         }
     }
 }
+
+/// The error of work that was left because the run was asked to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Interrupted {
+    /// What asked for it.
+    pub signal: &'static str,
+}
+
+impl fmt::Display for Interrupted {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "interrupted by {}", self.signal)
+    }
+}
+
+impl std::error::Error for Interrupted {}

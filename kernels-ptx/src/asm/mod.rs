@@ -24,6 +24,7 @@ use std::cell::RefCell;
 
 pub use memory::{Address, Global, Shared};
 pub use value::{F32, Operand, Pred, Type, U16, U32, U64, Value, Variable};
+pub use warp::LANES;
 
 use crate::{Kernel, Parameter, ParameterKind, Target, Work};
 use print::{Line, Piece};

@@ -90,7 +90,8 @@ impl KernelSource for RmsNormForward {
         let bytes = element.bytes() as u64;
         let description = Description {
             name: format!("rms_norm_forward_{element}_{weight_element}{}", suffix(vector)),
-            summary: "output = weight * input / sqrt(mean(input^2) + epsilon) over each row; one warp per row".to_owned(),
+            summary: "output = weight * input / sqrt(mean(input^2) + epsilon) over each row; one warp per row"
+                .to_owned(),
             block: [THREADS, 1, 1],
             target: Target::Sm80,
             sizes: &["rows", "width"],
@@ -147,7 +148,8 @@ impl KernelSource for RmsNormInputGradient {
         let bytes = element.bytes() as u64;
         let description = Description {
             name: format!("rms_norm_input_gradient_{element}_{weight_element}{}", suffix(vector)),
-            summary: "the input's gradient of weight * input / sqrt(mean(input^2) + epsilon); one warp per row".to_owned(),
+            summary: "the input's gradient of weight * input / sqrt(mean(input^2) + epsilon); one warp per row"
+                .to_owned(),
             block: [THREADS, 1, 1],
             target: Target::Sm80,
             sizes: &["rows", "width"],
@@ -169,8 +171,9 @@ impl KernelSource for RmsNormInputGradient {
             let step = lane_elements(vector);
             let first = (k.lane() * step).named("first");
             // The gradient of the normalised values, and the input.
-            let load = |column: Value<'_, _>| {
-                let (gradients, weights) = (load_part(gradient.at(column), vector), load_part(weight.at(column), vector));
+            let load = |column| {
+                let (gradients, weights) =
+                    (load_part(gradient.at(column), vector), load_part(weight.at(column), vector));
                 let through: Vec<_> = gradients.iter().zip(&weights).map(|(g, weight)| *g * *weight).collect();
                 (through, load_part(input.at(column), vector))
             };
@@ -208,8 +211,9 @@ impl KernelSource for RmsNormWeightGradient {
         let bytes = element.bytes() as u64;
         let description = Description {
             name: format!("rms_norm_weight_gradient_{element}{}", suffix(vector)),
-            summary: "sums[p, j] = sum of gradient * input * inverse_root over the rows of part p; a warp per row at a time"
-                .to_owned(),
+            summary:
+                "sums[p, j] = sum of gradient * input * inverse_root over the rows of part p; a warp per row at a time"
+                    .to_owned(),
             block: [THREADS, 1, 1],
             target: Target::Sm80,
             sizes: &["rows", "width"],
@@ -255,8 +259,8 @@ impl KernelSource for RmsNormWeightGradient {
             k.return_if(column.ge(width));
             k.if_(thread.lt(columns), || {
                 let place = scratch.at(thread);
-                let total = (1..WARPS)
-                    .fold(place.load(), |total, warp| total + place.plus(i64::from(warp * columns)).load());
+                let total =
+                    (1..WARPS).fold(place.load(), |total, warp| total + place.plus(i64::from(warp * columns)).load());
                 sums.from_row(part, width).at(column).store(total);
             });
         })

@@ -110,6 +110,11 @@ impl<'a> Global<'a> {
         self.from(elements)
     }
 
+    /// The same memory from the byte address in a register on, as [`Address::global_address`] gives it.
+    pub fn from_address(self, address: Value<'a, U64>) -> Self {
+        Self { base: address, ..self }
+    }
+
     /// The place of element `index`.
     pub fn at(self, index: impl Operand<'a, U32>) -> Address<'a> {
         let assembler = self.base.assembler;

@@ -20,7 +20,7 @@
 //!   elements one by one.
 //! - Source: PTX ISA, "mma.m16n8k16"; the multistage scheme is that of CUTLASS 2.
 
-use crate::asm::{Address, Assembler, Description, F32, Global, Pred, Shared, U32, Value, Variable};
+use crate::asm::{Address, Assembler, Description, F32, Global, Pred, Shared, U32, U64, Value, Variable};
 use crate::{Element, Kernel, KernelSource, Target, Work};
 
 /// Depth of a tile: 128 bytes of a row.
@@ -55,7 +55,7 @@ pub struct MatrixProduct {
 /// The part of C that a block computes.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Tile {
-    /// 128 × 128 by 8 warps of 64 × 32.
+    /// 128 × 128 by 4 warps of 64 × 64.
     Large,
     /// 64 × 64 by 4 warps of 32 × 32.
     Small,
@@ -73,7 +73,7 @@ impl Tile {
     /// Rows and columns of a warp's part.
     fn warp(self) -> (u32, u32) {
         match self {
-            Self::Large => (64, 32),
+            Self::Large => (64, 64),
             Self::Small => (32, 32),
         }
     }
@@ -91,31 +91,35 @@ struct Source<'a> {
     stored: (u32, u32),
     /// The depth is the rows (stored transposed), not the columns.
     transposed: bool,
-    memory: Global<'a>,
-    /// First row (or column, when transposed) of the block's tile.
-    first: Value<'a, U32>,
-    /// Rows (or columns, when transposed) of the whole operand.
-    extent: Value<'a, U32>,
-    /// Depth of the whole operand, and where this block's part ends.
-    depth: Value<'a, U32>,
-    depth_end: Value<'a, U32>,
     aligned: bool,
     threads: u32,
+    memory: Global<'a>,
     tile: Shared<'a>,
-    /// This thread's row and chunk in the first round of copies.
-    row: Value<'a, U32>,
-    chunk: Value<'a, U32>,
+    /// Address of this thread's first chunk of the next tile, and the bytes to that of the tile after it.
+    next: Variable<'a, U64>,
+    to_next: Value<'a, U64>,
+    /// Bytes from the chunk of one round of copies to that of the next.
+    to_round: Value<'a, U64>,
+    /// Where the first chunk goes in the first stage.
     target: Address<'a>,
+    /// This thread's position along the depth in a tile, and where this block's part of the depth ends.
+    own_depth: Value<'a, U32>,
+    depth_end: Value<'a, U32>,
+    /// This thread's position across the depth, and where the operand ends.
+    own: Value<'a, U32>,
+    extent: Value<'a, U32>,
 }
 
 /// Moves a stage's place, in bytes from the first, to the next one.
-fn advance_stage<'a>(extent: u32, stage: Variable<'a, U32>) {
+fn advance_stage(extent: u32, stage: Variable<'_, U32>) {
     let bytes = extent * DEPTH * Element::Bf16.bytes() as u32;
     let next = stage.get() + bytes;
     stage.set(next.eq(STAGES * bytes).select::<U32>(0, next));
 }
 
 impl<'a> Source<'a> {
+    /// `first` and `extent`: the tile's first row across the depth, and how many the operand has. `depth`: the operand's,
+    /// and begin and end of this block's part.
     fn new(
         k: &'a Assembler,
         threads: u32,
@@ -123,60 +127,71 @@ impl<'a> Source<'a> {
         aligned: bool,
         memory: Global<'a>,
         (first, extent): (Value<'a, U32>, Value<'a, U32>),
-        (depth, depth_end): (Value<'a, U32>, Value<'a, U32>),
+        (depth, depth_begin, depth_end): (Value<'a, U32>, Value<'a, U32>, Value<'a, U32>),
         tile: Shared<'a>,
     ) -> Self {
+        let bytes = memory.element().bytes() as u32;
         let side = tile.count() / STAGES / DEPTH;
         let stored = if transposed { (DEPTH, side) } else { (side, DEPTH) };
         let chunks = stored.1 / CHUNK;
         let (row, chunk) = (k.thread() >> chunks.ilog2(), k.thread() & (chunks - 1));
         let target = tile.at(row.mad(stored.1, (chunk ^ (row & 7)) * CHUNK));
+        let column = chunk * CHUNK;
+        let (own_depth, own) = if transposed { (row, first + column) } else { (column, first + row) };
+        let (first_row, first_column) =
+            if transposed { (depth_begin + row, own) } else { (own, depth_begin + column) };
+        let width = if transposed { extent } else { depth };
+        let next = k.variable(memory.from_row(first_row, width).at(first_column).global_address());
+        let to_next = if transposed { width.mul_wide(DEPTH * bytes) } else { k.constant(u64::from(DEPTH * bytes)) };
+        let to_round = width.mul_wide(threads / chunks * bytes);
         Self {
             k,
             stored,
             transposed,
-            memory,
-            first,
-            extent,
-            depth,
-            depth_end,
             aligned,
             threads,
+            memory,
             tile,
-            row,
-            chunk,
+            next,
+            to_next,
+            to_round,
             target,
+            own_depth,
+            depth_end,
+            own,
+            extent,
         }
     }
 
-    /// Starts copying the tile that begins at depth `at` to the stage `stage` (bytes from the first).
+    /// Starts copying the next tile, which begins at depth `at`, to the stage `stage` (bytes from the first).
     fn copy(&self, at: Value<'a, U32>, stage: Value<'a, U32>) {
         let (rows, columns) = self.stored;
         let per_round = self.threads / (columns / CHUNK);
-        let (first_row, first_column) = if self.transposed { (at, self.first) } else { (self.first, at) };
-        let (row_end, column_end) =
-            if self.transposed { (self.depth_end, self.extent) } else { (self.extent, self.depth_end) };
-        let width = if self.transposed { self.extent } else { self.depth };
-        let column = self.chunk.mad(CHUNK, first_column);
         let target = self.target.moved(stage);
+        let depth = at + self.own_depth;
+        let mut address = self.next.get();
         for round in 0..rows / per_round {
-            let row = first_row + self.row + round * per_round;
-            let target = target.plus(i64::from(round * per_round * columns));
-            let row_inside = row.lt(row_end);
-            let source = self.memory.from_row(row, width).at(column);
-            if self.aligned {
-                let inside = row_inside & column.lt(column_end);
-                self.k.copy_16_bytes(target, source, inside.select::<U32>(16, 0));
+            let (depth, own) = if self.transposed {
+                (depth + round * per_round, self.own)
             } else {
-                let values: Vec<_> = (0..CHUNK)
-                    .map(|lane| {
-                        let inside = row_inside & (column + lane).lt(column_end);
-                        source.plus(i64::from(lane)).load_if(inside, 0.0)
-                    })
-                    .collect();
+                (depth, self.own + round * per_round)
+            };
+            let inside = |lane: u32| {
+                let (depth, own) = if self.transposed { (depth, own + lane) } else { (depth + lane, own) };
+                depth.lt(self.depth_end) & own.lt(self.extent)
+            };
+            let target = target.plus(i64::from(round * per_round * columns));
+            let source = self.memory.from_address(address).first();
+            if self.aligned {
+                self.k.copy_16_bytes(target, source, inside(0).select::<U32>(16, 0));
+            } else {
+                let values: Vec<_> =
+                    (0..CHUNK).map(|lane| source.plus(i64::from(lane)).load_if(inside(lane), 0.0)).collect();
                 target.store_vector(&values);
             }
+            address = address + self.to_round;
         }
+        self.next.set(self.next.get() + self.to_next);
     }
 
     /// Per group of 16 rows of the operand, the place of this lane's row for `ldmatrix` at the tile's depths 0, 16, 32,
@@ -301,7 +316,7 @@ impl KernelSource for MatrixProduct {
             let a_tile = k.shared(Element::Bf16, STAGES * extent * DEPTH);
             let b_tile = k.shared(Element::Bf16, STAGES * extent * DEPTH);
             let source = |memory, transposed: bool, first, rows, tile| {
-                Source::new(k, threads, transposed, aligned, memory, (first, rows), (depth, depth_end), tile)
+                Source::new(k, threads, transposed, aligned, memory, (first, rows), (depth, depth_begin, depth_end), tile)
             };
             let a = source(a, a_transposed, tile_m, m, a_tile);
             let b = source(b, b_transposed, tile_n, n, b_tile);

@@ -91,6 +91,11 @@ impl Output {
         Argument::Write(&mut self.buffer, element(self.dtype))
     }
 
+    /// The same for a kernel that writes patterns of another type of as many bytes.
+    pub(crate) fn write_as(&mut self, element: kernels_ptx::Element) -> Argument<'_> {
+        Argument::Write(&mut self.buffer, element)
+    }
+
     /// Sets every byte to zero.
     ///
     /// # Errors
@@ -110,8 +115,6 @@ impl Output {
 /// # Errors
 /// [`Error::Invalid`] beyond 32 bits.
 pub(crate) fn size(operator: &'static str, what: &str, size: usize) -> Result<u32> {
-    u32::try_from(size).map_err(|_| Error::Invalid {
-        operator,
-        message: format!("{what} is {size}: kernels take sizes below 2^32"),
-    })
+    u32::try_from(size)
+        .map_err(|_| Error::Invalid { operator, message: format!("{what} is {size}: kernels take sizes below 2^32") })
 }

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
-use kernels_ptx::kernels::cast::Cast;
+use kernels_ptx::kernels::{cast::Cast, fill::Fill};
 use runtime::{Argument, Buffer, Device};
 
 use crate::{Error, Result, gpu};
@@ -115,17 +115,38 @@ impl Tensor {
     /// # Errors
     /// Out of memory.
     pub fn filled(device: &Device, shape: &[usize], dtype: DType, value: f32) -> Result<Self> {
+        if !device.is_cpu() {
+            return Self::filled_gpu(device, shape, dtype, value);
+        }
         let count: usize = shape.iter().product();
         match dtype {
-            DType::F32 if device.is_cpu() => {
+            DType::F32 => {
                 let mut buffer = device.allocate(count * 4)?;
                 buffer.as_mut_slice::<f32>()?.fill(value);
                 Ok(Self::from_buffer(shape, dtype, buffer))
             }
-            DType::F32 => Self::from_slice(device, shape, &vec![value; count]),
             DType::Bf16 => Self::from_slice(device, shape, &vec![bf16::from_f32(value); count]),
             DType::U32 => Self::from_slice(device, shape, &vec![value as u32; count]),
         }
+    }
+
+    fn filled_gpu(device: &Device, shape: &[usize], dtype: DType, value: f32) -> Result<Self> {
+        let pattern = match dtype {
+            DType::F32 => value.to_bits(),
+            DType::Bf16 if value == 0.0 => 0,
+            DType::Bf16 => return Self::filled_gpu(device, shape, DType::F32, value)?.cast(dtype),
+            DType::U32 => value as u32,
+        };
+        let mut output = gpu::Output::new(device, shape, dtype)?;
+        if pattern == 0 {
+            output.set_zero()?;
+        } else {
+            let count = shape.iter().product::<usize>() as u64;
+            // The kernel writes patterns of 32 bits, whatever they mean.
+            let arguments = [output.write_as(kernels_ptx::Element::U32), Argument::U32(pattern), Argument::U64(count)];
+            gpu::launch("filling", device, &Fill, Fill::grid(count), &[count], &arguments)?;
+        }
+        Ok(output.tensor())
     }
 
     /// Computes a CPU tensor in f32: `fill` writes every element (their contents are unspecified before); the result
@@ -322,6 +343,11 @@ impl Tensor {
     pub fn make_mut<T: Element>(&mut self) -> Result<&mut [T]> {
         self.expect_dtype(T::DTYPE)?;
         Ok(self.make_unique()?.as_mut_slice()?)
+    }
+
+    /// Whether anything else holds the memory, so that it must not be written.
+    pub(crate) fn is_shared(&self) -> bool {
+        Arc::strong_count(&self.0) > 1 || Arc::strong_count(&self.0.storage) > 1
     }
 
     /// The memory for writing, on any device. Copies first when anything else shares it.

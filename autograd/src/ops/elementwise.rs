@@ -1,8 +1,12 @@
 //! Operators that treat every element alike, and the sum.
 
+use kernels_ptx::kernels::elementwise::{Elementwise, Operation};
+use kernels_ptx::kernels::sum::{Broadcast, Sum};
 use rayon::prelude::*;
+use runtime::Argument;
 
-use crate::{Error, Result, Tape, Tensor, Var, check, cpu};
+use crate::gpu::{self, Output};
+use crate::{DType, Error, Result, Tape, Tensor, Var, check, cpu};
 
 /// Elements of a block: what one thread takes at a time, and the unit in which sums are formed.
 const BLOCK: usize = 1 << 14;
@@ -12,7 +16,7 @@ const BLOCK: usize = 1 << 14;
 /// # Errors
 /// A shape error when they differ.
 pub fn add(tape: &Tape<'_>, a: &Var, b: &Var) -> Result<Var> {
-    let output = zip("add", a, b, |a, b| a + b)?;
+    let output = zip("add", Operation::Add, a, b, |a, b| a + b)?;
     Ok(tape.record_one(&[a, b], output, |gradient, _| Ok(vec![Some(gradient.clone()), Some(gradient.clone())])))
 }
 
@@ -21,9 +25,9 @@ pub fn add(tape: &Tape<'_>, a: &Var, b: &Var) -> Result<Var> {
 /// # Errors
 /// A shape error when they differ.
 pub fn sub(tape: &Tape<'_>, a: &Var, b: &Var) -> Result<Var> {
-    let output = zip("sub", a, b, |a, b| a - b)?;
+    let output = zip("sub", Operation::Sub, a, b, |a, b| a - b)?;
     Ok(tape.record_one(&[a, b], output, |gradient, needed| {
-        let negative = if needed[1] { Some(map("sub", gradient, |g| -g)?) } else { None };
+        let negative = if needed[1] { Some(scaled("sub", gradient, -1.0)?) } else { None };
         Ok(vec![Some(gradient.clone()), negative])
     }))
 }
@@ -34,12 +38,11 @@ pub fn sub(tape: &Tape<'_>, a: &Var, b: &Var) -> Result<Var> {
 /// A shape error when they differ.
 pub fn mul(tape: &Tape<'_>, a: &Var, b: &Var) -> Result<Var> {
     const OPERATOR: &str = "mul";
-    let output = zip(OPERATOR, a, b, |a, b| a * b)?;
+    let output = product(OPERATOR, a, b)?;
     let (saved_a, saved_b) = (a.tensor().clone(), b.tensor().clone());
     Ok(tape.record_one(&[a, b], output, move |gradient, needed| {
-        let product = |other: &Tensor| zip(OPERATOR, gradient, other, |g, other| g * other);
-        let a_gradient = if needed[0] { Some(product(&saved_b)?) } else { None };
-        let b_gradient = if needed[1] { Some(product(&saved_a)?) } else { None };
+        let a_gradient = if needed[0] { Some(product(OPERATOR, gradient, &saved_b)?) } else { None };
+        let b_gradient = if needed[1] { Some(product(OPERATOR, gradient, &saved_a)?) } else { None };
         Ok(vec![a_gradient, b_gradient])
     }))
 }
@@ -49,8 +52,9 @@ pub fn mul(tape: &Tape<'_>, a: &Var, b: &Var) -> Result<Var> {
 /// # Errors
 /// Element-type errors.
 pub fn scale(tape: &Tape<'_>, x: &Var, factor: f32) -> Result<Var> {
-    let output = map("scale", x, move |x| factor * x)?;
-    Ok(tape.record_one(&[x], output, move |gradient, _| Ok(vec![Some(map("scale", gradient, move |g| factor * g)?)])))
+    const OPERATOR: &str = "scale";
+    let output = scaled(OPERATOR, x, factor)?;
+    Ok(tape.record_one(&[x], output, move |gradient, _| Ok(vec![Some(scaled(OPERATOR, gradient, factor)?)])))
 }
 
 /// `-e^x`: from a Mamba mixer's `A_log` to its A.
@@ -59,9 +63,9 @@ pub fn scale(tape: &Tape<'_>, x: &Var, factor: f32) -> Result<Var> {
 /// Element-type errors.
 pub fn negative_exp(tape: &Tape<'_>, x: &Var) -> Result<Var> {
     const OPERATOR: &str = "negative_exp";
-    let output = map(OPERATOR, x, |x| -cpu::exp(x))?;
+    let output = map(OPERATOR, Operation::NegativeExp, x, |x| -cpu::exp(x))?;
     let saved = output.clone();
-    Ok(tape.record_one(&[x], output, move |gradient, _| Ok(vec![Some(zip(OPERATOR, gradient, &saved, |g, y| g * y)?)])))
+    Ok(tape.record_one(&[x], output, move |gradient, _| Ok(vec![Some(product(OPERATOR, gradient, &saved)?)])))
 }
 
 /// `x · sigmoid(x)`.
@@ -70,14 +74,14 @@ pub fn negative_exp(tape: &Tape<'_>, x: &Var) -> Result<Var> {
 /// Element-type errors.
 pub fn silu(tape: &Tape<'_>, x: &Var) -> Result<Var> {
     const OPERATOR: &str = "silu";
-    let output = map(OPERATOR, x, |x| x * cpu::sigmoid(x))?;
+    let output = map(OPERATOR, Operation::Silu, x, |x| x * cpu::sigmoid(x))?;
     let saved = x.tensor().clone();
     Ok(tape.record_one(&[x], output, move |gradient, _| {
         let slope = |g: f32, x: f32| {
             let s = cpu::sigmoid(x);
             g * s * (1.0 + x * (1.0 - s))
         };
-        Ok(vec![Some(zip(OPERATOR, gradient, &saved, slope)?)])
+        Ok(vec![Some(zip(OPERATOR, Operation::SiluGradient, gradient, &saved, slope)?)])
     }))
 }
 
@@ -87,11 +91,11 @@ pub fn silu(tape: &Tape<'_>, x: &Var) -> Result<Var> {
 /// Element-type errors.
 pub fn softplus(tape: &Tape<'_>, x: &Var) -> Result<Var> {
     const OPERATOR: &str = "softplus";
-    let output = map(OPERATOR, x, cpu::softplus)?;
+    let output = map(OPERATOR, Operation::Softplus, x, cpu::softplus)?;
     let saved = x.tensor().clone();
     Ok(tape.record_one(&[x], output, move |gradient, _| {
         let slope = |g: f32, x: f32| if x > 20.0 { g } else { g * cpu::sigmoid(x) };
-        Ok(vec![Some(zip(OPERATOR, gradient, &saved, slope)?)])
+        Ok(vec![Some(zip(OPERATOR, Operation::SoftplusGradient, gradient, &saved, slope)?)])
     }))
 }
 
@@ -101,30 +105,70 @@ pub fn softplus(tape: &Tape<'_>, x: &Var) -> Result<Var> {
 /// Element-type errors.
 pub fn sum(tape: &Tape<'_>, x: &Var) -> Result<Var> {
     const OPERATOR: &str = "sum";
-    check::on_cpu(OPERATOR, x)?;
     check::is_float(OPERATOR, "x", x)?;
+    let output = if x.device().is_cpu() { sum_cpu(x)? } else { sum_gpu(x)? };
+    let (shape, dtype) = (x.shape().to_vec(), x.dtype());
+    Ok(tape.record_one(&[x], output, move |gradient, _| Ok(vec![Some(broadcast(gradient, &shape, dtype)?)])))
+}
+
+fn sum_cpu(x: &Tensor) -> Result<Tensor> {
     let values = x.host_f32()?;
     let blocks: Vec<f64> =
         values.par_chunks(BLOCK).map(|block| block.iter().map(|value| f64::from(*value)).sum()).collect();
-    let total = blocks.iter().sum::<f64>() as f32;
-    let output = Tensor::from_slice(x.device(), &[], &[total])?;
-    let (device, shape, dtype) = (x.device().clone(), x.shape().to_vec(), x.dtype());
-    Ok(tape.record_one(&[x], output, move |gradient, _| {
-        Ok(vec![Some(Tensor::filled(&device, &shape, dtype, gradient.item()?)?)])
-    }))
+    Tensor::from_slice(x.device(), &[], &[blocks.iter().sum::<f64>() as f32])
 }
 
-/// `sum += addend`, outside any tape.
+/// Sums segments, then their sums.
+fn sum_gpu(x: &Tensor) -> Result<Tensor> {
+    const OPERATOR: &str = "sum";
+    let count = gpu::size(OPERATOR, "the number of elements", x.count())?;
+    let sums = |x: &Tensor, count: u32, blocks: u32, segment: u32, shape: &[usize]| {
+        let kernel = Sum { element: gpu::element(x.dtype()) };
+        let mut sums = Output::new(x.device(), shape, DType::F32)?;
+        let arguments = [sums.write(), gpu::read(x), Argument::U32(count), Argument::U32(segment)];
+        gpu::launch(OPERATOR, x.device(), &kernel, Some([blocks, 1, 1]), &[count.into()], &arguments)?;
+        Ok(sums.tensor())
+    };
+    match Sum::segments(count) {
+        (1, segment) => sums(x, count, 1, segment, &[]),
+        (blocks, segment) => {
+            let parts = sums(x, count, blocks, segment, &[blocks as usize])?;
+            let (_, segment) = Sum::segments(blocks);
+            sums(&parts, blocks, 1, segment, &[])
+        }
+    }
+}
+
+/// A scalar in every place. On GPUs it is read there: the host does not wait for it.
+fn broadcast(scalar: &Tensor, shape: &[usize], dtype: DType) -> Result<Tensor> {
+    const OPERATOR: &str = "sum";
+    let device = scalar.device();
+    if device.is_cpu() {
+        return Tensor::filled(device, shape, dtype, scalar.item()?);
+    }
+    let count = gpu::size(OPERATOR, "the number of elements", shape.iter().product())?;
+    let kernel = Broadcast { element: gpu::element(dtype) };
+    let mut output = Output::new(device, shape, dtype)?;
+    let arguments = [output.write(), gpu::read(scalar), Argument::U32(count)];
+    gpu::launch(OPERATOR, device, &kernel, Broadcast::grid(count.into()), &[count.into()], &arguments)?;
+    Ok(output.tensor())
+}
+
+/// `sum += addend`, outside any tape: in `sum`'s memory where nothing else shares it.
 ///
 /// # Errors
 /// A shape error when they differ.
 pub fn add_in_place(sum: &mut Tensor, addend: &Tensor) -> Result<()> {
     const OPERATOR: &str = "add_in_place";
-    check::on_cpu(OPERATOR, sum)?;
     check::shape(OPERATOR, "addend", addend, sum.shape())?;
-    if sum.dtype() != crate::DType::F32 {
-        *sum = zip(OPERATOR, sum, addend, |a, b| a + b)?;
+    let on_cpu = sum.device().is_cpu();
+    if sum.is_shared() || (sum.dtype() == DType::Bf16 && (on_cpu || addend.dtype() == DType::F32)) {
+        *sum = zip(OPERATOR, Operation::Add, sum, addend, |a, b| a + b)?;
         return Ok(());
+    }
+    if !on_cpu {
+        let addend = addend.cast(sum.dtype())?;
+        return in_place_gpu(OPERATOR, Operation::Add, sum, gpu::read(&addend));
     }
     let addend = addend.host_f32()?;
     sum.make_mut::<f32>()?.par_chunks_mut(BLOCK).zip(addend.par_chunks(BLOCK)).for_each(|(sum, addend)| {
@@ -140,16 +184,20 @@ pub fn add_in_place(sum: &mut Tensor, addend: &Tensor) -> Result<()> {
     Ok(())
 }
 
-/// `x *= factor`, outside any tape.
+/// `x *= factor`, outside any tape: in `x`'s memory where nothing else shares it.
 ///
 /// # Errors
 /// Element-type errors.
 pub fn scale_in_place(x: &mut Tensor, factor: f32) -> Result<()> {
     const OPERATOR: &str = "scale_in_place";
-    check::on_cpu(OPERATOR, x)?;
-    if x.dtype() != crate::DType::F32 {
-        *x = map(OPERATOR, x, move |x| factor * x)?;
+    let on_cpu = x.device().is_cpu();
+    if x.is_shared() || (x.dtype() == DType::Bf16 && on_cpu) {
+        *x = scaled(OPERATOR, x, factor)?;
         return Ok(());
+    }
+    if !on_cpu {
+        check::is_float(OPERATOR, "x", x)?;
+        return in_place_gpu(OPERATOR, Operation::Scale, x, Argument::F32(factor));
     }
     x.make_mut::<f32>()?.par_chunks_mut(BLOCK).for_each(|block| {
         cpu::simd(
@@ -164,14 +212,91 @@ pub fn scale_in_place(x: &mut Tensor, factor: f32) -> Result<()> {
     Ok(())
 }
 
-/// `function` of every element.
-pub(super) fn map(
+/// `target = operation(target, operand)`, where the operand is a tensor of the target's type or a number.
+fn in_place_gpu(
     operator: &'static str,
+    operation: Operation,
+    target: &mut Tensor,
+    operand: Argument<'_>,
+) -> Result<()> {
+    let (device, dtype) = (target.device().clone(), gpu::element(target.dtype()));
+    let count = gpu::size(operator, "the number of elements", target.count())?;
+    let kernel = Elementwise { operation, element: dtype, in_place: true };
+    let arguments = [Argument::Write(target.make_unique()?, dtype), operand, Argument::U32(count)];
+    gpu::launch(operator, &device, &kernel, Elementwise::grid(count.into()), &[count.into()], &arguments)
+}
+
+/// `factor · x`.
+fn scaled(operator: &'static str, x: &Tensor, factor: f32) -> Result<Tensor> {
+    check::is_float(operator, "x", x)?;
+    if x.device().is_cpu() {
+        return map_cpu(x, move |x| factor * x);
+    }
+    apply_gpu(operator, Operation::Scale, x, Some(Argument::F32(factor)))
+}
+
+/// `a · b`.
+fn product(operator: &'static str, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    zip(operator, Operation::Mul, a, b, |a, b| a * b)
+}
+
+/// An operation on every element; on the CPU by `function`.
+fn map(
+    operator: &'static str,
+    operation: Operation,
     x: &Tensor,
     function: impl Fn(f32) -> f32 + Copy + Send + Sync,
 ) -> Result<Tensor> {
-    check::on_cpu(operator, x)?;
     check::is_float(operator, "x", x)?;
+    if x.device().is_cpu() { map_cpu(x, function) } else { apply_gpu(operator, operation, x, None) }
+}
+
+/// An operation on every pair of elements, on the CPU by `function`; the result has `a`'s element type.
+fn zip(
+    operator: &'static str,
+    operation: Operation,
+    a: &Tensor,
+    b: &Tensor,
+    function: impl Fn(f32, f32) -> f32 + Copy + Send + Sync,
+) -> Result<Tensor> {
+    check::is_float(operator, "a", a)?;
+    check::is_float(operator, "b", b)?;
+    if a.shape() != b.shape() {
+        return Err(Error::Shape {
+            operator,
+            argument: "b",
+            expected: format!("{:?} like a", a.shape()),
+            found: b.shape().to_vec(),
+        });
+    }
+    if a.device().is_cpu() {
+        return zip_cpu(a, b, function);
+    }
+    // Where the types differ, what bf16 would lose is kept until the result is rounded.
+    let common = if a.dtype() == b.dtype() { a.dtype() } else { DType::F32 };
+    let (wide_a, wide_b) = (a.cast(common)?, b.cast(common)?);
+    apply_gpu(operator, operation, &wide_a, Some(gpu::read(&wide_b)))?.cast(a.dtype())
+}
+
+/// `operation(a, operand)`, where the operand is a tensor of a's type or a number.
+fn apply_gpu(
+    operator: &'static str,
+    operation: Operation,
+    a: &Tensor,
+    operand: Option<Argument<'_>>,
+) -> Result<Tensor> {
+    let count = gpu::size(operator, "the number of elements", a.count())?;
+    let kernel = Elementwise { operation, element: gpu::element(a.dtype()), in_place: false };
+    let mut output = Output::like(a)?;
+    let mut arguments = vec![output.write(), gpu::read(a)];
+    arguments.extend(operand);
+    arguments.push(Argument::U32(count));
+    gpu::launch(operator, a.device(), &kernel, Elementwise::grid(count.into()), &[count.into()], &arguments)?;
+    Ok(output.tensor())
+}
+
+/// `function` of every element.
+fn map_cpu(x: &Tensor, function: impl Fn(f32) -> f32 + Copy + Send + Sync) -> Result<Tensor> {
     let values = x.host_f32()?;
     Tensor::compute(x.device(), x.shape(), x.dtype(), |output| {
         output.par_chunks_mut(BLOCK).zip(values.par_chunks(BLOCK)).for_each(|(output, values)| {
@@ -189,22 +314,11 @@ pub(super) fn map(
 }
 
 /// `function` of every pair of elements; the result has `a`'s element type.
-pub(super) fn zip(
-    operator: &'static str,
+pub(super) fn zip_cpu(
     a: &Tensor,
     b: &Tensor,
     function: impl Fn(f32, f32) -> f32 + Copy + Send + Sync,
 ) -> Result<Tensor> {
-    check::on_cpu(operator, a)?;
-    check::is_float(operator, "a", a)?;
-    if a.shape() != b.shape() {
-        return Err(Error::Shape {
-            operator,
-            argument: "b",
-            expected: format!("{:?} like a", a.shape()),
-            found: b.shape().to_vec(),
-        });
-    }
     let (a_values, b_values) = (a.host_f32()?, b.host_f32()?);
     Tensor::compute(a.device(), a.shape(), a.dtype(), |output| {
         output.par_chunks_mut(BLOCK).zip(a_values.par_chunks(BLOCK)).zip(b_values.par_chunks(BLOCK)).for_each(

@@ -59,7 +59,7 @@ fn backward_gpu(gradient: &Tensor, gate: &Tensor, up: &Tensor) -> Result<(Tensor
 }
 
 fn forward_cpu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    elementwise::zip(OPERATOR, gate, up, |gate, up| gate * cpu::sigmoid(gate) * up)
+    elementwise::zip_cpu(gate, up, |gate, up| gate * cpu::sigmoid(gate) * up)
 }
 
 /// With `s = sigmoid(gate)`: `d gate = g · up · s (1 + gate (1 - s))`, `d up = g · gate · s`.

@@ -22,11 +22,15 @@ kernels! {
     axpy: Axpy;
     cast: Cast;
     column_sums: ColumnSums;
+    decoding: ConvolutionState;
     elementwise: Elementwise;
+    embedding: EmbeddingForward, EmbeddingOrder, EmbeddingBackward;
     fill: Fill;
+    layout: CopyColumns, RepeatChunks, SumChunks;
     matrix_product: MatrixProduct;
     matrix_product_f32: MatrixProductF32;
     rms_norm: RmsNormForward, RmsNormInputGradient, RmsNormWeightGradient;
+    rope: Rope;
     sum: Sum, Broadcast;
     sum_parts: SumParts;
     swiglu: SwigluForward, SwigluBackward;

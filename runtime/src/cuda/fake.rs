@@ -19,12 +19,14 @@
 use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_ulonglong, c_void};
+use std::path::Path;
 use std::rc::Rc;
 use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 
 use cust::sys::{self, CUdevice_attribute as Attribute, CUjit_option as Option_};
 
-use super::driver;
+use super::{CudaDevice, driver};
+use crate::Device;
 
 /// What the calls of this module return.
 type Done = Result<(), u32>;
@@ -54,6 +56,8 @@ const EXPLAINS: &str = "cuGetErrorName";
 pub(super) struct Fake {
     ordinal: u32,
     thread: Rc<RefCell<Thread>>,
+    /// A folder for machine code.
+    cache: tempfile::TempDir,
 }
 
 #[derive(Default)]
@@ -84,11 +88,22 @@ impl Fake {
         Self::of(ordinal)
     }
 
-    /// The same GPU on another thread, with calls and faults of that thread's own.
+    /// The GPU of this number on another thread, with calls and faults of that thread's own.
     pub(super) fn of(ordinal: u32) -> Self {
         let thread = Rc::default();
         THREAD.with(|here| *here.borrow_mut() = Some(Rc::clone(&thread)));
-        Self { ordinal, thread }
+        Self { ordinal, thread, cache: tempfile::tempdir().unwrap() }
+    }
+
+    /// The device, with a cache folder of its own.
+    pub(super) fn open(&self) -> crate::Result<Device> {
+        CudaDevice::open_with(self.ordinal, || Some(self.cache.path().to_owned()))?;
+        Device::cuda(self.ordinal)
+    }
+
+    /// The folder for machine code.
+    pub(super) fn cache(&self) -> &Path {
+        self.cache.path()
     }
 
     pub(super) fn ordinal(&self) -> u32 {
@@ -142,6 +157,16 @@ impl Fake {
     /// Bytes of memory that the GPU has from now on.
     pub(super) fn set_capacity(&self, bytes: usize) {
         self.with(|gpu| gpu.capacity = bytes);
+    }
+
+    /// The name by which the GPU calls itself from now on.
+    pub(super) fn set_name(&self, name: &'static str) {
+        self.with(|gpu| gpu.name = name);
+    }
+
+    /// How many texts were compiled.
+    pub(super) fn compiled(&self) -> usize {
+        self.with(|gpu| gpu.compiled)
     }
 
     fn with<T>(&self, action: impl FnOnce(&mut Gpu) -> T) -> T {

@@ -3,22 +3,17 @@
 use std::ffi::c_void;
 use std::ptr;
 
-use cust::sys;
 use kernels_ptx::Kernel;
 
 use super::Stream;
 use super::driver::call;
+use super::module::Loaded;
 use crate::launch::{Argument, check_launch};
 use crate::{Error, Result};
 
-/// Checks a launch and queues it. `function` is the kernel, loaded on the stream's device.
-pub(super) fn launch(
-    kernel: &Kernel,
-    function: sys::CUfunction,
-    stream: &Stream,
-    grid: [u32; 3],
-    arguments: &[Argument<'_>],
-) -> Result<()> {
+/// Checks a launch and queues it. The kernel is loaded on the stream's device.
+pub(super) fn launch(loaded: &Loaded, stream: &Stream, grid: [u32; 3], arguments: &[Argument<'_>]) -> Result<()> {
+    let kernel = loaded.kernel();
     let queue = stream.queue();
     let device = queue.device();
     check_launch(kernel, grid, arguments, device.limits())?;
@@ -58,9 +53,9 @@ pub(super) fn launch(
     // SAFETY: the function is loaded; there is one pointer per parameter of the entry, each to a value of its kind, which
     // the driver copies before it returns. What the kernel does with its buffers stays on the device, where no Rust
     // reference points; the borrows in `arguments` end before anything else can be queued.
-    unsafe {
+    let launched = unsafe {
         call!(cuLaunchKernel(
-            function,
+            loaded.raw(),
             grid_x,
             grid_y,
             grid_z,
@@ -72,7 +67,10 @@ pub(super) fn launch(
             pointers.as_mut_ptr(),
             ptr::null_mut()
         ))
-    }
+    };
+    device.health().judge(device, launched, Some(&kernel.name))?;
+    device.health().launched(loaded.name(), queue.raw().addr());
+    Ok(())
 }
 
 fn elsewhere(kernel: &Kernel, parameter: &str, argument: &Argument<'_>, device: &str) -> Error {

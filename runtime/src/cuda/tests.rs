@@ -1,7 +1,15 @@
 //! The whole CUDA path against the made-up driver: what it does, and what it does when any call of it fails.
 
+use std::collections::BTreeMap;
+use std::fs;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use kernels_ptx::kernels::{axpy::Axpy, fill::Fill};
+use kernels_ptx::{Element, Kernel, KernelSource};
+
 use super::fake::{self, Fake};
-use crate::{Buffer, Device, Error, MemoryUsage, Result};
+use super::{CudaDevice, Stream};
+use crate::{Argument, Buffer, Device, Error, Function, MemoryUsage, Result};
 
 /// Bytes that differ from each other and from zero, for the most part.
 fn pattern(bytes: usize, seed: usize) -> Vec<u8> {
@@ -20,14 +28,50 @@ fn download(buffer: &Buffer) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// Writes `value` to every element, on the home stream or another.
+fn fill(function: &Function, stream: Option<&Stream>, buffer: &mut Buffer, value: u32) -> Result<()> {
+    let count = (buffer.len() / 4) as u64;
+    let arguments = [Argument::Write(buffer, Element::U32), Argument::U32(value), Argument::U64(count)];
+    match stream {
+        None => function.launch([1, 1, 1], &arguments),
+        Some(stream) => function.launch_on(stream, [1, 1, 1], &arguments),
+    }
+}
+
+/// `y += 2 x`.
+fn axpy(function: &Function, y: &mut Buffer, x: &Buffer) -> Result<()> {
+    let count = (y.len() / 4) as u64;
+    let arguments =
+        [Argument::Write(y, Element::F32), Argument::Read(x, Element::F32), Argument::F32(2.0), Argument::U64(count)];
+    function.launch([1, 1, 1], &arguments)
+}
+
+fn words(value: u32, count: usize) -> Vec<u8> {
+    value.to_ne_bytes().repeat(count)
+}
+
+fn floats(value: f32, count: usize) -> Vec<u8> {
+    value.to_ne_bytes().repeat(count)
+}
+
+/// A kernel like fill that takes the context with it when it runs.
+fn faulty() -> Kernel {
+    let mut kernel = Fill.build();
+    kernel.text = kernel.text.replace("fill_u32", "faulty_fill");
+    kernel.name = "faulty_fill".to_owned();
+    kernel
+}
+
 fn assert_same(found: &[u8], expected: &[u8]) {
     let differing = found.iter().zip(expected).position(|(found, expected)| found != expected);
     assert!(found.len() == expected.len() && differing.is_none(), "byte {differing:?} is not what it should be");
 }
 
 /// Something of everything that the runtime does with a GPU. Data are checked: what is wrong panics.
-fn everything(ordinal: u32) -> Result<()> {
-    let device = Device::cuda(ordinal)?;
+fn everything(fake: &Fake) -> Result<()> {
+    static ROUND: AtomicU64 = AtomicU64::new(0);
+    let round = ROUND.fetch_add(1, Ordering::Relaxed);
+    let device = fake.open()?;
     // Copies and fills.
     let bytes = pattern(100_000, 1);
     let mut buffer = upload(&device, &bytes)?;
@@ -41,7 +85,27 @@ fn everything(ordinal: u32) -> Result<()> {
     device.home_stream()?.wait(&end)?;
     assert!(end.elapsed_since(&start)?.as_nanos() > 0);
     side.synchronize()?;
-    drop(buffer);
+    // Modules, from the compiler and from the cache. The text is new to the device every round.
+    let mut kernel = Fill.build();
+    kernel.text.push_str(&format!("// {round}\n"));
+    let function = device.load(&kernel)?;
+    kernel.shared_bytes = 100 << 10;
+    let cached = device.load(&kernel)?;
+    // Launches, in the order of the program whatever the stream.
+    let mut sum = upload(&device, &floats(0.5, 1000))?;
+    let mut ones = device.allocate(4000)?;
+    fill(&function, Some(&side), &mut ones, 1.0_f32.to_bits())?;
+    axpy(&device.load(&Axpy.build())?, &mut sum, &ones)?;
+    fill(&cached, Some(&side), &mut ones, 7)?;
+    assert_same(&download(&sum)?, &floats(2.5, 1000));
+    assert_same(&download(&ones)?, &words(7, 1000));
+    fill(&function, Some(&side), &mut ones, 8)?;
+    drop(ones);
+    // The block of `ones`, while the side stream still writes it.
+    let mut next = device.allocate(4000)?;
+    fill(&cached, None, &mut next, 9)?;
+    assert_same(&download(&next)?, &words(9, 1000));
+    drop((buffer, sum, next));
     device.free_and_total_memory()?;
     device.trim_memory()?;
     device.synchronize()
@@ -50,16 +114,27 @@ fn everything(ordinal: u32) -> Result<()> {
 #[test]
 fn everything_works_and_nothing_is_left() {
     let fake = Fake::attach();
-    everything(fake.ordinal()).unwrap();
+    everything(&fake).unwrap();
     assert_eq!(fake.violations(), [] as [&str; 0]);
-    let device = Device::cuda(fake.ordinal()).unwrap();
+    assert_eq!(fake.compiled(), 2, "the cache was not used");
+    let device = fake.open().unwrap();
     assert_eq!(device.memory_usage().in_use, 0);
-    let after_once = fake.census();
+    println!("{:?} after {:?}", fake.census(), fake.calls());
+    let after_once = left(&fake);
     for _ in 0..3 {
-        everything(fake.ordinal()).unwrap();
-        assert_eq!(fake.census(), after_once);
+        everything(&fake).unwrap();
+        assert_eq!(left(&fake), after_once);
     }
-    println!("{after_once:?} after {:?}", fake.calls());
+}
+
+/// What is alive on the GPU, but for modules whose functions the device keeps.
+fn left(fake: &Fake) -> BTreeMap<&'static str, usize> {
+    let mut census = fake.census();
+    let kept: usize = CudaDevice::open(fake.ordinal()).unwrap().functions().values().map(Vec::len).sum();
+    if let Some(modules) = census.get_mut("modules") {
+        *modules -= kept;
+    }
+    census
 }
 
 /// Calls that give something back: where one fails, the driver keeps what it was.
@@ -68,23 +143,23 @@ fn gives_back(call: &str) -> bool {
 }
 
 /// The calls of [`everything`] on a fresh GPU, and what is left on it.
-fn calls_of_everything() -> (Vec<&'static str>, std::collections::BTreeMap<&'static str, usize>) {
+fn calls_of_everything() -> (Vec<&'static str>, BTreeMap<&'static str, usize>) {
     let fake = Fake::attach();
-    everything(fake.ordinal()).unwrap();
+    everything(&fake).unwrap();
     let calls = fake.calls();
-    (calls, fake.census())
+    (calls, left(&fake))
 }
 
 #[test]
 fn a_failure_of_any_call_is_one_clean_error_and_the_device_stays_usable() {
-    let (calls, left) = calls_of_everything();
+    let (calls, whole) = calls_of_everything();
     assert!(calls.len() > 40, "{calls:?}");
     let mut reported = 0;
     for (number, call) in calls.iter().enumerate() {
         let fake = Fake::attach();
         // The first GPU's number is not this one's: the calls are the same all the same.
         fake.fail(number, 999);
-        let result = everything(fake.ordinal());
+        let result = everything(&fake);
         assert_eq!(fake.calls()[number], *call);
         match result {
             // What is given back when something is dropped has nobody to report to, and some failures can be mended.
@@ -98,12 +173,12 @@ fn a_failure_of_any_call_is_one_clean_error_and_the_device_stays_usable() {
         }
         fake.heal();
         assert_eq!(fake.violations(), [] as [&str; 0], "{number} {call}");
-        everything(fake.ordinal()).unwrap_or_else(|error| panic!("{number} {call}: unusable: {error}"));
+        everything(&fake).unwrap_or_else(|error| panic!("{number} {call}: unusable: {error}"));
         assert_eq!(fake.violations(), [] as [&str; 0], "{number} {call}");
-        let device = Device::cuda(fake.ordinal()).unwrap();
+        let device = fake.open().unwrap();
         assert_eq!(device.memory_usage(), MemoryUsage { in_use: 0, ..device.memory_usage() }, "{number} {call}");
         if !gives_back(call) {
-            assert_eq!(fake.census(), left, "{number} {call}: something leaks");
+            assert_eq!(left(&fake), whole, "{number} {call}: something leaks");
         }
     }
     println!("{reported} of {} failures were reported", calls.len());
@@ -115,15 +190,15 @@ fn a_lost_context_is_reported_with_its_first_cause_ever_after() {
     let (calls, _) = calls_of_everything();
     let opening = {
         let fake = Fake::attach();
-        Device::cuda(fake.ordinal()).unwrap();
+        fake.open().unwrap();
         fake.calls().len()
     };
     for (number, call) in calls.iter().enumerate().skip(opening) {
         let fake = Fake::attach();
         fake.fail(number, fake::ILLEGAL_ADDRESS);
         // A failure while something is dropped shows at the next operation.
-        let device = Device::cuda(fake.ordinal()).unwrap();
-        let error = match everything(fake.ordinal()) {
+        let device = fake.open().unwrap();
+        let error = match everything(&fake) {
             Err(error) => error,
             Ok(()) => device.synchronize().unwrap_err(),
         };
@@ -149,17 +224,17 @@ fn a_lost_context_is_reported_with_its_first_cause_ever_after() {
 fn a_device_that_cannot_be_opened_leaves_nothing_and_can_be_tried_again() {
     let opening = {
         let fake = Fake::attach();
-        Device::cuda(fake.ordinal()).unwrap();
+        fake.open().unwrap();
         fake.calls()
     };
     for (number, call) in opening.iter().enumerate() {
         let fake = Fake::attach();
         fake.fail(number, 999);
-        let message = Device::cuda(fake.ordinal()).unwrap_err().to_string();
+        let message = fake.open().unwrap_err().to_string();
         assert!(message.contains(call), "{message}");
         assert_eq!(fake.census(), Default::default(), "{call}");
         fake.heal();
-        Device::cuda(fake.ordinal()).unwrap();
+        fake.open().unwrap();
     }
 }
 
@@ -167,7 +242,7 @@ fn a_device_that_cannot_be_opened_leaves_nothing_and_can_be_tried_again() {
 fn out_of_memory_is_an_error_of_its_own_and_what_is_free_is_given_up_first() {
     let fake = Fake::attach();
     fake.set_capacity(64 << 20);
-    let device = Device::cuda(fake.ordinal()).unwrap();
+    let device = fake.open().unwrap();
     drop(upload(&device, &pattern(40 << 20, 1)).unwrap());
     let held = upload(&device, &pattern(50 << 20, 2)).unwrap();
     let error = device.allocate(20 << 20).err().unwrap();
@@ -177,4 +252,104 @@ fn out_of_memory_is_an_error_of_its_own_and_what_is_free_is_given_up_first() {
     drop(held);
     assert_eq!(device.allocate(60 << 20).unwrap().len(), 60 << 20);
     assert_eq!(fake.violations(), [] as [&str; 0]);
+}
+
+#[test]
+fn a_second_start_compiles_nothing_and_another_gpu_or_a_damaged_file_compiles_again() {
+    let first = Fake::attach();
+    first.open().unwrap().load(&Fill.build()).unwrap();
+    assert_eq!(first.compiled(), 1);
+    let folder = first.cache().to_owned();
+    let file = || fs::read_dir(folder.join("kernels")).unwrap().next().unwrap().unwrap().path();
+    let start = |name| {
+        let fake = Fake::attach();
+        fake.set_name(name);
+        CudaDevice::open_with(fake.ordinal(), || Some(folder.clone())).unwrap();
+        let device = fake.open().unwrap();
+        let function = device.load(&Fill.build()).unwrap();
+        let mut buffer = device.allocate(400).unwrap();
+        fill(&function, None, &mut buffer, 5).unwrap();
+        assert_same(&download(&buffer).unwrap(), &words(5, 100));
+        assert_eq!(fake.violations(), [] as [&str; 0]);
+        fake.compiled()
+    };
+    assert_eq!(start("Made-up GPU"), 0);
+    assert_eq!(start("Another GPU"), 1);
+    assert_eq!(start("Another GPU"), 0);
+    // A file that is damaged.
+    for path in fs::read_dir(folder.join("kernels")).unwrap().map(|entry| entry.unwrap().path()) {
+        let mut bytes = fs::read(&path).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 0x10;
+        fs::write(path, bytes).unwrap();
+    }
+    assert_eq!(start("Made-up GPU"), 1);
+    assert_eq!(start("Made-up GPU"), 0);
+    // A file that is whole, but of which the driver will have nothing.
+    for path in fs::read_dir(folder.join("kernels")).unwrap().map(|entry| entry.unwrap().path()) {
+        fs::remove_file(path).unwrap();
+    }
+    let fake = Fake::attach();
+    let device = CudaDevice::open_with(fake.ordinal(), || Some(folder.clone())).unwrap();
+    device.cache().put(&Fill.build().text, b"not what this driver calls machine code\0");
+    assert_eq!(start("Made-up GPU"), 1);
+    assert!(fs::read(file()).unwrap().windows(fake::MACHINE_CODE.len()).any(|part| part == fake::MACHINE_CODE));
+    assert_eq!(start("Made-up GPU"), 0);
+    // A folder in which nothing can be written.
+    fs::remove_dir_all(folder.join("kernels")).unwrap();
+    fs::write(folder.join("kernels"), "").unwrap();
+    assert_eq!(start("Made-up GPU"), 1);
+}
+
+#[test]
+fn a_text_that_does_not_compile_is_an_error_with_the_log_and_leaves_nothing() {
+    let fake = Fake::attach();
+    let device = fake.open().unwrap();
+    device.load(&Fill.build()).unwrap();
+    let before = fake.census();
+    let broken = |change: &dyn Fn(&mut Kernel)| {
+        let mut kernel = Fill.build();
+        change(&mut kernel);
+        device.load(&kernel).err().unwrap().to_string()
+    };
+    let message = broken(&|kernel| kernel.text = kernel.text.replace("global", "globule"));
+    assert!(message.contains("cuLinkAddData_v2") && message.contains("not an instruction: globule"), "{message}");
+    let message = broken(&|kernel| kernel.name = "absent".to_owned());
+    assert!(message.contains("no entry of this name"), "{message}");
+    let message = broken(&|kernel| kernel.text.push('\0'));
+    assert!(message.contains("nul"), "{message}");
+    assert_eq!(fake.census(), before);
+    assert_eq!(fake.violations(), [] as [&str; 0]);
+}
+
+#[test]
+fn a_kernel_that_faults_is_named_when_something_waits_for_it() {
+    let fake = Fake::attach();
+    let device = fake.open().unwrap();
+    let good = device.load(&Fill.build()).unwrap();
+    let bad = device.load(&faulty()).unwrap();
+    let mut buffer = device.allocate(400).unwrap();
+    fill(&good, None, &mut buffer, 1).unwrap();
+    device.synchronize().unwrap();
+    fill(&bad, None, &mut buffer, 2).unwrap();
+    fill(&bad, None, &mut buffer, 2).unwrap();
+    let first = download(&buffer).unwrap_err().to_string();
+    assert!(first.contains("CUDA_ERROR_ILLEGAL_ADDRESS (700)"), "{first}");
+    assert!(first.ends_with("finished, the last one first: faulty_fill (2 times)"), "{first}");
+    assert_eq!(fill(&good, None, &mut buffer, 1).unwrap_err().to_string(), first);
+    assert_eq!(device.load(&Axpy.build()).err().unwrap().to_string(), first);
+    assert_eq!(device.synchronize().unwrap_err().to_string(), first);
+    assert_eq!(buffer.set_zero().unwrap_err().to_string(), first);
+    drop((buffer, good, bad));
+    assert_eq!(fake.violations(), [] as [&str; 0]);
+
+    // With CUDA_LAUNCH_BLOCKING=1 the launch itself fails.
+    let fake = Fake::attach();
+    let device = fake.open().unwrap();
+    let good = device.load(&Fill.build()).unwrap();
+    let mut buffer = device.allocate(400).unwrap();
+    fake.fail_next("cuLaunchKernel", fake::LAUNCH_FAILED);
+    let first = fill(&good, None, &mut buffer, 1).unwrap_err().to_string();
+    assert!(first.contains("launching kernel fill_u32: CUDA driver call cuLaunchKernel"), "{first}");
+    assert_eq!(device.synchronize().unwrap_err().to_string(), first);
 }

@@ -5,7 +5,7 @@
 //! the file system keeps its promises.
 
 use std::fs::{self, File};
-use std::io::{BufWriter, Read, Write};
+use std::io::{self, BufWriter, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -19,19 +19,19 @@ const PARTIAL: &str = ".partial";
 /// Writes a file: `write` fills it, then it takes its name. On an error nothing changes under that name.
 ///
 /// # Errors
-/// Those of `write`; a folder that cannot be written, a full disk.
-pub fn write_file<T>(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -> Result<T>) -> Result<T> {
+/// Those of `write`, as they are: what it reads may be at fault, not this file. A folder that cannot be written, a full
+/// disk, naming this file.
+pub fn write_file<T>(path: &Path, write: impl FnOnce(&mut Writer) -> Result<T>) -> Result<T> {
     let partial = partial_sibling(path)?;
-    let written = fill_file(&partial, write).and_then(|value| {
-        fs::rename(&partial, path).context("putting the finished file in its place")?;
-        sync_folder(parent(path))?;
+    let written = fill(&partial, path, write).and_then(|value| {
+        fs::rename(&partial, path).and_then(|()| sync_folder(parent(path))).map_err(in_writing(path))?;
         Ok(value)
     });
     if written.is_err() {
         // The first error is the one to report; a leftover is removed by the next start.
         let _ = fs::remove_file(&partial);
     }
-    written.with_context(|| format!("writing {}", path.display()))
+    written
 }
 
 /// Writes a folder: `write` fills an empty one, then it takes its name, which must be free. On an error nothing
@@ -62,13 +62,53 @@ pub fn write_folder<T>(path: &Path, write: impl FnOnce(&Path) -> Result<T>) -> R
 /// Writes a new file and flushes it to the disk: for files in a folder that [`write_folder`] is filling.
 ///
 /// # Errors
-/// Those of `write` and of the file system.
-pub fn fill_file<T>(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -> Result<T>) -> Result<T> {
-    let mut writer = BufWriter::with_capacity(1 << 20, File::create(path)?);
+/// Those of `write`, as they are, and of the file system, naming the file.
+pub fn fill_file<T>(path: &Path, write: impl FnOnce(&mut Writer) -> Result<T>) -> Result<T> {
+    fill(path, path, write)
+}
+
+fn fill<T>(place: &Path, name: &Path, write: impl FnOnce(&mut Writer) -> Result<T>) -> Result<T> {
+    let file = NamedFile { file: File::create(place).map_err(in_writing(name))?, name: name.to_owned() };
+    let mut writer = BufWriter::with_capacity(1 << 20, file);
     let value = write(&mut writer)?;
     writer.flush()?;
-    writer.get_ref().sync_all()?;
+    writer.get_ref().file.sync_all().map_err(in_writing(name))?;
     Ok(value)
+}
+
+/// What fills a file.
+pub type Writer = BufWriter<NamedFile>;
+
+/// A file being written, whose errors name it: whoever fills it also reads others.
+#[derive(Debug)]
+pub struct NamedFile {
+    file: File,
+    name: PathBuf,
+}
+
+impl Write for NamedFile {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.file.write(bytes).map_err(in_writing(&self.name))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush().map_err(in_writing(&self.name))
+    }
+}
+
+impl Seek for NamedFile {
+    fn seek(&mut self, position: SeekFrom) -> io::Result<u64> {
+        self.file.seek(position).map_err(in_writing(&self.name))
+    }
+}
+
+/// The same error, of the same kind, with the file's name.
+fn in_writing(name: &Path) -> impl FnOnce(io::Error) -> io::Error {
+    move |error| match error.kind() {
+        // Whoever writes tries again, and must see it as it is.
+        ErrorKind::Interrupted => error,
+        kind => io::Error::new(kind, format!("writing {}: {error}", name.display())),
+    }
 }
 
 /// Removes a folder so that no reader ever sees half of it: it loses its name first.
@@ -188,7 +228,7 @@ fn parent(path: &Path) -> &Path {
 }
 
 /// Makes names in a folder durable. Only Unix opens folders; elsewhere renaming has to be enough.
-fn sync_folder(folder: &Path) -> Result<()> {
+fn sync_folder(folder: &Path) -> io::Result<()> {
     if cfg!(unix) {
         File::open(folder)?.sync_all()?;
     }
@@ -208,10 +248,26 @@ mod tests {
             writer.write_all(b"half of the new")?;
             Err(std::io::Error::from(std::io::ErrorKind::StorageFull).into())
         });
-        let message = format!("{:#}", error.unwrap_err());
-        assert!(message.contains("file") && message.contains("no storage space"), "{message}");
+        assert_eq!(format!("{:#}", error.unwrap_err()), "no storage space", "what fills the file speaks for itself");
         assert_eq!(fs::read(&path).unwrap(), b"old");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn errors_of_the_file_itself_name_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let message =
+            |path: &Path| format!("{:#}", write_file(path, |writer| Ok(writer.write_all(b"x")?)).unwrap_err());
+        let nowhere = folder.path().join("no such folder").join("file");
+        assert!(message(&nowhere).starts_with(&format!("writing {}: No such file", nowhere.display())));
+        let taken = folder.path().join("taken");
+        fs::create_dir_all(taken.join("inside")).unwrap();
+        assert!(message(&taken).starts_with(&format!("writing {}: ", taken.display())), "{}", message(&taken));
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+        // Every write to it fails.
+        let full = fill_file(Path::new("/dev/full"), |writer| Ok(writer.write_all(&[0; 2 << 20])?)).unwrap_err();
+        assert!(format!("{full:#}").starts_with("writing /dev/full: No space left"), "{full:#}");
+        assert_eq!(full.downcast_ref::<io::Error>().unwrap().kind(), ErrorKind::StorageFull);
     }
 
     #[test]

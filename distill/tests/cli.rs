@@ -404,7 +404,9 @@ fn bad_input_is_refused_before_anything_is_written() {
     };
     let missing = workshop.path("missing");
     refused(&["--teacher", text(&missing)], &["missing", "config.json"]);
-    refused(&["--train", text(&missing)], &["preparing the train data", "missing", "No such file"]);
+    let source_first =
+        format!("error: preparing the train data: opening the data file {}: No such file", missing.display());
+    refused(&["--train", text(&missing)], &[&source_first]);
     refused(&["--layers", "4"], &["model.layers names layer 4, but the teacher has layers 0 to 3"]);
     refused(&["--layers", "1,1"], &["model.layers names layer 1 twice"]);
     refused(&["--layers", "x"], &["--layers x: write numbers and ranges"]);
@@ -432,6 +434,7 @@ fn bad_input_is_refused_before_anything_is_written() {
         fs::write(&data, bytes).unwrap();
         refused(&["--train", text(&data)], expected);
     };
+    with_data(b"{\"text\": 1}", &[&format!("error: preparing the train data: {} line 1: not a doc", data.display())]);
     with_data(b"", &["bad.jsonl: there is nothing to learn in it (0 documents kept"]);
     with_data(b"\n\n", &["there is nothing to learn in it"]);
     with_data(b"{\"text\": \"x\"}\n{\"text\": \"\xff\"}\n", &["bad.jsonl line 2: not UTF-8 at byte 11"]);

@@ -47,7 +47,6 @@ pub(super) fn write(path: &Path, tensors: &[(String, &Tensor)]) -> Result<String
         }
         Ok(writer.finish())
     })
-    .with_context(|| format!("writing {}", path.display()))
 }
 
 /// A file whose content is known to be whole.

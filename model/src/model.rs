@@ -87,9 +87,29 @@ impl Model {
         let specs = parameter_specs(&config, |name| match precision {
             Precision::F32 => DType::F32,
             Precision::AsStored => files.stored_dtype(name),
+            Precision::Bf16 => DType::Bf16,
         });
         let parameters = checkpoint::load(&files, &config, &specs, device, goes_on)?;
-        Self::new(config, parameters)
+        let mut model = Self::new(config, parameters)?;
+        if precision == Precision::Bf16 {
+            model.activations = DType::Bf16;
+        }
+        Ok(model)
+    }
+
+    /// The same model with matrices and activations in bf16 ([`Precision::Bf16`]).
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub fn into_bf16(mut self) -> Result<Self> {
+        for spec in parameter_specs(&self.config, |_| DType::Bf16) {
+            if let Some(id) = self.parameters.find(&spec.name) {
+                let value = self.parameters.get(id).value.cast(spec.dtype)?;
+                self.parameters.get_mut(id).value = value;
+            }
+        }
+        self.activations = DType::Bf16;
+        Ok(self)
     }
 
     /// A model with fresh weights: matrices normal with the configuration's `initializer_range` (0.02 unless given),

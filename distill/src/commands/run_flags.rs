@@ -42,6 +42,9 @@ pub(super) struct RunFlags {
     /// Sequences computed at once; changes memory, not the result [default: 1]
     #[arg(long, value_name = "N")]
     micro_batch: Option<i64>,
+    /// Element type of matrices and activations: f32 or bf16 (with f32 weights in the optimizer) [default: f32]
+    #[arg(long, value_name = "TYPE")]
+    precision: Option<String>,
     /// Learning rate after warm-up
     #[arg(long, value_name = "RATE")]
     learning_rate: Option<f64>,
@@ -85,6 +88,7 @@ pub(super) fn run(task: Task, flags: RunFlags, own: Vec<Override>) -> Result<Exi
         ("--steps", "training.steps", flags.steps.map(Value::from)),
         ("--batch-size", "training.batch_size", flags.batch_size.map(Value::from)),
         ("--micro-batch", "training.micro_batch", flags.micro_batch.map(Value::from)),
+        ("--precision", "training.precision", flags.precision.map(Value::from)),
         ("--learning-rate", "training.learning_rate", flags.learning_rate.map(Value::from)),
         ("--warmup-steps", "training.warmup_steps", flags.warmup_steps.map(Value::from)),
         ("--seed", "training.seed", flags.seed.map(Value::from)),

@@ -109,6 +109,16 @@ pub enum Trainable {
     Mixers,
 }
 
+/// In which element type models compute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PrecisionKind {
+    /// Matrices and activations in f32.
+    F32,
+    /// Matrices and activations in bf16, sums in f32; the optimizer keeps f32 weights.
+    Bf16,
+}
+
 /// How the learning rate falls after warm-up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -131,6 +141,8 @@ pub struct TrainingSection {
     pub batch_size: usize,
     /// Rows that are computed at once; less takes less memory and gives the same update.
     pub micro_batch: usize,
+    /// Element type of matrices and activations.
+    pub precision: PrecisionKind,
     /// The rate at the end of the warm-up.
     pub learning_rate: f64,
     /// The rate at the end of the decay.
@@ -239,6 +251,7 @@ impl RunConfig {
                 steps: 0,
                 batch_size: 8,
                 micro_batch: 1,
+                precision: PrecisionKind::F32,
                 learning_rate: if distill { 5e-5 } else { 1e-3 },
                 minimum_learning_rate: 0.0,
                 warmup_steps: 0,

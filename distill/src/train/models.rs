@@ -13,7 +13,7 @@ use model::{Model, Precision};
 use rayon::prelude::*;
 use runtime::Device;
 
-use crate::config::{Init, ModelSection, RunConfig, Task, Trainable};
+use crate::config::{Init, ModelSection, PrecisionKind, RunConfig, Task, Trainable};
 use crate::data::Encoder;
 use crate::files::{hash_bytes, hash_file};
 use crate::interruption::Interruption;
@@ -47,6 +47,9 @@ impl Models {
             Task::Distill => distillation(config, device, interruption, &mut hashes)?,
             Task::Train => training(config, device, interruption, &mut hashes)?,
         };
+        if config.training.precision == PrecisionKind::Bf16 {
+            student = student.into_bf16()?;
+        }
         student.checkpoint_layers = section.recompute_layers;
         choose_trainable(&mut student, config.training.trainable)?;
         if let Some(teacher) = &teacher {

@@ -10,7 +10,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use kernels_ptx::kernels::{axpy::Axpy, fill::Fill};
-use kernels_ptx::{Element, Kernel, KernelSource};
+use kernels_ptx::{Element, Kernel, KernelSource, Target};
 use runtime::cuda::{Stream, devices};
 use runtime::{Argument, Buffer, Device, DeviceKind, Error, Function};
 
@@ -220,7 +220,7 @@ fn a_text_that_does_not_assemble_is_an_error_with_the_log() {
     let message = broken(&|kernel| kernel.text = kernel.text.replace("st.global.u32", "st.globule.u32"));
     println!("{message}");
     assert!(message.contains("kernel fill_u32 cannot be loaded"), "{message}");
-    assert!(message.contains("cuModuleLoadDataEx") && message.contains("CUDA_ERROR_INVALID_PTX"), "{message}");
+    assert!(message.contains("cuLinkAddData_v2") && message.contains("CUDA_ERROR_INVALID_PTX"), "{message}");
     assert!(message.contains("globule") && message.contains("line"), "the compiler's log is missing: {message}");
     let message = broken(&|kernel| kernel.name = "empty".to_owned());
     assert!(message.contains("no entry of this name") && message.contains("CUDA_ERROR_NOT_FOUND"), "{message}");
@@ -397,36 +397,134 @@ fn any_thread_may_use_the_device() {
     });
 }
 
-/// The environment variable that tells a child process to do what loses its GPU context.
-const CHILD: &str = "GRAFTER_TEST_FAULTING_CHILD";
+/// The environment variable that tells a child process which test's part to play.
+const CHILD: &str = "GRAFTER_TEST_CUDA_CHILD";
+
+/// Whether this process is the child of this test.
+fn is_child(test: &str) -> bool {
+    std::env::var(CHILD).is_ok_and(|name| name == test)
+}
+
+/// Runs one test of this file in a process of its own, with these variables; what it prints.
+fn child(test: &str, variables: &[(&str, &str)]) -> String {
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", test, "--nocapture"])
+        .env(CHILD, test)
+        .envs(variables.iter().copied())
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    println!("{text}{}", String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success());
+    text
+}
 
 #[test]
 fn a_kernel_that_faults_is_an_error_with_advice_and_nothing_panics() {
-    if std::env::var_os(CHILD).is_some() {
+    let test = "a_kernel_that_faults_is_an_error_with_advice_and_nothing_panics";
+    if is_child(test) {
         let device: Device = std::env::var("TEST_DEVICE").unwrap().parse().unwrap();
         let function = device.load(&Fill.build()).unwrap();
         let stream = device.new_stream().unwrap();
         let mut buffer = device.allocate(4096).unwrap();
         // The argument claims 4 TiB behind a buffer of 4 KiB.
         let arguments = [Argument::Write(&mut buffer, Element::U32), Argument::U32(1), Argument::U64(1 << 40)];
-        function.launch_on(&stream, [1 << 30, 1, 1], &arguments).unwrap();
-        println!("reported: {}", device.synchronize().unwrap_err());
+        match function.launch_on(&stream, [1 << 30, 1, 1], &arguments) {
+            Ok(()) => println!("reported: {}", device.synchronize().unwrap_err()),
+            // CUDA_LAUNCH_BLOCKING.
+            Err(error) => println!("reported: {error}"),
+        }
         println!("again: {}", buffer.copy_to_host(&mut [0; 4096]).unwrap_err());
         println!("allocation: {}", device.allocate(1 << 30).err().unwrap());
+        println!("loading: {}", device.load(&Axpy.build()).err().unwrap());
         drop((buffer, stream));
         println!("dropped");
         return;
     }
     let Some(_gpu) = gpu("a faulting kernel") else { return };
     // The fault takes the whole process's context with it: a process of its own.
-    let output = std::process::Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "a_kernel_that_faults_is_an_error_with_advice_and_nothing_panics", "--nocapture"])
-        .env(CHILD, "1")
-        .output()
-        .unwrap();
-    let text = String::from_utf8_lossy(&output.stdout);
-    println!("{text}{}", String::from_utf8_lossy(&output.stderr));
-    assert!(output.status.success());
-    assert!(text.contains("reported: CUDA driver call cuCtxSynchronize failed with CUDA_ERROR_ILLEGAL_ADDRESS (700)"));
-    assert!(text.contains("start the process again") && text.contains("dropped"));
+    for (blocking, cause) in [
+        ("0", "CUDA driver call cuCtxSynchronize failed with CUDA_ERROR_ILLEGAL_ADDRESS (700)"),
+        (
+            "1",
+            "launching kernel fill_u32: CUDA driver call cuLaunchKernel failed with CUDA_ERROR_ILLEGAL_ADDRESS (700)",
+        ),
+    ] {
+        let text = child(test, &[("CUDA_LAUNCH_BLOCKING", blocking)]);
+        for line in ["reported", "again", "allocation", "loading"] {
+            assert!(text.contains(&format!("{line}: cuda:0 is lost: {cause}")), "{line}");
+        }
+        assert!(text.contains("start the process again") && text.contains("dropped"));
+        assert!(blocking == "1" || text.contains("not known to be finished, the last one first: fill_u32"));
+    }
+}
+
+#[test]
+fn a_second_start_reads_machine_code_and_a_damaged_file_is_compiled_again() {
+    let test = "a_second_start_reads_machine_code_and_a_damaged_file_is_compiled_again";
+    if is_child(test) {
+        let device: Device = std::env::var("TEST_DEVICE").unwrap().parse().unwrap();
+        let clock = Instant::now();
+        device.load(&Axpy.build()).unwrap();
+        println!("loaded in {:?}", clock.elapsed());
+        assert_usable(&device);
+        return;
+    }
+    let Some(_gpu) = gpu("the cache of machine code") else { return };
+    let folder = tempfile::tempdir().unwrap();
+    // The driver has a cache of its own, which must not answer for ours.
+    let start = |cache: &str| child(test, &[("GRAFTER_CACHE", cache), ("CUDA_CACHE_DISABLE", "1")]);
+    let files = || {
+        let entries = std::fs::read_dir(folder.path().join("kernels")).unwrap();
+        let mut files: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
+        files.sort();
+        let whole = files.iter().map(|path| (path.clone(), std::fs::read(path).unwrap()));
+        whole.collect::<Vec<(std::path::PathBuf, Vec<u8>)>>()
+    };
+    let modified = || files().iter().map(|(path, _)| path.metadata().unwrap().modified().unwrap()).collect::<Vec<_>>();
+    let name = folder.path().to_str().unwrap();
+    start(name);
+    let (before, times) = (files(), modified());
+    assert_eq!(before.len(), 2, "one file per kernel");
+    start(name);
+    assert_eq!(modified(), times, "a second start compiled again");
+    for (path, bytes) in &before {
+        let mut damaged = bytes.clone();
+        damaged[bytes.len() / 2] ^= 1;
+        std::fs::write(path, damaged).unwrap();
+    }
+    start(name);
+    let names = |files: Vec<(std::path::PathBuf, Vec<u8>)>| files.into_iter().map(|(path, _)| path).collect::<Vec<_>>();
+    for (path, bytes) in files() {
+        let header = |bytes: &[u8]| bytes.split(|&byte| byte == b'\n').take(2).map(<[u8]>::to_vec).collect::<Vec<_>>();
+        let damaged = before.iter().find(|(own, _)| *own == path).unwrap();
+        assert_eq!(header(&bytes), header(&damaged.1));
+    }
+    let repaired = modified();
+    start(name);
+    assert_eq!(modified(), repaired, "the damaged files were not replaced by whole ones");
+    assert_eq!(names(files()), names(before));
+    start("off");
+    // A file where the folder should be: a warning, no error.
+    std::fs::remove_dir_all(folder.path().join("kernels")).unwrap();
+    std::fs::write(folder.path().join("kernels"), "").unwrap();
+    start(name);
+}
+
+#[test]
+fn a_text_for_sm_90a_compiles_where_it_runs() {
+    let Some(gpu) = gpu("sm_90a") else { return };
+    let mut kernel = Fill.build();
+    let version = kernel.text.lines().find(|line| line.starts_with(".version")).unwrap().to_owned();
+    kernel.text = kernel.text.replace(&version, ".version 8.0").replace(".target sm_80", ".target sm_90a");
+    // An instruction that only sm_90a has.
+    let end = kernel.text.rfind('}').unwrap();
+    kernel.text.insert_str(end, "wgmma.fence.sync.aligned;\n    ret;\n");
+    kernel.target = Target::Sm90a;
+    match gpu.device.load(&kernel) {
+        Ok(_) => {}
+        Err(Error::Launch { reason, .. }) => println!("skipped: {reason}"),
+        Err(error) => panic!("{error}"),
+    }
+    assert_usable(&gpu.device);
 }

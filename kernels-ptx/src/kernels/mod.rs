@@ -21,6 +21,7 @@ macro_rules! kernels {
 kernels! {
     axpy: Axpy;
     cast: Cast;
+    causal_conv1d: ConvolutionForward, ConvolutionBackward, ConvolutionStep;
     column_sums: ColumnSums;
     decoding: ConvolutionState;
     elementwise: Elementwise;

@@ -1,10 +1,14 @@
 //! Operators on the caches of decoding. None is recorded: decoding has no backward.
 
+use kernels_ptx::kernels::decoding::ConvolutionState;
 use rayon::prelude::*;
+use runtime::Argument;
 use runtime::matrix::{Matrix, MatrixMut, Threads, multiply};
 
 use super::attention::softmax;
-use crate::{Error, Result, Tensor, check};
+use super::layout::{Columns, copy_columns};
+use crate::gpu::{self, Output};
+use crate::{DType, Error, Result, Tensor, check};
 
 /// A copy of `cache` (f32 `[batch, room, …]`) with room for `room` steps of time; the new steps are unspecified.
 ///
@@ -12,13 +16,19 @@ use crate::{Error, Result, Tensor, check};
 /// A shape error when `room` is less than there is; out of memory.
 pub fn with_room(cache: &Tensor, room: usize) -> Result<Tensor> {
     const OPERATOR: &str = "with_room";
-    check::on_cpu(OPERATOR, cache)?;
+    check::is_float(OPERATOR, "cache", cache)?;
     let (batch, old, width) = batch_time_width(OPERATOR, "cache", cache)?;
     if room < old {
         return Err(Error::Invalid { operator: OPERATOR, message: format!("{room} steps of room for {old} steps") });
     }
     let mut shape = cache.shape().to_vec();
     shape[1] = room;
+    if !cache.device().is_cpu() {
+        let mut target = Output::new(cache.device(), &shape, cache.dtype())?;
+        let columns = Columns { rows: batch, count: old * width, from: (0, old * width), to: (0, room * width) };
+        copy_columns(OPERATOR, target.write(), cache, &columns)?;
+        return Ok(target.tensor());
+    }
     let source = cache.host_slice::<f32>()?;
     Tensor::compute(cache.device(), &shape, cache.dtype(), |target| {
         for row in 0..batch {
@@ -37,7 +47,7 @@ pub fn with_room(cache: &Tensor, room: usize) -> Result<Tensor> {
 /// Shape errors; steps that do not fit the room.
 pub fn write_time(cache: &mut Tensor, step: &Tensor, time: usize) -> Result<()> {
     const OPERATOR: &str = "write_time";
-    check::on_cpu(OPERATOR, cache)?;
+    check::is_float(OPERATOR, "cache", cache)?;
     let (batch, room, width) = batch_time_width(OPERATOR, "cache", cache)?;
     let (step_batch, steps, step_width) = batch_time_width(OPERATOR, "step", step)?;
     if step_batch != batch || step_width != width || time + steps > room {
@@ -47,6 +57,12 @@ pub fn write_time(cache: &mut Tensor, step: &Tensor, time: usize) -> Result<()> 
             expected: format!("[{batch}, at most {} steps, …] of {width} elements each", room.saturating_sub(time)),
             found: step.shape().to_vec(),
         });
+    }
+    if !cache.device().is_cpu() {
+        let step = step.cast(cache.dtype())?;
+        let (element, count) = (gpu::element(cache.dtype()), steps * width);
+        let columns = Columns { rows: batch, count, from: (0, count), to: (time * width, room * width) };
+        return copy_columns(OPERATOR, Argument::Write(cache.make_unique()?, element), &step, &columns);
     }
     let source = step.host_slice::<f32>()?;
     let target = cache.make_mut::<f32>()?;
@@ -63,7 +79,7 @@ pub fn write_time(cache: &mut Tensor, step: &Tensor, time: usize) -> Result<()> 
 /// A shape error when there is no step.
 pub fn last_step(input: &Tensor) -> Result<Tensor> {
     const OPERATOR: &str = "last_step";
-    check::on_cpu(OPERATOR, input)?;
+    check::is_float(OPERATOR, "input", input)?;
     let (batch, time, width) = batch_time_width(OPERATOR, "input", input)?;
     if time == 0 {
         return Err(Error::Shape {
@@ -75,6 +91,12 @@ pub fn last_step(input: &Tensor) -> Result<Tensor> {
     }
     let mut shape = input.shape().to_vec();
     shape.remove(1);
+    if !input.device().is_cpu() {
+        let mut output = Output::new(input.device(), &shape, input.dtype())?;
+        let from = ((time - 1) * width, time * width);
+        copy_columns(OPERATOR, output.write(), input, &Columns { rows: batch, count: width, from, to: (0, width) })?;
+        return Ok(output.tensor());
+    }
     let source = input.host_f32()?;
     Tensor::compute(input.device(), &shape, input.dtype(), |output| {
         for row in 0..batch {
@@ -91,11 +113,23 @@ pub fn last_step(input: &Tensor) -> Result<Tensor> {
 /// Shape errors that name the argument.
 pub fn convolution_state(input: &Tensor, width: usize) -> Result<Tensor> {
     const OPERATOR: &str = "convolution_state";
-    check::on_cpu(OPERATOR, input)?;
+    check::is_float(OPERATOR, "input", input)?;
     check::rank(OPERATOR, "input", input, 3, "[batch, time, channels]")?;
     let [batch, time, channels] = [input.shape()[0], input.shape()[1], input.shape()[2]];
+    if !input.device().is_cpu() {
+        let mut state = Output::new(input.device(), &[batch, channels, width], DType::F32)?;
+        let size = |what: &str, size: usize| gpu::size(OPERATOR, what, size);
+        let count = size("the number of elements", batch * channels * width)?;
+        let [time, channels, width] = [size("time", time)?, size("channels", channels)?, size("width", width)?];
+        let sizes = [count, time, channels, width].map(Argument::U32);
+        let arguments: Vec<_> = [state.write(), gpu::read(input)].into_iter().chain(sizes).collect();
+        let kernel = ConvolutionState { element: gpu::element(input.dtype()) };
+        let grid = ConvolutionState::grid(count.into());
+        gpu::launch(OPERATOR, input.device(), &kernel, grid, &[count.into()], &arguments)?;
+        return Ok(state.tensor());
+    }
     let source = input.host_f32()?;
-    Tensor::compute(input.device(), &[batch, channels, width], crate::DType::F32, |state| {
+    Tensor::compute(input.device(), &[batch, channels, width], DType::F32, |state| {
         for (index, value) in state.iter_mut().enumerate() {
             let (column, channel, row) = (index % width, index / width % channels, index / width / channels);
             *value = match (time + column).checked_sub(width) {

@@ -3,8 +3,11 @@
 use std::collections::BTreeMap;
 
 use half::bf16;
+use kernels_ptx::kernels::embedding::{EmbeddingBackward, EmbeddingForward, EmbeddingOrder};
 use rayon::prelude::*;
+use runtime::Argument;
 
+use crate::gpu::{self, Output};
 use crate::{DType, Error, Result, Tape, Tensor, Var, check, cpu};
 
 const OPERATOR: &str = "embedding";
@@ -14,53 +17,116 @@ const OPERATOR: &str = "embedding";
 /// - `ids` u32 `[…]`, `weight` `[vocabulary, width]`, result `[…, width]` of element type `output`: the type that the
 ///   forward pass computes in, which need not be the one that weights are kept in
 ///
+/// On GPUs, where reading the ids would make the host wait, an id outside the vocabulary gives a row of NaN.
+///
 /// # Errors
-/// [`crate::Error::IndexOutOfRange`] for an id outside the vocabulary.
+/// [`crate::Error::IndexOutOfRange`] on the CPU for an id outside the vocabulary.
 pub fn embedding(tape: &Tape<'_>, ids: &Tensor, weight: &Var, output: DType) -> Result<Var> {
-    check::on_cpu(OPERATOR, weight)?;
     check::is_u32(OPERATOR, "ids", ids)?;
+    check::is_float(OPERATOR, "weight", weight)?;
     check::rank(OPERATOR, "weight", weight, 2, "[vocabulary, width]")?;
-    let vocabulary = weight.shape()[0];
-    let indices = ids.host_slice::<u32>()?;
-    if let Some(position) = indices.iter().position(|id| *id as usize >= vocabulary) {
+    let on_cpu = weight.device().is_cpu();
+    let looked_up = if on_cpu { forward_cpu(ids, weight, output)? } else { forward_gpu(ids, weight, output)? };
+    let (ids, shape) = (ids.clone(), weight.shape().to_vec());
+    Ok(tape.record_one(&[weight], looked_up, move |gradient, _| {
+        let backward = if on_cpu { backward_cpu } else { backward_gpu };
+        Ok(vec![Some(backward(gradient, &ids, &shape)?)])
+    }))
+}
+
+/// Tokens, vocabulary and width as kernels take them.
+fn sizes(ids: &Tensor, shape: &[usize]) -> Result<[u32; 3]> {
+    Ok([
+        gpu::size(OPERATOR, "the number of tokens", ids.count())?,
+        gpu::size(OPERATOR, "the vocabulary", shape[0])?,
+        gpu::size(OPERATOR, "the width", shape[1])?,
+    ])
+}
+
+fn forward_gpu(ids: &Tensor, weight: &Tensor, output: DType) -> Result<Tensor> {
+    let [tokens, vocabulary, width] = sizes(ids, weight.shape())?;
+    let kernel = EmbeddingForward::new(gpu::element(weight.dtype()), gpu::element(output), width);
+    let mut looked_up = Output::new(weight.device(), &output_shape(ids, weight), output)?;
+    let arguments = [
+        looked_up.write(),
+        gpu::read(ids),
+        gpu::read(weight),
+        Argument::U32(tokens),
+        Argument::U32(vocabulary),
+        Argument::U32(width),
+    ];
+    let sizes = [tokens.into(), width.into()];
+    gpu::launch(OPERATOR, weight.device(), &kernel, EmbeddingForward::grid(tokens), &sizes, &arguments)?;
+    Ok(looked_up.tensor())
+}
+
+/// Sorts the tokens by id, then sums each id's.
+fn backward_gpu(gradient: &Tensor, ids: &Tensor, shape: &[usize]) -> Result<Tensor> {
+    let (device, [tokens, vocabulary, width]) = (gradient.device(), sizes(ids, shape)?);
+    let [mut order, mut runs] = [Output::like(ids)?, Output::like(ids)?];
+    let arguments = [order.write(), runs.write(), gpu::read(ids), Argument::U32(tokens)];
+    let grid = EmbeddingOrder::grid(tokens);
+    gpu::launch(OPERATOR, device, &EmbeddingOrder, grid, &[tokens.into()], &arguments)?;
+    let (order, runs) = (order.tensor(), runs.tensor());
+
+    let kernel = EmbeddingBackward::new(gpu::element(gradient.dtype()), width);
+    let mut weight_gradient = Output::new(device, shape, DType::F32)?;
+    weight_gradient.set_zero()?;
+    let arguments = [
+        weight_gradient.write(),
+        gpu::read(gradient),
+        gpu::read(ids),
+        gpu::read(&order),
+        gpu::read(&runs),
+        Argument::U32(tokens),
+        Argument::U32(vocabulary),
+        Argument::U32(width),
+    ];
+    let sizes = [tokens.into(), width.into()];
+    gpu::launch(OPERATOR, device, &kernel, kernel.grid(tokens, width), &sizes, &arguments)?;
+    Ok(weight_gradient.tensor())
+}
+
+fn output_shape(ids: &Tensor, weight: &Tensor) -> Vec<usize> {
+    [ids.shape(), &weight.shape()[1..]].concat()
+}
+
+fn backward_cpu(gradient: &Tensor, ids: &Tensor, shape: &[usize]) -> Result<Tensor> {
+    let (rows, width) = (ids.host_slice::<u32>()?, shape[1]);
+    let device = gradient.device();
+    let gradient = gradient.host_f32()?;
+    Tensor::compute(device, shape, DType::F32, |weight_gradient| {
+        weight_gradient.par_chunks_mut(1 << 16).for_each(|block| block.fill(0.0));
+        // Positions of one id stay in order, so that its sum does not depend on the threads.
+        let mut positions: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+        for (position, id) in rows.iter().enumerate() {
+            positions.entry(*id as usize).or_default().push(position);
+        }
+        for (id, positions) in positions {
+            let sum = &mut weight_gradient[id * width..][..width];
+            for position in positions {
+                for (sum, value) in sum.iter_mut().zip(&gradient[position * width..][..width]) {
+                    *sum += value;
+                }
+            }
+        }
+        Ok(())
+    })
+}
+
+fn forward_cpu(ids: &Tensor, weight: &Tensor, output: DType) -> Result<Tensor> {
+    let (vocabulary, width) = (weight.shape()[0], weight.shape()[1]);
+    let output_shape = output_shape(ids, weight);
+    let ids = ids.host_slice::<u32>()?;
+    if let Some(position) = ids.iter().position(|id| *id as usize >= vocabulary) {
         return Err(Error::IndexOutOfRange {
             operator: OPERATOR,
             argument: "ids",
             position,
-            value: indices[position] as usize,
+            value: ids[position] as usize,
             limit: vocabulary,
         });
     }
-    let looked_up = forward_cpu(indices, ids.shape(), weight, output)?;
-    let (ids, shape, device) = (ids.clone(), weight.shape().to_vec(), weight.device().clone());
-    Ok(tape.record_one(&[weight], looked_up, move |gradient, _| {
-        let (rows, width) = (ids.host_slice::<u32>()?, shape[1]);
-        let gradient = gradient.host_f32()?;
-        let summed = Tensor::compute(&device, &shape, DType::F32, |weight_gradient| {
-            weight_gradient.par_chunks_mut(1 << 16).for_each(|block| block.fill(0.0));
-            // Positions of one id stay in order, so that its sum does not depend on the threads.
-            let mut positions: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
-            for (position, id) in rows.iter().enumerate() {
-                positions.entry(*id as usize).or_default().push(position);
-            }
-            for (id, positions) in positions {
-                let sum = &mut weight_gradient[id * width..][..width];
-                for position in positions {
-                    for (sum, value) in sum.iter_mut().zip(&gradient[position * width..][..width]) {
-                        *sum += value;
-                    }
-                }
-            }
-            Ok(())
-        })?;
-        Ok(vec![Some(summed)])
-    }))
-}
-
-fn forward_cpu(ids: &[u32], shape: &[usize], weight: &Tensor, output: DType) -> Result<Tensor> {
-    let width = weight.shape()[1];
-    let mut output_shape = shape.to_vec();
-    output_shape.push(width);
     let row = |id: u32| id as usize * width..(id as usize + 1) * width;
     match weight.dtype() {
         DType::Bf16 => {

@@ -1,8 +1,14 @@
 //! Root-mean-square normalisation.
 
 use half::bf16;
+use kernels_ptx::kernels::column_sums::ColumnSums;
+use kernels_ptx::kernels::rms_norm::{
+    RmsNormForward, RmsNormInputGradient, RmsNormWeightGradient, rows_grid, takes_vectors,
+};
 use rayon::prelude::*;
+use runtime::Argument;
 
+use crate::gpu::{self, Output};
 use crate::{DType, Result, Tape, Tensor, Var, check, cpu};
 
 const OPERATOR: &str = "rms_norm";
@@ -19,16 +25,109 @@ const BLOCK_ROWS: usize = 64;
 /// # Errors
 /// Shape errors that name the argument.
 pub fn rms_norm(tape: &Tape<'_>, input: &Var, weight: &Var, epsilon: f32) -> Result<Var> {
-    check::on_cpu(OPERATOR, input)?;
     check::is_float(OPERATOR, "input", input)?;
+    check::is_float(OPERATOR, "weight", weight)?;
     check::shape(OPERATOR, "weight", weight, &[input.last_dimension()])?;
-    let (output, inverse_roots) = forward_cpu(input, weight, epsilon)?;
     let (saved_input, saved_weight) = (input.tensor().clone(), weight.tensor().clone());
+    if input.device().is_cpu() {
+        let (output, inverse_roots) = forward_cpu(input, weight, epsilon)?;
+        return Ok(tape.record_one(&[input, weight], output, move |gradient, needed| {
+            let (input_gradient, weight_gradient) =
+                backward_cpu(gradient, &saved_input, &saved_weight, &inverse_roots, needed)?;
+            Ok(vec![input_gradient, weight_gradient])
+        }));
+    }
+    let (output, inverse_roots) = forward_gpu(input, weight, epsilon)?;
     Ok(tape.record_one(&[input, weight], output, move |gradient, needed| {
-        let (input_gradient, weight_gradient) =
-            backward_cpu(gradient, &saved_input, &saved_weight, &inverse_roots, needed)?;
+        let gradient = gradient.cast(saved_input.dtype())?;
+        let input_gradient = if needed[0] {
+            Some(input_gradient_gpu(&gradient, &saved_input, &saved_weight, &inverse_roots)?)
+        } else {
+            None
+        };
+        let weight_gradient =
+            if needed[1] { Some(weight_gradient_gpu(&gradient, &saved_input, &inverse_roots)?) } else { None };
         Ok(vec![input_gradient, weight_gradient])
     }))
+}
+
+/// Rows and width as kernels take them.
+fn sizes(input: &Tensor) -> Result<(u32, u32)> {
+    let rows = gpu::size(OPERATOR, "the number of rows", input.rows())?;
+    Ok((rows, gpu::size(OPERATOR, "the width", input.last_dimension())?))
+}
+
+fn forward_gpu(input: &Tensor, weight: &Tensor, epsilon: f32) -> Result<(Tensor, Tensor)> {
+    let (device, (rows, width)) = (input.device(), sizes(input)?);
+    let kernel = RmsNormForward {
+        element: gpu::element(input.dtype()),
+        weight: gpu::element(weight.dtype()),
+        vector: takes_vectors(width),
+    };
+    let (mut output, mut inverse_roots) = (Output::like(input)?, Output::new(device, &[input.rows()], DType::F32)?);
+    let arguments = [
+        output.write(),
+        inverse_roots.write(),
+        gpu::read(input),
+        gpu::read(weight),
+        Argument::F32(epsilon),
+        Argument::U32(rows),
+        Argument::U32(width),
+    ];
+    gpu::launch(OPERATOR, device, &kernel, rows_grid(rows), &[rows.into(), width.into()], &arguments)?;
+    Ok((output.tensor(), inverse_roots.tensor()))
+}
+
+fn input_gradient_gpu(gradient: &Tensor, input: &Tensor, weight: &Tensor, inverse_roots: &Tensor) -> Result<Tensor> {
+    let (device, (rows, width)) = (input.device(), sizes(input)?);
+    let kernel = RmsNormInputGradient {
+        element: gpu::element(input.dtype()),
+        weight: gpu::element(weight.dtype()),
+        vector: takes_vectors(width),
+    };
+    let mut input_gradient = Output::like(input)?;
+    let arguments = [
+        input_gradient.write(),
+        gpu::read(gradient),
+        gpu::read(input),
+        gpu::read(weight),
+        gpu::read(inverse_roots),
+        Argument::U32(rows),
+        Argument::U32(width),
+    ];
+    gpu::launch(OPERATOR, device, &kernel, rows_grid(rows), &[rows.into(), width.into()], &arguments)?;
+    Ok(input_gradient.tensor())
+}
+
+/// Sums over parts of the rows, then over the parts.
+fn weight_gradient_gpu(gradient: &Tensor, input: &Tensor, inverse_roots: &Tensor) -> Result<Tensor> {
+    let (device, (rows, width)) = (input.device(), sizes(input)?);
+    let kernel = RmsNormWeightGradient { element: gpu::element(input.dtype()), vector: takes_vectors(width) };
+    let (parts, part_rows) = RmsNormWeightGradient::parts(rows);
+    let mut sums = Output::new(device, &[parts as usize, width as usize], DType::F32)?;
+    let arguments = [
+        sums.write(),
+        gpu::read(gradient),
+        gpu::read(input),
+        gpu::read(inverse_roots),
+        Argument::U32(rows),
+        Argument::U32(width),
+        Argument::U32(part_rows),
+    ];
+    let grid = kernel.grid(width, parts);
+    gpu::launch(OPERATOR, device, &kernel, grid, &[rows.into(), width.into()], &arguments)?;
+    let sums = sums.tensor();
+    let mut total = Output::new(device, &[width as usize], DType::F32)?;
+    let arguments = [
+        total.write(),
+        gpu::read(&sums),
+        Argument::U32(parts),
+        Argument::U32(width),
+        Argument::U32(parts.next_multiple_of(4)),
+    ];
+    let kernel = ColumnSums { element: kernels_ptx::Element::F32 };
+    gpu::launch(OPERATOR, device, &kernel, ColumnSums::grid(width, 1), &[parts.into(), width.into()], &arguments)?;
+    Ok(total.tensor())
 }
 
 /// The result, and `1 / sqrt(mean(x²) + epsilon)` of every row.

@@ -1,7 +1,13 @@
 //! Rotary position embedding (Su et al. 2021), in the rotate-half ("NeoX") form, with its scalings.
 
-use rayon::prelude::*;
+use std::collections::HashMap;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
+use kernels_ptx::kernels::rope::Rope;
+use rayon::prelude::*;
+use runtime::{Argument, Device, DeviceKind};
+
+use crate::gpu::{self, Output};
 use crate::{Error, Result, Tape, Tensor, Var, check};
 
 const OPERATOR: &str = "rope";
@@ -133,7 +139,6 @@ impl RotaryTable {
 /// # Errors
 /// Shape errors that name the argument; a table of another head size.
 pub fn rope(tape: &Tape<'_>, input: &Var, positions: &Tensor, table: &RotaryTable) -> Result<Var> {
-    check::on_cpu(OPERATOR, input)?;
     check::is_float(OPERATOR, "input", input)?;
     check::rank(OPERATOR, "input", input, 4, "[batch, time, heads, head size]")?;
     check::is_u32(OPERATOR, "positions", positions)?;
@@ -146,11 +151,58 @@ pub fn rope(tape: &Tape<'_>, input: &Var, positions: &Tensor, table: &RotaryTabl
             found: input.shape().to_vec(),
         });
     }
+    if !input.device().is_cpu() {
+        let (positions, table) = (positions.clone(), table.clone());
+        let output = rotate_gpu(input, &positions, &table, 1.0)?;
+        return Ok(tape.record_one(&[input], output, move |gradient, _| {
+            Ok(vec![Some(rotate_gpu(gradient, &positions, &table, -1.0)?)])
+        }));
+    }
     let (cosine, sine) = table.cosine_sine(positions.host_slice()?);
     let output = rotate_cpu(input, &cosine, &sine, 1.0)?;
     // A rotation's transpose is the rotation back.
     Ok(tape
         .record_one(&[input], output, move |gradient, _| Ok(vec![Some(rotate_cpu(gradient, &cosine, &sine, -1.0)?)])))
+}
+
+fn rotate_gpu(input: &Tensor, positions: &Tensor, table: &RotaryTable, direction: f32) -> Result<Tensor> {
+    let (device, [batch, time, heads, size]) = (input.device(), [0, 1, 2, 3].map(|axis| input.shape()[axis]));
+    let tokens = gpu::size(OPERATOR, "the number of tokens", batch * time)?;
+    let heads = gpu::size(OPERATOR, "the number of heads", heads)?;
+    let half = gpu::size(OPERATOR, "half the head size", size / 2)?;
+    let frequencies = frequencies_on(device, table)?;
+    let kernel = Rope::new(gpu::element(input.dtype()), half);
+    let mut output = Output::like(input)?;
+    let arguments = [
+        output.write(),
+        gpu::read(input),
+        gpu::read(positions),
+        gpu::read(&frequencies),
+        Argument::F32(table.attention_factor),
+        Argument::F32(direction * table.attention_factor),
+        Argument::U32(tokens),
+        Argument::U32(heads),
+        Argument::U32(half),
+    ];
+    let sizes = [tokens.into(), heads.into(), 2 * u64::from(half)];
+    gpu::launch(OPERATOR, device, &kernel, kernel.grid(tokens, heads, half), &sizes, &arguments)?;
+    Ok(output.tensor())
+}
+
+/// The table's frequencies on the device. They are copied there once: a model has one or two geometries, and a copy at
+/// every call would make the host wait.
+fn frequencies_on(device: &Device, table: &RotaryTable) -> Result<Tensor> {
+    type Copies = HashMap<(DeviceKind, Vec<u32>), Tensor>;
+    static COPIES: OnceLock<Mutex<Copies>> = OnceLock::new();
+    let mut copies = COPIES.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
+    let bits = table.inverse_frequencies.iter().map(|frequency| frequency.to_bits()).collect();
+    let key = (device.kind(), bits);
+    if let Some(copy) = copies.get(&key) {
+        return Ok(copy.clone());
+    }
+    let copy = Tensor::from_slice(device, &[table.inverse_frequencies.len()], &table.inverse_frequencies)?;
+    copies.insert(key, copy.clone());
+    Ok(copy)
 }
 
 fn rotate_cpu(input: &Tensor, cosine: &[f32], sine: &[f32], direction: f32) -> Result<Tensor> {

@@ -55,7 +55,7 @@ pub struct EmbeddingBackward {
 impl EmbeddingForward {
     /// The kernel for rows of this width.
     pub fn new(weight: Element, output: Element, width: u32) -> Self {
-        Self { weight, output, vector: width % VECTOR == 0 }
+        Self { weight, output, vector: width.is_multiple_of(VECTOR) }
     }
 
     /// Blocks for so many tokens.
@@ -74,7 +74,7 @@ impl EmbeddingOrder {
 impl EmbeddingBackward {
     /// The kernel for rows of this width.
     pub fn new(gradient: Element, width: u32) -> Self {
-        Self { gradient, vector: width % VECTOR == 0 }
+        Self { gradient, vector: width.is_multiple_of(VECTOR) }
     }
 
     /// Blocks for so many tokens and columns; `None` when one launch cannot cover them.

@@ -59,7 +59,7 @@ pub fn chunks_grid(vector: bool, count: u32) -> Option<[u32; 3]> {
 
 /// Whether sizes and starts are such that the `vector` kernels may be used.
 pub fn takes_vectors(sizes: &[u32]) -> bool {
-    sizes.iter().all(|size| size % VECTOR == 0)
+    sizes.iter().all(|size| size.is_multiple_of(VECTOR))
 }
 
 fn grid(threads: u64) -> Option<[u32; 3]> {

@@ -66,7 +66,7 @@ pub fn rows_grid(rows: u32) -> Option<[u32; 3]> {
 
 /// Whether rows of this width take the `vector` kernels.
 pub fn takes_vectors(width: u32) -> bool {
-    width % VECTOR == 0
+    width.is_multiple_of(VECTOR)
 }
 
 impl RmsNormWeightGradient {

@@ -34,7 +34,7 @@ pub struct Rope {
 impl Rope {
     /// The kernel for heads of so many pairs.
     pub fn new(element: Element, half: u32) -> Self {
-        Self { element, vector: half % VECTOR == 0 }
+        Self { element, vector: half.is_multiple_of(VECTOR) }
     }
 
     /// Blocks for so many tokens; `None` when one launch cannot cover them.

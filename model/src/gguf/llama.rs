@@ -36,17 +36,24 @@ impl LlamaGguf {
         if file.integer("llama.expert_count")?.unwrap_or(0) > 0 {
             return Err(file.fail("llama.expert_count", "mixtures of experts are not supported"));
         }
-        let size = |key: &str| -> Result<u32> { file.required(key, file.integer(key)?.filter(|size| *size > 0)) };
+        let positive = |key: &str| -> Result<Option<u32>> {
+            match file.integer(key)? {
+                Some(0) => {
+                    Err(file.fail(key, "is 0: expected 1 or more; the file is damaged, or of another kind of model"))
+                }
+                size => Ok(size),
+            }
+        };
+        let size = |key: &str| -> Result<u32> { file.required(key, positive(key)?) };
         let heads = size("llama.attention.head_count")?;
-        let key_value_heads =
-            file.integer("llama.attention.head_count_kv")?.filter(|heads| *heads > 0).unwrap_or(heads);
+        let key_value_heads = positive("llama.attention.head_count_kv")?.unwrap_or(heads);
         let hidden = size("llama.embedding_length")?;
-        let head_size = file.integer("llama.attention.key_length")?.unwrap_or(hidden / heads);
+        let head_size = positive("llama.attention.key_length")?.unwrap_or(hidden / heads);
         if file.integer("llama.rope.dimension_count")?.is_some_and(|rotated| rotated != head_size) {
             let problem = format!("expected the head size {head_size}: rotating a part of the head is not supported");
             return Err(file.fail("llama.rope.dimension_count", problem));
         }
-        let vocabulary = match file.integer("llama.vocab_size")? {
+        let vocabulary = match positive("llama.vocab_size")? {
             Some(size) => size,
             None => file
                 .required(

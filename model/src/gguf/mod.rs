@@ -165,7 +165,7 @@ impl GgufFile {
     fn numbers(&self, key: &str) -> Result<Option<Vec<f64>>> {
         self.optional(key, "a list of numbers", |value| {
             let number = |value: &MetadataValue| match value {
-                MetadataValue::Float(value) => Some(*value),
+                MetadataValue::Float(value) if !value.is_nan() => Some(*value),
                 _ => None,
             };
             value.as_list()?.iter().map(number).collect()

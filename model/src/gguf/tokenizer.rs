@@ -1,6 +1,6 @@
 //! A GGUF file's vocabulary as the files that Hugging Face tokenizers read.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use serde_json::{Map, Value, json};
 
@@ -170,20 +170,51 @@ fn sentence_piece_parts(file: &GgufFile, tokens: &[&str]) -> Result<Parts> {
 
 /// Every way to put a token together from two others, the highest scores first.
 fn merges_by_score(tokens: &[&str], types: &[i128], scores: &[f64]) -> Value {
-    let known: HashSet<&str> =
-        tokens.iter().zip(types).filter(|(_, kind)| **kind == NORMAL).map(|(token, _)| *token).collect();
-    let mut merges: Vec<(f64, &str, &str)> = Vec::new();
-    for (token, score) in tokens.iter().zip(scores).filter(|(token, _)| known.contains(**token)) {
-        for (middle, _) in token.char_indices().skip(1) {
+    let known = || tokens.iter().zip(types).zip(scores).filter(|((_, kind), _)| **kind == NORMAL);
+    let (mut beginnings, mut endings) = (Trie::default(), Trie::default());
+    for ((token, _), _) in known() {
+        beginnings.insert(token.bytes());
+        endings.insert(token.bytes().rev());
+    }
+    let mut merges: Vec<(f64, usize, &str, &str)> = Vec::new();
+    for ((token, _), score) in known() {
+        let rest: HashSet<usize> = endings.lengths(token.bytes().rev()).map(|length| token.len() - length).collect();
+        for middle in beginnings.lengths(token.bytes()).filter(|middle| rest.contains(middle)) {
             let (left, right) = token.split_at(middle);
-            if known.contains(left) && known.contains(right) {
-                merges.push((*score, left, right));
-            }
+            merges.push((*score, left.chars().count(), left, right));
         }
     }
-    let letters = |text: &str| text.chars().count();
-    merges.sort_by(|a, b| b.0.total_cmp(&a.0).then_with(|| letters(b.1).cmp(&letters(a.1))));
-    merges.into_iter().map(|(_, left, right)| json!([left, right])).collect()
+    merges.sort_by(|a, b| b.0.total_cmp(&a.0).then_with(|| b.1.cmp(&a.1)));
+    merges.into_iter().map(|(_, _, left, right)| json!([left, right])).collect()
+}
+
+/// Words by their letters: finds all words that a text begins with in one pass over it.
+#[derive(Default)]
+struct Trie {
+    /// From a node and a byte to the next node; node 0 is the root.
+    edges: HashMap<(usize, u8), usize>,
+    /// Nodes where a word ends.
+    ends: HashSet<usize>,
+}
+
+impl Trie {
+    fn insert(&mut self, word: impl Iterator<Item = u8>) {
+        let mut node = 0;
+        for byte in word {
+            let next = self.edges.len() + 1;
+            node = *self.edges.entry((node, byte)).or_insert(next);
+        }
+        self.ends.insert(node);
+    }
+
+    /// The lengths of the words that `text` begins with, in bytes, shortest first; the empty one is none.
+    fn lengths(&self, text: impl Iterator<Item = u8>) -> impl Iterator<Item = usize> {
+        let nodes = text.scan(0, |node, byte| {
+            *node = *self.edges.get(&(*node, byte))?;
+            Some(*node)
+        });
+        nodes.enumerate().filter(|(_, node)| self.ends.contains(node)).map(|(index, _)| index + 1)
+    }
 }
 
 fn sequence(parts: [Value; 2]) -> Value {
@@ -321,4 +352,44 @@ fn generation_config(file: &GgufFile) -> Result<Value> {
         }
     }
     Ok(Value::Object(config))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn merges_are_all_splits_into_known_tokens() {
+        let tokens = ["a", "é", "b", "aé", "éb", "aéb", "ab", "aéba", "ba", "<s>", "", "bb"];
+        let types: Vec<i128> = tokens.iter().map(|token| if *token == "<s>" { CONTROL } else { NORMAL }).collect();
+        let scores: Vec<f64> = (0..tokens.len()).map(|id| -((id / 2) as f64)).collect();
+        // Of equal scores (éb and aéb; ab and aéba) the longer left part is first.
+        let expected = json!([
+            ["a", "é"],
+            ["aé", "b"],
+            ["é", "b"],
+            ["a", "éb"],
+            ["aéb", "a"],
+            ["aé", "ba"],
+            ["a", "b"],
+            ["b", "a"],
+            ["b", "b"],
+        ]);
+        let mut plain: Vec<(usize, Value)> = Vec::new();
+        for (id, token) in tokens.iter().enumerate() {
+            for (middle, _) in token.char_indices().skip(1) {
+                let (left, right) = token.split_at(middle);
+                if tokens.contains(&left) && tokens.contains(&right) {
+                    plain.push((id, json!([left, right])));
+                }
+            }
+        }
+        let merges = merges_by_score(&tokens, &types, &scores);
+        assert_eq!(merges.as_array().unwrap().len(), plain.len());
+        assert!(plain.iter().all(|(_, pair)| merges.as_array().unwrap().contains(pair)));
+        assert_eq!(merges, expected);
+        // A damaged file may hold a token of any length: trying every split in full would take minutes.
+        let long = "ab".repeat(500_000);
+        assert_eq!(merges_by_score(&["a", "b", &long], &[NORMAL; 3], &[0.0; 3]), json!([]));
+    }
 }

@@ -335,6 +335,9 @@ fn a_sentence_piece_vocabulary_merges_by_score() {
     for text in ["ab abc", "é a", " a"] {
         assert_eq!(tokenizer.decode(&tokenizer.encode(text, true).unwrap(), true).unwrap(), text);
     }
+    gguf.set("tokenizer.ggml.scores", Value::Floats(vec![f32::NAN; 263]));
+    let message = import(&write(scratch.path(), &gguf), &scratch.path().join("none"), |_| {}).unwrap_err().to_string();
+    assert!(message.contains("tokenizer.ggml.scores: expected a list of numbers"), "{message}");
     gguf.set("tokenizer.ggml.scores", Value::Floats(vec![0.0; 7]));
     let message = import(&write(scratch.path(), &gguf), &scratch.path().join("other"), |_| {}).unwrap_err().to_string();
     assert!(message.contains("tokenizer.ggml.scores: 7 values for 263 tokens"), "{message}");
@@ -370,9 +373,29 @@ fn every_kind_of_damage_is_refused_and_nothing_is_written() {
         (Box::new(|gguf| gguf.remove("general.architecture")), "general.architecture: this key is missing"),
         (Box::new(|gguf| gguf.remove("llama.context_length")), "llama.context_length: this key is missing"),
         (Box::new(|gguf| gguf.set("llama.block_count", Value::Bool(true))), "llama.block_count: expected an integer"),
+        (Box::new(|gguf| gguf.remove("llama.attention.head_count")), "llama.attention.head_count: this key is missing"),
         (
             Box::new(|gguf| gguf.set("llama.attention.head_count", Value::U32(0))),
-            "llama.attention.head_count: this key",
+            "llama.attention.head_count: is 0: expected 1 or more",
+        ),
+        (
+            Box::new(|gguf| gguf.set("llama.attention.head_count_kv", Value::U32(0))),
+            "llama.attention.head_count_kv: is 0: expected 1 or more",
+        ),
+        (Box::new(|gguf| gguf.set("llama.context_length", Value::U32(0))), "llama.context_length: is 0"),
+        (Box::new(|gguf| gguf.set("llama.attention.key_length", Value::U32(0))), "llama.attention.key_length: is 0"),
+        (Box::new(|gguf| gguf.set("llama.vocab_size", Value::U32(0))), "llama.vocab_size: is 0"),
+        (
+            Box::new(|gguf| gguf.set("llama.rope.freq_base", Value::F32(f32::NAN))),
+            "llama.rope.freq_base: expected a finite number",
+        ),
+        (
+            Box::new(|gguf| gguf.set("llama.rope.freq_base", Value::F32(f32::INFINITY))),
+            "llama.rope.freq_base: expected a finite number",
+        ),
+        (
+            Box::new(|gguf| gguf.set("llama.attention.layer_norm_rms_epsilon", Value::F32(f32::NEG_INFINITY))),
+            "llama.attention.layer_norm_rms_epsilon: expected a finite number",
         ),
         (Box::new(|gguf| gguf.set("llama.expert_count", Value::U32(8))), "mixtures of experts are not supported"),
         (

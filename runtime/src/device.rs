@@ -81,6 +81,22 @@ impl Device {
         }
     }
 
+    /// A buffer with a copy of `bytes`, which are free again when this returns. On a GPU the copy is only queued, on a
+    /// stream of its own: it overlaps with work that is queued already, and whatever uses the buffer comes after it.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`]; driver errors on a GPU.
+    pub fn upload(&self, bytes: &[u8]) -> Result<Buffer> {
+        match &self.inner {
+            Inner::Cuda(device) => Ok(Buffer::cuda(self.clone(), device.upload(bytes)?)),
+            _ => {
+                let mut buffer = self.allocate(bytes.len())?;
+                buffer.copy_from_host(bytes)?;
+                Ok(buffer)
+            }
+        }
+    }
+
     /// What this process holds of the device's memory.
     pub fn memory_usage(&self) -> MemoryUsage {
         match &self.inner {

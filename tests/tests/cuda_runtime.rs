@@ -512,6 +512,76 @@ fn a_second_start_reads_machine_code_and_a_damaged_file_is_compiled_again() {
 }
 
 #[test]
+fn uploads_overlap_with_work_and_arrive_in_order() {
+    let Some(gpu) = gpu("uploads") else { return };
+    let function = gpu.device.load(&Fill.build()).unwrap();
+    // Sizes around the chunks and the ring of the staging memory.
+    for size in [0, 1, 4 << 20, (4 << 20) + 1, (16 << 20) - 1, (50 << 20) + 3] {
+        let bytes: Vec<u8> = (0..size).map(|index| (index * 31 % 251) as u8).collect();
+        let uploaded = gpu.device.upload(&bytes).unwrap();
+        assert!(download::<u8>(&uploaded) == bytes, "{size} bytes");
+    }
+    // Batches that change every step, uploaded a step ahead of their use.
+    let add = gpu.device.load(&Axpy.build()).unwrap();
+    let count = 1 << 20;
+    let mut sum = upload(&gpu.device, &vec![0.0_f32; count]);
+    let batch = |step: usize| gpu.device.upload(bytemuck::cast_slice(&vec![step as f32; count])).unwrap();
+    let mut next = batch(1);
+    let mut usage = Vec::new();
+    for step in 1..=100 {
+        let this = std::mem::replace(&mut next, batch(step + 1));
+        let arguments = [
+            Argument::Write(&mut sum, Element::F32),
+            Argument::Read(&this, Element::F32),
+            Argument::F32(1.0),
+            Argument::U64(count as u64),
+        ];
+        add.launch(Axpy::grid(count as u64).unwrap(), &arguments).unwrap();
+        usage.push(gpu.device.memory_usage().reserved);
+    }
+    assert_eq!(usage[10], usage[99], "uploads take ever more memory");
+    assert_eq!(download::<f32>(&sum), vec![5050.0; count]);
+    drop(next);
+
+    let mut target = gpu.device.allocate(1 << 30).unwrap();
+    let source = vec![1_u8; 64 << 20];
+    drop(gpu.device.upload(&source).unwrap());
+    gpu.device.synchronize().unwrap();
+    let mut measure = |launches: u32, uploads: u32| {
+        let clock = Instant::now();
+        (0..launches).for_each(|value| fill(&function, &mut target, value));
+        for _ in 0..uploads {
+            let uploaded = gpu.device.upload(&source).unwrap();
+            drop(uploaded);
+        }
+        gpu.device.synchronize().unwrap();
+        clock.elapsed()
+    };
+    measure(10, 1);
+    let (work, copies, both) = (measure(100, 0), measure(0, 1), measure(100, 1));
+    println!("100 fills of 1 GiB: {work:?}; an upload of 64 MiB: {copies:?}; both: {both:?}");
+    assert!(both < work + copies * 3 / 4, "no overlap: {work:?} and {copies:?} apart, {both:?} together");
+}
+
+#[test]
+fn copies_run_at_the_speed_of_the_bus() {
+    let Some(gpu) = gpu("the speed of copies") else { return };
+    let mut bytes = vec![1_u8; 1 << 30];
+    let mut buffer = upload(&gpu.device, &bytes);
+    gpu.device.synchronize().unwrap();
+    let clock = Instant::now();
+    buffer.copy_from_host(&bytes).unwrap();
+    gpu.device.synchronize().unwrap();
+    let to_device = clock.elapsed().as_secs_f64();
+    let clock = Instant::now();
+    buffer.copy_to_host(&mut bytes).unwrap();
+    let to_host = clock.elapsed().as_secs_f64();
+    println!("1 GiB: {:.1} GB/s to the device, {:.1} GB/s to the host", 1.073 / to_device, 1.073 / to_host);
+    // One core copies memory at some 5 GB/s at the least; PCIe moves 12 to 60.
+    assert!(to_device < 0.5 && to_host < 0.5);
+}
+
+#[test]
 fn a_text_for_sm_90a_compiles_where_it_runs() {
     let Some(gpu) = gpu("sm_90a") else { return };
     let mut kernel = Fill.build();

@@ -14,6 +14,8 @@ use super::driver::{self, OUT_OF_MEMORY, call};
 use super::health::Health;
 use super::module::LoadedFunctions;
 use super::pool::{Pool, Source};
+use super::staging::Ring;
+use super::uploads::Uploads;
 use super::{Block, Handle, Stream, information};
 use crate::{Error, Limits, MemoryUsage, Result};
 
@@ -28,6 +30,11 @@ pub(crate) struct CudaDevice {
     home: Handle<sys::CUstream_st>,
     home_stream: OnceLock<Stream>,
     pool: Mutex<Pool>,
+    /// Page-locked memory for copies on the home stream, for copies to the host, and for uploads.
+    to_device: Mutex<Ring>,
+    to_host: Mutex<Ring>,
+    ahead: Mutex<Ring>,
+    uploads: Mutex<Uploads>,
     functions: Mutex<LoadedFunctions>,
     cache: Cache,
 }
@@ -83,6 +90,10 @@ impl CudaDevice {
             home: Handle(home),
             home_stream: OnceLock::new(),
             pool: Mutex::default(),
+            to_device: Mutex::default(),
+            to_host: Mutex::default(),
+            ahead: Mutex::default(),
+            uploads: Mutex::default(),
             functions: Mutex::new(HashMap::new()),
             cache: Cache::new(cache, compiler),
         })
@@ -154,12 +165,57 @@ impl CudaDevice {
     /// # Errors
     /// [`Error::OutOfMemory`], or a driver error.
     pub(crate) fn allocate(&'static self, bytes: usize) -> Result<Block> {
+        Ok(Block::of_pool(self, self.take(bytes)?, bytes))
+    }
+
+    /// A copy of `source` in memory of its own. It is queued on a stream beside the home stream, so that it overlaps with
+    /// work that is queued already; whatever uses the memory comes after it. Returns when `source` is free again.
+    ///
+    /// # Errors
+    /// As [`CudaDevice::allocate`].
+    pub(crate) fn upload(&'static self, source: &[u8]) -> Result<Block> {
         self.activate()?;
-        let taken = lock(&self.pool).take(bytes, &mut DriverMemory { device: self })?;
-        match taken {
-            Some(address) => Ok(Block::new(self, address, bytes)),
-            None => Err(self.out_of_memory(bytes)),
+        let stream = self.uploads().stream(self)?;
+        let queue = stream.queue();
+        let kept = self.uploads().take(source.len(), &stream)?;
+        let block = match kept {
+            Some(address) => Block::of_upload(self, address, source.len(), queue),
+            None => {
+                let block = Block::of_upload(self, self.take(source.len())?, source.len(), queue);
+                // The pool's blocks are in order on the home stream alone.
+                queue.after(self.home().queue())?;
+                block
+            }
+        };
+        lock(&self.ahead).upload(source, block.address(), queue)?;
+        block.uploaded(queue.mark()?);
+        Ok(block)
+    }
+
+    /// The upload stream and its memory.
+    pub(super) fn uploads(&self) -> MutexGuard<'_, Uploads> {
+        lock(&self.uploads)
+    }
+
+    /// Page-locked memory for copies to the device on the home stream.
+    pub(super) fn to_device(&self) -> &Mutex<Ring> {
+        &self.to_device
+    }
+
+    /// Page-locked memory for copies to the host.
+    pub(super) fn to_host(&self) -> &Mutex<Ring> {
+        &self.to_host
+    }
+
+    /// The address of a block of the pool.
+    fn take(&'static self, bytes: usize) -> Result<u64> {
+        self.activate()?;
+        let take = || lock(&self.pool).take(bytes, &mut DriverMemory { device: self });
+        let mut taken = take()?;
+        if taken.is_none() && self.give_up_uploads() {
+            taken = take()?;
         }
+        taken.ok_or_else(|| self.out_of_memory(bytes))
     }
 
     /// Takes memory back. All work that uses it is on the home stream or was waited for there.
@@ -167,8 +223,25 @@ impl CudaDevice {
         lock(&self.pool).put_back(address);
     }
 
+    /// Takes memory of an upload back, under the same condition, for the next upload.
+    pub(super) fn put_back_uploaded(&'static self, address: u64, bytes: usize) {
+        let counted = lock(&self.pool).bytes_of(address);
+        let given_up = self.uploads().keep(self, address, bytes, counted);
+        given_up.into_iter().for_each(|address| self.put_back(address));
+    }
+
+    /// Gives memory that is kept for uploads back to the pool; whether there was any.
+    fn give_up_uploads(&self) -> bool {
+        let given_up = self.uploads().give_up();
+        let any = !given_up.is_empty();
+        given_up.into_iter().for_each(|address| self.put_back(address));
+        any
+    }
+
     pub(crate) fn memory_usage(&self) -> MemoryUsage {
-        lock(&self.pool).usage()
+        let kept = self.uploads().bytes();
+        let usage = lock(&self.pool).usage();
+        MemoryUsage { in_use: usage.in_use.saturating_sub(kept), ..usage }
     }
 
     pub(crate) fn reset_peak_memory(&self) {
@@ -178,6 +251,10 @@ impl CudaDevice {
     /// Gives unused memory back to the driver, after all queued work is done.
     pub(crate) fn trim_memory(&'static self) -> Result<()> {
         self.activate()?;
+        for ring in [&self.to_device, &self.to_host, &self.ahead] {
+            lock(ring).settle()?;
+        }
+        self.give_up_uploads();
         lock(&self.pool).trim(&mut DriverMemory { device: self })
     }
 

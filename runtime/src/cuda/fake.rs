@@ -164,6 +164,16 @@ impl Fake {
         self.with(|gpu| gpu.name = name);
     }
 
+    /// How many copies went from or to memory that is not page-locked.
+    pub(super) fn pageable_copies(&self) -> usize {
+        self.with(|gpu| gpu.pageable)
+    }
+
+    /// How many kernels ran.
+    pub(super) fn kernels_run(&self) -> usize {
+        self.with(|gpu| gpu.kernels_run)
+    }
+
     /// How many texts were compiled.
     pub(super) fn compiled(&self) -> usize {
         self.with(|gpu| gpu.compiled)
@@ -211,6 +221,9 @@ struct Gpu {
     executables: BTreeMap<u64, Vec<Work>>,
     violations: Vec<String>,
     compiled: usize,
+    /// Copies from or to memory that is not page-locked.
+    pageable: usize,
+    kernels_run: usize,
     handles: u64,
     /// Microseconds: every piece of work takes one.
     clock: u64,
@@ -244,6 +257,7 @@ enum Work {
     Upload { from: u64, to: u64, bytes: usize },
     Store { data: Vec<u8>, to: u64 },
     Download { from: u64, to: u64, bytes: usize },
+    Copy { from: u64, to: u64, bytes: usize },
     Set { to: u64, byte: u8, bytes: usize },
     Kernel { name: String, values: Vec<u64> },
     Record { event: u64, number: usize },
@@ -270,6 +284,8 @@ impl Gpu {
             executables: BTreeMap::new(),
             violations: Vec::new(),
             compiled: 0,
+            pageable: 0,
+            kernels_run: 0,
             handles: 0,
             clock: 0,
         }
@@ -357,6 +373,10 @@ impl Gpu {
                         None => self.violations.push(format!("a copy to {bytes} bytes of host memory that are freed")),
                     }
                 }
+                Work::Copy { from, to, bytes } => {
+                    let data = self.read(from, bytes, "a copy on the device");
+                    self.write(to, &data, "a copy on the device");
+                }
                 Work::Set { to, byte, bytes } => self.write(to, &vec![byte; bytes], "a fill"),
                 Work::Kernel { name, values } => self.kernel(&name, &values),
                 Work::Record { event, number } => {
@@ -380,6 +400,7 @@ impl Gpu {
     }
 
     fn kernel(&mut self, name: &str, values: &[u64]) {
+        self.kernels_run += 1;
         match (name, values) {
             ("fill_u32", &[y, value, count]) => {
                 let data: Vec<u8> = (0..count).flat_map(|_| (value as u32).to_ne_bytes()).collect();
@@ -671,6 +692,7 @@ driver_functions! {
         if inside(&gpu.pinned, from as u64, bytes).is_some() {
             return gpu.queue(stream as u64, Work::Upload { from: from as u64, to, bytes }, name);
         }
+        gpu.pageable += 1;
         // SAFETY: the caller's memory has `bytes` bytes.
         let data = unsafe { std::slice::from_raw_parts(from.cast::<u8>(), bytes) }.to_vec();
         gpu.queue(stream as u64, Work::Store { data, to }, name)
@@ -682,11 +704,17 @@ driver_functions! {
         if inside(&gpu.pinned, to as u64, bytes).is_some() {
             return gpu.queue(stream as u64, Work::Download { from, to: to as u64, bytes }, name);
         }
+        gpu.pageable += 1;
         gpu.wait_for_stream(stream as u64, name)?;
         let data = gpu.read(from, bytes, "a copy from the device");
         // SAFETY: the caller's memory has `bytes` bytes.
         unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), to.cast(), bytes) };
         Ok(())
+    }
+
+    fn cuMemcpyDtoDAsync_v2(call, to: u64, from: u64, bytes: usize, stream: sys::CUstream) {
+        let name = call.name;
+        call.current()?.queue(stream as u64, Work::Copy { from, to, bytes }, name)
     }
 
     fn cuMemsetD8Async(call, to: u64, byte: u8, bytes: usize, stream: sys::CUstream) {

@@ -5,46 +5,134 @@ use std::sync::{Arc, Mutex};
 use super::CudaDevice;
 use super::device::lock;
 use super::driver::call;
-use super::stream::Queue;
+use super::stream::{Event, Queue};
 use crate::Result;
 
-/// A block of the device's pool. It returns there when dropped.
+/// A block of a GPU's memory. It returns to where it came from when dropped.
 pub(crate) struct Block {
-    device: &'static CudaDevice,
-    address: u64,
-    bytes: usize,
-    /// Streams other than the home stream with queued work that uses the block.
-    users: Mutex<Vec<Arc<Queue>>>,
+    memory: Arc<Memory>,
 }
 
 impl Block {
-    pub(super) fn new(device: &'static CudaDevice, address: u64, bytes: usize) -> Self {
-        Self { device, address, bytes, users: Mutex::default() }
+    /// A block of the device's pool.
+    pub(super) fn of_pool(device: &'static CudaDevice, address: u64, bytes: usize) -> Self {
+        Self::new(device, address, bytes, Origin::Pool)
+    }
+
+    /// A block that the upload stream, `queue`, is about to write.
+    pub(super) fn of_upload(device: &'static CudaDevice, address: u64, bytes: usize, queue: &Arc<Queue>) -> Self {
+        let block = Self::new(device, address, bytes, Origin::Uploads);
+        lock(&block.memory.users).push(User { queue: Arc::clone(queue), until: None });
+        block
+    }
+
+    fn new(device: &'static CudaDevice, address: u64, bytes: usize, origin: Origin) -> Self {
+        Self { memory: Arc::new(Memory { device, address, bytes, origin, users: Mutex::default() }) }
     }
 
     pub(crate) fn bytes(&self) -> usize {
-        self.bytes
+        self.memory.bytes
     }
 
     pub(crate) fn device(&self) -> &'static CudaDevice {
-        self.device
+        self.memory.device
     }
 
     /// The address on the device, aligned to 512 bytes.
     pub(super) fn address(&self) -> u64 {
-        self.address
+        self.memory.address
     }
 
     /// Orders work that is about to be queued on `queue` behind all work that used the block on other streams.
     pub(super) fn use_on(&self, queue: &Arc<Queue>) -> Result<()> {
+        self.memory.use_on(queue)
+    }
+
+    /// Says that the upload is the work before this event, and nothing else of its stream.
+    pub(super) fn uploaded(&self, event: Event) {
+        if let Some(user) = lock(&self.memory.users).last_mut() {
+            user.until = Some(event);
+        }
+    }
+
+    /// Copies `source`, as long as the block, to the device, in the order of the home stream. Returns when `source` is free
+    /// again.
+    pub(crate) fn copy_from_host(&mut self, source: &[u8]) -> Result<()> {
+        debug_assert_eq!(source.len(), self.bytes());
+        self.memory.use_at_home()?;
+        lock(self.device().to_device()).upload(source, self.address(), self.device().home().queue())
+    }
+
+    /// Copies the block to `target`, which is as long. Waits for the work that writes the block.
+    pub(crate) fn copy_to_host(&self, target: &mut [u8]) -> Result<()> {
+        debug_assert_eq!(target.len(), self.bytes());
+        self.memory.use_at_home()?;
+        lock(self.device().to_host()).download(self.address(), target, self.device().home().queue())
+    }
+
+    /// Overwrites the block with another one, as long and on the same device, in the order of the home stream.
+    pub(crate) fn copy_from(&mut self, source: &Self) -> Result<()> {
+        self.memory.use_at_home()?;
+        source.memory.use_at_home()?;
+        if self.bytes() == 0 {
+            return Ok(());
+        }
+        let stream = self.device().home().queue().raw();
+        // SAFETY: both blocks have `bytes` bytes (the caller compared them) and live until the home stream is done with
+        // them: they return to the pool, whose next owner queues behind this.
+        unsafe { call!(on self.device(), cuMemcpyDtoDAsync_v2(self.address(), source.address(), self.bytes(), stream)) }
+    }
+
+    /// Sets every byte to zero, in the order of the home stream.
+    pub(crate) fn set_zero(&mut self) -> Result<()> {
+        self.memory.use_at_home()?;
+        if self.bytes() == 0 {
+            return Ok(());
+        }
+        let stream = self.device().home().queue().raw();
+        // SAFETY: the block has `bytes` bytes.
+        unsafe { call!(on self.device(), cuMemsetD8Async(self.address(), 0, self.bytes(), stream)) }
+    }
+}
+
+/// Where memory comes from.
+enum Origin {
+    Pool,
+    Uploads,
+}
+
+/// What a block holds.
+struct Memory {
+    device: &'static CudaDevice,
+    address: u64,
+    bytes: usize,
+    origin: Origin,
+    /// Streams other than the home stream with queued work that uses the memory.
+    users: Mutex<Vec<User>>,
+}
+
+struct User {
+    queue: Arc<Queue>,
+    /// The last of its work that uses the memory; without it, whatever is queued.
+    until: Option<Event>,
+}
+
+impl Memory {
+    fn use_on(&self, queue: &Arc<Queue>) -> Result<()> {
         let mut users = lock(&self.users);
-        for user in users.iter().filter(|user| !user.is(queue)) {
-            queue.after(user)?;
+        for user in users.iter().filter(|user| !user.queue.is(queue)) {
+            match &user.until {
+                Some(event) => queue.wait(event)?,
+                None => queue.after(&user.queue)?,
+            }
         }
         if queue.is_home() {
             users.clear();
-        } else if !users.iter().any(|user| user.is(queue)) {
-            users.push(Arc::clone(queue));
+            return Ok(());
+        }
+        match users.iter_mut().find(|user| user.queue.is(queue)) {
+            Some(user) => user.until = None,
+            None => users.push(User { queue: Arc::clone(queue), until: None }),
         }
         Ok(())
     }
@@ -58,80 +146,26 @@ impl Block {
         self.use_on(self.device.home().queue())
     }
 
-    /// Copies `source`, as long as the block, to the device. Returns when `source` is free again.
-    pub(crate) fn copy_from_host(&mut self, source: &[u8]) -> Result<()> {
-        debug_assert_eq!(source.len(), self.bytes);
-        self.use_at_home()?;
-        if source.is_empty() {
-            return Ok(());
-        }
-        let stream = self.device.home().queue().raw();
-        // SAFETY: both sides have `source.len()` bytes (the caller checked), and `source` is borrowed until the copy is done,
-        // which the next call waits for.
-        unsafe {
-            call!(on self.device, cuMemcpyHtoDAsync_v2(self.address, source.as_ptr().cast(), source.len(), stream))
-        }?;
-        self.device.home().synchronize()
-    }
-
-    /// Copies the block to `target`, which is as long. Waits for the work that writes the block.
-    pub(crate) fn copy_to_host(&self, target: &mut [u8]) -> Result<()> {
-        debug_assert_eq!(target.len(), self.bytes);
-        self.use_at_home()?;
-        if target.is_empty() {
-            return Ok(());
-        }
-        let stream = self.device.home().queue().raw();
-        // SAFETY: both sides have `target.len()` bytes (the caller checked), and `target` is borrowed until the copy is done,
-        // which the next call waits for.
-        let queued = unsafe {
-            call!(on self.device, cuMemcpyDtoHAsync_v2(target.as_mut_ptr().cast(), self.address, target.len(), stream))
-        };
-        let done = self.device.home().synchronize();
-        queued.and(done)
-    }
-
-    /// Overwrites the block with another one, as long and on the same device, in the order of the home stream.
-    pub(crate) fn copy_from(&mut self, source: &Self) -> Result<()> {
-        self.use_at_home()?;
-        source.use_at_home()?;
-        if self.bytes == 0 {
-            return Ok(());
-        }
-        let stream = self.device.home().queue().raw();
-        // SAFETY: both blocks have `bytes` bytes (the caller compared them) and live until the home stream is done with
-        // them: they return to the pool, whose next owner queues behind this.
-        unsafe { call!(on self.device, cuMemcpyDtoDAsync_v2(self.address, source.address, self.bytes, stream)) }
-    }
-
-    /// Sets every byte to zero, in the order of the home stream.
-    pub(crate) fn set_zero(&mut self) -> Result<()> {
-        self.use_at_home()?;
-        if self.bytes == 0 {
-            return Ok(());
-        }
-        // SAFETY: the block has `bytes` bytes.
-        unsafe { call!(on self.device, cuMemsetD8Async(self.address, 0, self.bytes, self.device.home().queue().raw())) }
-    }
-}
-
-impl Block {
-    /// Makes sure that the home stream's later work comes after all work that uses the block.
+    /// Makes sure that the home stream's later work comes after all work that uses the memory.
     fn settle(&self) -> Result<()> {
         if lock(&self.users).is_empty() || self.use_at_home().is_ok() {
             return Ok(());
         }
         // The streams cannot be put in order: then the host waits for them.
-        lock(&self.users).iter().try_for_each(|user| user.synchronize())
+        lock(&self.users).iter().try_for_each(|user| user.queue.synchronize())
     }
 }
 
-impl Drop for Block {
+impl Drop for Memory {
     fn drop(&mut self) {
         // The next owner's work may start once the work of every stream is ordered before the home stream's. Of a lost
-        // context no work runs any more. Where neither is certain, nobody gets the block again.
-        if self.settle().is_ok() || self.device.health().is_lost() {
-            self.device.put_back(self.address);
+        // context no work runs any more. Where neither is certain, nobody gets the memory again.
+        if self.settle().is_err() && !self.device.health().is_lost() {
+            return;
+        }
+        match self.origin {
+            Origin::Pool => self.device.put_back(self.address),
+            Origin::Uploads => self.device.put_back_uploaded(self.address, self.bytes),
         }
     }
 }

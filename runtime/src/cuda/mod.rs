@@ -20,10 +20,12 @@ mod launch;
 mod memory;
 mod module;
 mod pool;
+mod staging;
 mod stream;
 mod symbols;
 #[cfg(test)]
 mod tests;
+mod uploads;
 
 pub use information::{CudaDeviceInformation, devices};
 pub use stream::{Event, Stream};

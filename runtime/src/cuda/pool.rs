@@ -123,6 +123,11 @@ impl Pool {
         self.remember_free(start, block);
     }
 
+    /// Bytes of a block as [`Pool::usage`] counts them.
+    pub(super) fn bytes_of(&self, address: u64) -> usize {
+        self.blocks.get(&address).map_or(0, |block| block.bytes)
+    }
+
     /// Gives every segment that no block uses back to the source.
     ///
     /// # Errors

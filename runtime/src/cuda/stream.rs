@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use cust::sys::{self, CUevent_flags};
 
-use super::driver::call;
+use super::driver::{NOT_READY, call};
 use super::{CudaDevice, Handle};
-use crate::Result;
+use crate::{Error, Result};
 
 /// A queue of work on one GPU. Work of one stream runs in order; work of different streams may overlap unless they use
 /// the same buffers. Clones name the same stream.
@@ -90,9 +90,14 @@ impl Queue {
 
     /// Makes all work queued here from now on wait for all work queued on `other` so far.
     pub(super) fn after(&self, other: &Self) -> Result<()> {
-        let event = Event::new(other.device, CUevent_flags::CU_EVENT_DISABLE_TIMING)?;
-        other.record(&event)?;
-        self.wait(&event)
+        self.wait(&other.mark()?)
+    }
+
+    /// An event behind everything that is queued so far, to wait for. It tells no time.
+    pub(super) fn mark(&self) -> Result<Event> {
+        let event = Event::new(self.device, CUevent_flags::CU_EVENT_DISABLE_TIMING)?;
+        self.record(&event)?;
+        Ok(event)
     }
 
     fn record(&self, event: &Event) -> Result<()> {
@@ -101,7 +106,8 @@ impl Queue {
         unsafe { call!(on self.device, cuEventRecord(event.raw.0, self.raw.0)) }
     }
 
-    fn wait(&self, event: &Event) -> Result<()> {
+    /// Makes all work queued here from now on wait for the event.
+    pub(super) fn wait(&self, event: &Event) -> Result<()> {
         self.device.activate()?;
         // SAFETY: event and stream are alive; the driver keeps what it needs of the event should it be destroyed.
         unsafe { call!(on self.device, cuStreamWaitEvent(self.raw.0, event.raw.0, 0)) }
@@ -151,6 +157,20 @@ impl Event {
         self.device.activate()?;
         // SAFETY: the event is alive.
         unsafe { call!(on self.device, cuEventSynchronize(self.raw.0)) }
+    }
+
+    /// Whether the work before the event is done.
+    ///
+    /// # Errors
+    /// A fault of that work, or another driver error.
+    pub fn is_done(&self) -> Result<bool> {
+        self.device.activate()?;
+        // SAFETY: the event is alive.
+        match unsafe { call!(on self.device, cuEventQuery(self.raw.0)) } {
+            Ok(()) => Ok(true),
+            Err(Error::Driver { code: NOT_READY, .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     /// Time on the GPU between an earlier event and this one, to about half a microsecond. Waits for this one.

@@ -105,7 +105,16 @@ fn everything(fake: &Fake) -> Result<()> {
     let mut next = device.allocate(4000)?;
     fill(&cached, None, &mut next, 9)?;
     assert_same(&download(&next)?, &words(9, 1000));
-    drop((buffer, sum, next));
+    // Copies on the device, and uploads beside the home stream: the second gets the memory of the first.
+    let mut copy = device.allocate(4000)?;
+    copy.copy_from(&next)?;
+    assert_same(&download(&copy)?, &words(9, 1000));
+    for number in 0..3_u8 {
+        let uploaded = device.upload(&pattern(5000, number.into()))?;
+        copy.set_zero()?;
+        assert_same(&download(&uploaded)?, &pattern(5000, number.into()));
+    }
+    drop((buffer, sum, next, copy));
     device.free_and_total_memory()?;
     device.trim_memory()?;
     device.synchronize()
@@ -117,6 +126,7 @@ fn everything_works_and_nothing_is_left() {
     everything(&fake).unwrap();
     assert_eq!(fake.violations(), [] as [&str; 0]);
     assert_eq!(fake.compiled(), 2, "the cache was not used");
+    assert_eq!(fake.pageable_copies(), 0);
     let device = fake.open().unwrap();
     assert_eq!(device.memory_usage().in_use, 0);
     println!("{:?} after {:?}", fake.census(), fake.calls());
@@ -352,4 +362,90 @@ fn a_kernel_that_faults_is_named_when_something_waits_for_it() {
     let first = fill(&good, None, &mut buffer, 1).unwrap_err().to_string();
     assert!(first.contains("launching kernel fill_u32: CUDA driver call cuLaunchKernel"), "{first}");
     assert_eq!(device.synchronize().unwrap_err().to_string(), first);
+}
+
+#[test]
+fn copies_of_any_size_go_through_page_locked_memory_in_order() {
+    let fake = Fake::attach();
+    let device = fake.open().unwrap();
+    let mut held: Vec<(usize, Buffer)> = Vec::new();
+    // Below, at and above the chunk (4 MiB) and the ring (16 MiB), from changing places in it; nothing waits in between.
+    for (seed, bytes) in [0, 1, 63, 4096, 4 << 20, (4 << 20) + 1, 3, (16 << 20) - 1, 16 << 20, (33 << 20) + 5, 70_000]
+        .into_iter()
+        .enumerate()
+    {
+        held.push((seed, upload(&device, &pattern(bytes, seed)).unwrap()));
+        held.push((seed + 1, device.upload(&pattern(bytes, seed + 1)).unwrap()));
+    }
+    for (seed, buffer) in &held {
+        assert_same(&download(buffer).unwrap(), &pattern(buffer.len(), *seed));
+    }
+    // Hundreds of small copies overtake nothing.
+    let mut small = device.allocate(1000).unwrap();
+    let mut copies: Vec<Buffer> = Vec::new();
+    for seed in 0..300 {
+        small.copy_from_host(&pattern(1000, seed)).unwrap();
+        let mut copy = device.allocate(1000).unwrap();
+        copy.copy_from(&small).unwrap();
+        copies.push(copy);
+    }
+    for (seed, copy) in copies.iter().enumerate() {
+        assert_same(&download(copy).unwrap(), &pattern(1000, seed));
+    }
+    assert_eq!(fake.pageable_copies(), 0);
+    assert_eq!(fake.violations(), [] as [&str; 0]);
+    assert_eq!(fake.census()["pinned"], 3);
+    assert!(fake.census()["events"] <= 2 * 64, "{:?}", fake.census());
+}
+
+#[test]
+fn an_upload_waits_for_nothing_but_the_last_use_of_its_memory() {
+    let fake = Fake::attach();
+    let device = fake.open().unwrap();
+    let function = device.load(&Fill.build()).unwrap();
+    let mut sum = upload(&device, &floats(0.0, 1000)).unwrap();
+    let add = device.load(&Axpy.build()).unwrap();
+    // Two batches are alive at a time, as when the next is uploaded while this one is used.
+    let mut next = device.upload(&floats(1.0, 1000)).unwrap();
+    for step in 1..20 {
+        let batch = std::mem::replace(&mut next, device.upload(&floats(1.0 + step as f32, 1000)).unwrap());
+        axpy(&add, &mut sum, &batch).unwrap();
+    }
+    // 2 (1 + 2 + ... + 19)
+    assert_same(&download(&sum).unwrap(), &floats(380.0, 1000));
+    // The pending pieces of the upload ring, and little else.
+    assert!(fake.census()["events"] < 30, "{:?}", fake.census());
+
+    // The upload is done although a kernel that is queued on the home stream has not run.
+    let mut slow = device.allocate(4000).unwrap();
+    drop(next);
+    fill(&function, None, &mut slow, 3).unwrap();
+    let before = fake.kernels_run();
+    let uploaded = device.upload(&floats(5.0, 1000)).unwrap();
+    let gpu = CudaDevice::open(fake.ordinal()).unwrap();
+    let stream = gpu.uploads().stream(gpu).unwrap();
+    stream.synchronize().unwrap();
+    assert_eq!(fake.kernels_run(), before, "the upload waited for the home stream's work");
+    assert_same(&download(&uploaded).unwrap(), &floats(5.0, 1000));
+    assert_same(&download(&slow).unwrap(), &words(3, 1000));
+    assert_eq!(fake.violations(), [] as [&str; 0]);
+}
+
+#[test]
+fn memory_of_uploads_is_given_up_when_it_is_needed() {
+    let fake = Fake::attach();
+    fake.set_capacity(100 << 20);
+    let device = fake.open().unwrap();
+    for bytes in [30 << 20, 20 << 20, 40 << 20] {
+        drop(device.upload(&pattern(bytes, 1)).unwrap());
+        assert_eq!(device.memory_usage().in_use, 0);
+    }
+    assert_eq!(device.allocate(90 << 20).unwrap().len(), 90 << 20);
+    // Ever new sizes do not pile up.
+    for bytes in (1 << 20..80 << 20).step_by(11 << 20) {
+        drop(device.upload(&vec![1; bytes]).unwrap());
+    }
+    device.trim_memory().unwrap();
+    assert_eq!(device.memory_usage().reserved, 0);
+    assert_eq!(fake.violations(), [] as [&str; 0]);
 }

@@ -32,6 +32,14 @@ pub(crate) fn is_u32(operator: &'static str, argument: &'static str, tensor: &Te
     Err(Error::ElementType { operator, argument, expected: "u32", found: tensor.dtype() })
 }
 
+/// The tensor holds f32 values.
+pub(crate) fn is_f32(operator: &'static str, argument: &'static str, tensor: &Tensor) -> Result<()> {
+    if tensor.dtype() == DType::F32 {
+        return Ok(());
+    }
+    Err(Error::ElementType { operator, argument, expected: "f32", found: tensor.dtype() })
+}
+
 /// The tensor holds floating-point values.
 pub(crate) fn is_float(operator: &'static str, argument: &'static str, tensor: &Tensor) -> Result<()> {
     if tensor.dtype() != DType::U32 {

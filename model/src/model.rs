@@ -314,7 +314,7 @@ impl Layer {
         let gate = self.gate.apply(tape, parameters, &normed)?;
         let up = self.up.apply(tape, parameters, &normed)?;
         let activated = ops::swiglu(tape, &gate, &up)?;
-        Ok(ops::add(tape, hidden, &self.down.apply(tape, parameters, &activated)?)?)
+        self.down.apply_onto(tape, parameters, hidden, &activated)
     }
 
     fn norm(&self, tape: &Tape<'_>, parameters: &Parameters, weight: ParameterId, hidden: &Var) -> Result<Var> {

@@ -31,7 +31,7 @@ pub use divergence::{Divergence, DivergenceLoss, DivergenceOptions, divergence};
 pub use elementwise::{add, add_in_place, mul, negative_exp, scale, scale_in_place, silu, softplus, sub, sum};
 pub use embedding::embedding;
 pub use layout::{repeat_chunks, split};
-pub use linear::linear;
+pub use linear::{linear, linear_residual};
 pub use rms_norm::rms_norm;
 pub use rope::{RotaryScaling, RotaryTable, rope};
 pub use selective_scan::{ScanInputs, ScanOutput, ScanStepInputs, selective_scan, selective_scan_step};

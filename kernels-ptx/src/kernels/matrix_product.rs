@@ -1,4 +1,4 @@
-//! Matrix products of bf16 on the tensor cores, accumulated in f32: `C = A Bᵀ (+ bias)` with A `[m, k]`, B `[n, k]` and C
+//! Matrix products of bf16 on the tensor cores, accumulated in f32: `C = A Bᵀ (+ bias) (+ residual)` with A `[m, k]`, B `[n, k]` and C
 //! `[m, n]`, where A and B may each be stored transposed (`[k, m]`, `[k, n]`). The three products of a linear layer are
 //!
 //! | product | A | B |
@@ -32,9 +32,10 @@ const CHUNK: u32 = 8;
 /// Rows of tiles that are walked together.
 const GROUP: u32 = 8;
 
-/// `C = A Bᵀ (+ bias)`.
+/// `C = A Bᵀ (+ bias) (+ residual)`.
 ///
-/// Parameters: `c` (of `output`, `[splits, m, n]`, written), `a`, `b` (bf16), `bias` (f32 `[n]`, only with `bias`), `m`, `n`,
+/// Parameters: `c` (of `output`, `[splits, m, n]`, written), `a`, `b` (bf16), `bias` (f32 `[n]`, only with `bias`),
+/// `residual` (of `output`, `[m, n]`, only with `residual`), `m`, `n`,
 /// `k`, `split_depth` (u32: depth of a part, a multiple of 64).
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct MatrixProduct {
@@ -46,6 +47,8 @@ pub struct MatrixProduct {
     pub output: Element,
     /// A bias is added to every row.
     pub bias: bool,
+    /// A matrix like C is added.
+    pub residual: bool,
     /// The contiguous dimensions of A and B are multiples of 8, and `n` is even.
     pub aligned: bool,
     /// Size of a block's tile of C.
@@ -241,12 +244,13 @@ impl MatrixProduct {
         let letter = |transposed: bool| if transposed { "t" } else { "n" };
         let flag = |set: bool, name: &'static str| if set { name } else { "" };
         format!(
-            "matrix_product_{}{}_{}_{}{}{}",
+            "matrix_product_{}{}_{}_{}{}{}{}",
             letter(self.a_transposed),
             letter(self.b_transposed),
             self.output,
             self.tile.extent(),
             flag(self.bias, "_bias"),
+            flag(self.residual, "_residual"),
             flag(!self.aligned, "_unaligned"),
         )
     }
@@ -274,14 +278,15 @@ impl MatrixProduct {
 
 impl KernelSource for MatrixProduct {
     fn build(&self) -> Kernel {
-        let Self { a_transposed, b_transposed, output, bias, aligned, tile } = *self;
+        let Self { a_transposed, b_transposed, output, bias, residual, aligned, tile } = *self;
         let (extent, threads) = (tile.extent(), tile.threads());
         let bytes = output.bytes() as u64;
         let description = Description {
             name: self.name(),
             summary: format!(
-                "C [m, n] = A [m, k] B [n, k]^T{} in bf16 with f32 sums; A {}, B {}; tiles of {extent} x {extent} x {DEPTH}",
+                "C [m, n] = A [m, k] B [n, k]^T{}{} in bf16 with f32 sums; A {}, B {}; tiles of {extent} x {extent} x {DEPTH}",
                 if bias { " + bias" } else { "" },
+                if residual { " + residual" } else { "" },
                 if a_transposed { "stored [k, m]" } else { "stored [m, k]" },
                 if b_transposed { "stored [k, n]" } else { "stored [n, k]" },
             ),
@@ -290,12 +295,14 @@ impl KernelSource for MatrixProduct {
             sizes: &["m", "n", "k"],
             work: move |sizes: &[u64]| {
                 let (m, n, k) = (sizes[0], sizes[1], sizes[2]);
-                Work { bytes: 2 * (m * k + n * k) + bytes * m * n, operations: 2 * m * n * k }
+                let outputs = if residual { 2 } else { 1 };
+                Work { bytes: 2 * (m * k + n * k) + outputs * bytes * m * n, operations: 2 * m * n * k }
             },
         };
         Assembler::assemble(description, |k| {
             let (c, a, b) = (k.write("c", output), k.read("a", Element::Bf16), k.read("b", Element::Bf16));
             let bias = bias.then(|| k.read("bias", Element::F32));
+            let residual = residual.then(|| k.read("residual", output));
             let (m, n, depth, split_depth) = (k.u32("m"), k.u32("n"), k.u32("k"), k.u32("split_depth"));
             let warp = k.warp().named("warp");
 
@@ -378,10 +385,11 @@ impl KernelSource for MatrixProduct {
                     let row = tile_m + warp_m + (lane >> 2) + (row_group as u32 * 16 + half * 8);
                     let row_inside = row.lt(m);
                     let out = c.from_row(row, n);
+                    let residual = residual.map(|residual| residual.from_row(row, n));
                     for (column_group, sum) in sums.iter().enumerate() {
                         let column = tile_n + warp_n + column_pair + column_group as u32 * 8;
                         let values = [sum[half as usize * 2].get(), sum[half as usize * 2 + 1].get()];
-                        store_pair(k, out, row_inside, column, n, values, bias, aligned);
+                        store_pair(k, out, row_inside, column, n, values, (bias, residual), aligned);
                     }
                 }
             }
@@ -392,10 +400,11 @@ impl KernelSource for MatrixProduct {
         let mut all = Vec::new();
         for (tile, aligned) in [(Tile::Large, true), (Tile::Small, true), (Tile::Small, false)] {
             let forward =
-                Self { a_transposed: false, b_transposed: false, output: Element::Bf16, bias: false, aligned, tile };
+                Self { a_transposed: false, b_transposed: false, output: Element::Bf16, bias: false, residual: false, aligned, tile };
             let input_gradient = Self { b_transposed: true, ..forward };
             let weight_gradient = Self { a_transposed: true, b_transposed: true, output: Element::F32, ..forward };
-            all.extend([forward, Self { bias: true, ..forward }, input_gradient, weight_gradient]);
+            let (biased, residual) = (Self { bias: true, ..forward }, Self { residual: true, ..forward });
+            all.extend([forward, biased, residual, Self { bias: true, ..residual }, input_gradient, weight_gradient]);
         }
         all
     }
@@ -409,21 +418,19 @@ fn store_pair<'a>(
     column: Value<'a, U32>,
     n: Value<'a, U32>,
     values: [Value<'a, F32>; 2],
-    bias: Option<Global<'a>>,
+    (bias, residual): (Option<Global<'a>>, Option<Global<'a>>),
     aligned: bool,
 ) {
     let place = out.at(column);
     let inside = [row_inside & column.lt(n), row_inside & (column + 1).lt(n)];
-    let values = match bias {
+    let add = |values: [Value<'a, F32>; 2], addend: Option<Global<'a>>| match addend {
         None => values,
-        Some(bias) => {
-            let bias = bias.at(column);
-            [
-                values[0] + bias.load_if(inside[0], 0.0),
-                values[1] + bias.plus(1).load_if(inside[1], 0.0),
-            ]
+        Some(addend) => {
+            let place = addend.at(column);
+            [values[0] + place.load_if(inside[0], 0.0), values[1] + place.plus(1).load_if(inside[1], 0.0)]
         }
     };
+    let values = add(add(values, bias), residual);
     if aligned {
         // n is even: both are inside or neither.
         k.if_(inside[1], || place.store_vector(&values));

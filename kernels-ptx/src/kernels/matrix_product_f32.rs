@@ -1,4 +1,4 @@
-//! Matrix products in f32, without tensor cores: `C = A Bᵀ (+ bias)` with A `[m, k]`, B `[n, k]`, C `[m, n]`. A and B may lie
+//! Matrix products in f32, without tensor cores: `C = A Bᵀ (+ bias) (+ residual)` with A `[m, k]`, B `[n, k]`, C `[m, n]`. A and B may lie
 //! in memory in any way that two strides describe, so one text serves all three products of a linear layer.
 //!
 //! - Layout: a block of 256 threads computes 64 × 64 of C, each thread 4 × 4 of it: rows `4 r + i`, columns `4 c + j`. Tiles of
@@ -19,14 +19,17 @@ const DEPTH: u32 = 16;
 /// Rows and columns of a thread.
 const OWN: u32 = 4;
 
-/// `C = A Bᵀ (+ bias)` in f32.
+/// `C = A Bᵀ (+ bias) (+ residual)` in f32.
 ///
-/// Parameters: `c` (`[splits, m, n]`, written), `a`, `b`, `bias` (`[n]`, only with `bias`), `m`, `n`, `k`, `split_depth` (a
+/// Parameters: `c` (`[splits, m, n]`, written), `a`, `b`, `bias` (`[n]`, only with `bias`), `residual` (`[m, n]`, only with
+/// `residual`), `m`, `n`, `k`, `split_depth` (a
 /// multiple of 16), then the strides in elements `a_row`, `a_depth`, `b_row`, `b_depth` (all u32).
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct MatrixProductF32 {
     /// A bias is added to every row.
     pub bias: bool,
+    /// A matrix like C is added.
+    pub residual: bool,
 }
 
 impl MatrixProductF32 {
@@ -72,24 +75,33 @@ fn copy<'a>(
 
 impl KernelSource for MatrixProductF32 {
     fn build(&self) -> Kernel {
-        let bias = self.bias;
+        let Self { bias, residual } = *self;
+        let ending = match (bias, residual) {
+            (false, false) => "",
+            (true, false) => "_bias",
+            (false, true) => "_residual",
+            (true, true) => "_bias_residual",
+        };
         let description = Description {
-            name: format!("matrix_product_f32{}", if bias { "_bias" } else { "" }),
+            name: format!("matrix_product_f32{ending}"),
             summary: format!(
-                "C [m, n] = A [m, k] B [n, k]^T{} in f32; tiles of {EXTENT} x {EXTENT} x {DEPTH}",
-                if bias { " + bias" } else { "" }
+                "C [m, n] = A [m, k] B [n, k]^T{}{} in f32; tiles of {EXTENT} x {EXTENT} x {DEPTH}",
+                if bias { " + bias" } else { "" },
+                if residual { " + residual" } else { "" }
             ),
             block: [THREADS, 1, 1],
             target: Target::Sm80,
             sizes: &["m", "n", "k"],
-            work: |sizes: &[u64]| {
+            work: move |sizes: &[u64]| {
                 let (m, n, k) = (sizes[0], sizes[1], sizes[2]);
-                Work { bytes: 4 * (m * k + n * k + m * n), operations: 2 * m * n * k }
+                let outputs = if residual { 2 } else { 1 };
+                Work { bytes: 4 * (m * k + n * k + outputs * m * n), operations: 2 * m * n * k }
             },
         };
         Assembler::assemble(description, |k| {
             let (c, a, b) = (k.write("c", Element::F32), k.read("a", Element::F32), k.read("b", Element::F32));
             let bias = bias.then(|| k.read("bias", Element::F32));
+            let residual = residual.then(|| k.read("residual", Element::F32));
             let (m, n, depth, split_depth) = (k.u32("m"), k.u32("n"), k.u32("k"), k.u32("split_depth"));
             let a_strides = (k.u32("a_row"), k.u32("a_depth"));
             let b_strides = (k.u32("b_row"), k.u32("b_depth"));
@@ -130,10 +142,13 @@ impl KernelSource for MatrixProductF32 {
                 for (j, sum) in sums.iter().enumerate() {
                     let column = tile_n + own_column + j as u32;
                     let inside = row.lt(m) & column.lt(n);
-                    let value = match bias {
-                        Some(bias) => sum.get() + bias.at(column).load_if(inside, 0.0),
-                        None => sum.get(),
-                    };
+                    let mut value = sum.get();
+                    if let Some(bias) = bias {
+                        value = value + bias.at(column).load_if(inside, 0.0);
+                    }
+                    if let Some(residual) = residual {
+                        value = value + residual.from_row(row, n).at(column).load_if(inside, 0.0);
+                    }
                     out.at(column).store_if(inside, value);
                 }
             }
@@ -141,6 +156,8 @@ impl KernelSource for MatrixProductF32 {
     }
 
     fn configurations() -> Vec<Self> {
-        vec![Self { bias: false }, Self { bias: true }]
+        [(false, false), (true, false), (false, true), (true, true)]
+            .map(|(bias, residual)| Self { bias, residual })
+            .to_vec()
     }
 }

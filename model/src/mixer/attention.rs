@@ -71,6 +71,16 @@ impl Projection {
         let bias = self.bias.map(|bias| parameters.var(tape, bias));
         Ok(ops::linear(tape, input, &weight, bias.as_ref())?)
     }
+
+    /// `residual + x Wᵀ + bias`.
+    ///
+    /// # Errors
+    /// Those of the operator.
+    pub fn apply_onto(&self, tape: &Tape<'_>, parameters: &Parameters, residual: &Var, input: &Var) -> Result<Var> {
+        let weight = parameters.var(tape, self.weight);
+        let bias = self.bias.map(|bias| parameters.var(tape, bias));
+        Ok(ops::linear_residual(tape, residual, input, &weight, bias.as_ref())?)
+    }
 }
 
 impl Attention {

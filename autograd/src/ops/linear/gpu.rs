@@ -25,14 +25,15 @@ struct Operand<'a> {
     transposed: bool,
 }
 
-fn forward(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+fn forward(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>, residual: Option<&Tensor>) -> Result<Tensor> {
     let (rows, inner, outer) = (input.rows(), input.last_dimension(), weight.shape()[0]);
     let weight = weight.cast(input.dtype())?;
     let bias = bias.map(|bias| bias.cast(DType::F32)).transpose()?;
+    let residual = residual.map(|residual| residual.cast(input.dtype())).transpose()?;
     let a = Operand { tensor: input, width: inner, transposed: false };
     let b = Operand { tensor: &weight, width: inner, transposed: false };
     let shape = output_shape(input, &weight);
-    product(a, b, [rows, outer, inner], bias.as_ref(), &shape, input.dtype())
+    product(a, b, [rows, outer, inner], (bias.as_ref(), residual.as_ref()), &shape, input.dtype())
 }
 
 fn input_gradient(gradient: &Tensor, input: &Tensor, weight: &Tensor) -> Result<Tensor> {
@@ -40,7 +41,7 @@ fn input_gradient(gradient: &Tensor, input: &Tensor, weight: &Tensor) -> Result<
     let (gradient, weight) = (gradient.cast(input.dtype())?, weight.cast(input.dtype())?);
     let a = Operand { tensor: &gradient, width: outer, transposed: false };
     let b = Operand { tensor: &weight, width: inner, transposed: true };
-    product(a, b, [rows, inner, outer], None, input.shape(), input.dtype())
+    product(a, b, [rows, inner, outer], (None, None), input.shape(), input.dtype())
 }
 
 fn weight_gradient(gradient: &Tensor, input: &Tensor, weight: &Tensor) -> Result<Tensor> {
@@ -48,7 +49,7 @@ fn weight_gradient(gradient: &Tensor, input: &Tensor, weight: &Tensor) -> Result
     let gradient = gradient.cast(input.dtype())?;
     let a = Operand { tensor: &gradient, width: outer, transposed: true };
     let b = Operand { tensor: input, width: inner, transposed: true };
-    product(a, b, [outer, inner, rows], None, weight.shape(), DType::F32)
+    product(a, b, [outer, inner, rows], (None, None), weight.shape(), DType::F32)
 }
 
 /// `A Bᵀ` for A `[m, k]`, B `[n, k]` (or stored transposed), in the element type of A and B.
@@ -56,7 +57,7 @@ fn product(
     a: Operand<'_>,
     b: Operand<'_>,
     [m, n, k]: [usize; 3],
-    bias: Option<&Tensor>,
+    (bias, residual): (Option<&Tensor>, Option<&Tensor>),
     shape: &[usize],
     output: DType,
 ) -> Result<Tensor> {
@@ -72,10 +73,11 @@ fn product(
         b_transposed: b.transposed,
         output: gpu::element(output),
         bias: bias.is_some(),
+        residual: residual.is_some(),
         aligned,
         tile: if large { Tile::Large } else { Tile::Small },
     };
-    let (splits, split_depth) = match (output, bias) {
+    let (splits, split_depth) = match (output, bias.or(residual)) {
         (DType::F32, None) if in_f32 => MatrixProductF32::splits(m, n, k, BLOCKS),
         (DType::F32, None) => narrow.splits(m, n, k, BLOCKS),
         _ => (1, k.max(1).next_multiple_of(64)),
@@ -91,6 +93,7 @@ fn product(
         gpu::read(b.tensor),
     ];
     arguments.extend(bias.map(gpu::read));
+    arguments.extend(residual.map(gpu::read));
     arguments.extend([m, n, k, split_depth].map(Argument::U32));
     if in_f32 {
         for operand in [a, b] {
@@ -98,7 +101,7 @@ fn product(
             let (row, depth) = if operand.transposed { (1, width) } else { (width, 1) };
             arguments.extend([Argument::U32(row), Argument::U32(depth)]);
         }
-        let kernel = MatrixProductF32 { bias: bias.is_some() };
+        let kernel = MatrixProductF32 { bias: bias.is_some(), residual: residual.is_some() };
         gpu::launch(OPERATOR, device, &kernel, MatrixProductF32::grid(m, n, splits), &sizes, &arguments)?;
     } else {
         gpu::launch(OPERATOR, device, &narrow, narrow.grid(m, n, splits), &sizes, &arguments)?;

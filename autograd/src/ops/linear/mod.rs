@@ -20,6 +20,8 @@ const FEW_ROWS: usize = 4;
 const WIDENED_ROWS: usize = 1024;
 /// Output rows that a thread takes at a time in the way for few rows.
 const DOT_ROWS: usize = 64;
+/// Elements of a residual that a thread adds at a time.
+const BLOCK: usize = 1 << 14;
 /// Rows of a bias gradient that are summed together before the blocks are added in order.
 const BIAS_ROWS: usize = 64;
 
@@ -31,6 +33,32 @@ const BIAS_ROWS: usize = 64;
 /// # Errors
 /// Shape errors that name the argument.
 pub fn linear(tape: &Tape<'_>, input: &Var, weight: &Var, bias: Option<&Var>) -> Result<Var> {
+    record(tape, input, weight, bias, None)
+}
+
+/// `y = residual + x Wᵀ + bias`, in one pass on GPUs.
+///
+/// As [`linear()`]; `residual` has the result's shape.
+///
+/// # Errors
+/// Shape errors that name the argument.
+pub fn linear_residual(
+    tape: &Tape<'_>,
+    residual: &Var,
+    input: &Var,
+    weight: &Var,
+    bias: Option<&Var>,
+) -> Result<Var> {
+    record(tape, input, weight, bias, Some(residual))
+}
+
+fn record(
+    tape: &Tape<'_>,
+    input: &Var,
+    weight: &Var,
+    bias: Option<&Var>,
+    residual: Option<&Var>,
+) -> Result<Var> {
     check::is_float(OPERATOR, "input", input)?;
     check::is_float(OPERATOR, "weight", weight)?;
     check::rank(OPERATOR, "weight", weight, 2, "[out, in]")?;
@@ -38,29 +66,35 @@ pub fn linear(tape: &Tape<'_>, input: &Var, weight: &Var, bias: Option<&Var>) ->
     if let Some(bias) = bias {
         check::shape(OPERATOR, "bias", bias, &[weight.shape()[0]])?;
     }
+    if let Some(residual) = residual {
+        check::is_float(OPERATOR, "residual", residual)?;
+        check::shape(OPERATOR, "residual", residual, &output_shape(input, weight))?;
+    }
     let ways = if input.device().is_cpu() { &CPU } else { &gpu::WAYS };
-    let output = (ways.forward)(input, weight, bias.map(Var::tensor))?;
+    let output = (ways.forward)(input, weight, bias.map(Var::tensor), residual.map(Var::tensor))?;
     let (saved_input, saved_weight) = (input.tensor().clone(), weight.tensor().clone());
-    let backward = move |gradient: &Tensor, needed: &[bool]| {
+    let with_bias = bias.is_some();
+    let residual_dtype = residual.map(|residual| residual.dtype());
+    let inputs: Vec<&Var> = [Some(input), Some(weight), bias, residual].into_iter().flatten().collect();
+    Ok(tape.record_one(&inputs, output, move |gradient, needed| {
         let mut gradients = vec![
             needed[0].then(|| (ways.input_gradient)(gradient, &saved_input, &saved_weight)).transpose()?,
             needed[1].then(|| (ways.weight_gradient)(gradient, &saved_input, &saved_weight)).transpose()?,
         ];
-        if let Some(needed) = needed.get(2) {
-            gradients.push(needed.then(|| (ways.bias_gradient)(gradient)).transpose()?);
+        if with_bias {
+            gradients.push(needed[2].then(|| (ways.bias_gradient)(gradient)).transpose()?);
+        }
+        if let Some(dtype) = residual_dtype {
+            gradients.push(Some(gradient.cast(dtype)?));
         }
         Ok(gradients)
-    };
-    Ok(match bias {
-        Some(bias) => tape.record_one(&[input, weight, bias], output, backward),
-        None => tape.record_one(&[input, weight], output, backward),
-    })
+    }))
 }
 
 /// The operator's four functions on one kind of device.
 struct Ways {
-    /// Input, weight, bias: `x Wᵀ + bias`.
-    forward: fn(&Tensor, &Tensor, Option<&Tensor>) -> Result<Tensor>,
+    /// Input, weight, bias, residual: `residual + x Wᵀ + bias`.
+    forward: fn(&Tensor, &Tensor, Option<&Tensor>, Option<&Tensor>) -> Result<Tensor>,
     /// Gradient, input, weight: `dX = dY W`.
     input_gradient: fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
     /// Gradient, input, weight: `dW = dYᵀ X`, f32.
@@ -86,10 +120,16 @@ fn output_shape(input: &Tensor, weight: &Tensor) -> Vec<usize> {
     shape
 }
 
-fn forward_cpu(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+fn forward_cpu(
+    input: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    residual: Option<&Tensor>,
+) -> Result<Tensor> {
     let (rows, inner, outer) = (input.rows(), input.last_dimension(), weight.shape()[0]);
     let values = input.host_f32()?;
     let bias = bias.map(Tensor::host_f32).transpose()?;
+    let residual = residual.map(Tensor::host_f32).transpose()?;
     Tensor::compute(input.device(), &output_shape(input, weight), input.dtype(), |output| {
         if rows <= FEW_ROWS {
             match weight.dtype() {
@@ -108,6 +148,13 @@ fn forward_cpu(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result
             output.par_chunks_mut(outer.max(1)).for_each(|row| {
                 for (value, bias) in row.iter_mut().zip(&bias[..]) {
                     *value += bias;
+                }
+            });
+        }
+        if let Some(residual) = &residual {
+            output.par_chunks_mut(BLOCK).zip(residual.par_chunks(BLOCK)).for_each(|(output, residual)| {
+                for (value, residual) in output.iter_mut().zip(residual) {
+                    *value += residual;
                 }
             });
         }

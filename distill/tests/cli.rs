@@ -90,6 +90,13 @@ fn generation_is_the_model_s_own_and_its_json_complete() {
     assert!(said.starts_with("error: generating: temperature 0 must be above 0"), "{said}");
     let said = fail(&["generate", text(&workshop.path("nowhere")), "--prompt", "x"]);
     assert!(said.contains("nowhere") && said.matches("error").count() == 1, "{said}");
+    let file = teacher.join("model.safetensors");
+    for command in [&["generate", text(&file), "--prompt", "x"][..], &["inspect", text(&file)]] {
+        let said = fail(command);
+        let expected = format!("error: {}: is a file, but a model folder is expected: give the folder", file.display());
+        assert!(said.starts_with(&expected), "{said}");
+        assert!(said.contains("`grafter import`"), "{said}");
+    }
     let said = fail(&["generate", text(&teacher), "--prompt", ""]);
     assert!(said.contains("empty prompt"), "{said}");
 }

@@ -117,15 +117,19 @@ impl ModelConfig {
     /// where there is one.
     ///
     /// # Errors
-    /// [`Error::Io`] and [`Error::Format`] for files that cannot be read; [`Error::Configuration`] for a key that is
-    /// missing, of the wrong kind, or not supported.
+    /// [`Error::Io`] and [`Error::Format`] for files that cannot be read, and for a file in the folder's place;
+    /// [`Error::Configuration`] for a key that is missing, of the wrong kind, or not supported.
     pub fn read(folder: &Path) -> Result<Self> {
+        json::expect_folder(folder)?;
         let path = folder.join("config.json");
         let mut config = Self::from_json(&json::read_object(&path)?).map_err(in_file(&path))?;
         let path = folder.join("generation_config.json");
         if path.exists() {
             let generation = json::read_object(&path)?;
-            for token in Keys::new(&generation).tokens("eos_token_id").map_err(in_file(&path))? {
+            let keys = Keys::new(&generation);
+            let tokens = keys.tokens("eos_token_id").map_err(in_file(&path))?;
+            config.check_tokens(&keys, "eos_token_id", &tokens).map_err(in_file(&path))?;
+            for token in tokens {
                 if !config.eos_tokens.contains(&token) {
                     config.eos_tokens.push(token);
                 }
@@ -155,7 +159,7 @@ impl ModelConfig {
                 "quantised weights are not supported: use a checkpoint in float32, bfloat16 or float16",
             ));
         }
-        match model_type {
+        let config = match model_type {
             "llama" => hugging_face::read(&keys, Family::Llama, source),
             "mistral" => hugging_face::read(&keys, Family::Mistral, source),
             "apriel_ssm_thinker_hybrid" | "apriel_hybrid_ssm" | "apriel_ssm_hybrid" => {
@@ -163,6 +167,21 @@ impl ModelConfig {
             }
             "apriel2" | "apriel2_text" => apriel2::read(&keys, source),
             other => Err(keys.fail("model_type", format!("\"{other}\" is not supported; {SUPPORTED}"))),
+        }?;
+        config.check_tokens(&keys, "bos_token_id", config.bos_token.as_slice())?;
+        config.check_tokens(&keys, "eos_token_id", &config.eos_tokens)?;
+        Ok(config)
+    }
+
+    /// Refuses token ids that the model has no embedding for.
+    fn check_tokens(&self, keys: &Keys<'_>, key: &str, tokens: &[u32]) -> Result<()> {
+        match tokens.iter().find(|&&token| token as usize >= self.vocabulary_size) {
+            Some(token) => {
+                let problem =
+                    format!("{token} is outside the vocabulary of {} tokens (vocab_size)", self.vocabulary_size);
+                Err(keys.fail(key, problem))
+            }
+            None => Ok(()),
         }
     }
 

@@ -8,6 +8,18 @@ use serde_json::{Map, Value};
 
 use crate::{Error, Result};
 
+/// Refuses a file where a model folder is expected.
+pub(crate) fn expect_folder(path: &Path) -> Result<()> {
+    if path.is_file() {
+        return Err(Error::format(
+            path,
+            "is a file, but a model folder is expected: give the folder that holds config.json and the weights; a GGUF \
+             file becomes one with `grafter import`",
+        ));
+    }
+    Ok(())
+}
+
 /// The object in a JSON file.
 pub(crate) fn read_object(path: &Path) -> Result<Map<String, Value>> {
     match read_value(path)? {

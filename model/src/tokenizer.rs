@@ -36,6 +36,7 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Io`] and [`Error::Format`] for files that are missing or malformed.
     pub fn load(folder: &Path) -> Result<Self> {
+        json::expect_folder(folder)?;
         let path = folder.join("tokenizer.json");
         if !path.exists() {
             let advice = if folder.join("tokenizer.model").exists() {

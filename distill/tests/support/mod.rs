@@ -61,13 +61,18 @@ pub fn text(path: &Path) -> &str {
 
 /// The configuration of a model with 4 layers and `vocabulary` tokens.
 pub fn config_json(vocabulary: usize) -> Value {
-    json!({
+    let mut config = json!({
         "architectures": ["MistralForCausalLM"], "model_type": "mistral", "torch_dtype": "bfloat16",
         "hidden_size": 32, "head_dim": 16, "intermediate_size": 48, "num_attention_heads": 4,
         "num_key_value_heads": 2, "num_hidden_layers": 4, "vocab_size": vocabulary, "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0, "max_position_embeddings": 256, "tie_word_embeddings": true,
-        "bos_token_id": 256, "eos_token_id": 257, "initializer_range": 0.2,
-    })
+        "initializer_range": 0.2,
+    });
+    if vocabulary >= VOCABULARY {
+        config["bos_token_id"] = json!(256);
+        config["eos_token_id"] = json!(257);
+    }
+    config
 }
 
 /// Writes a model with random weights.

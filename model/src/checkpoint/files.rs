@@ -84,6 +84,7 @@ impl WeightFiles {
     /// Files that are missing, truncated or malformed; an index that does not match its files, or that names a file
     /// outside the folder.
     pub fn open(folder: &Path) -> Result<Self> {
+        json::expect_folder(folder)?;
         let single = folder.join(SINGLE);
         let index = folder.join(INDEX);
         let mut weights = Self { folder: folder.to_owned(), files: Vec::new(), tensors: BTreeMap::new() };

@@ -229,6 +229,8 @@ fn what_is_not_supported_is_named() {
         (refusal(llama(), "num_attention_heads", json!(6)), "head_dim: this key is missing"),
         (refusal(llama(), "hidden_act", json!("gelu")), "the activation \"gelu\" is not supported"),
         (refusal(llama(), "rms_norm_eps", json!(0)), "rms_norm_eps: expected a number above 0"),
+        (refusal(llama(), "bos_token_id", json!(1 << 20)), "bos_token_id: 1048576 is outside the vocabulary of"),
+        (refusal(llama(), "eos_token_id", json!([2, 1 << 20])), "eos_token_id: 1048576 is outside the vocabulary of"),
         (refusal(llama(), "eos_token_id", json!("</s>")), "eos_token_id: expected a token id or a list"),
         (refusal(llama(), "quantization_config", json!({"bits": 4})), "quantised weights are not supported"),
         (refusal(llama(), "partial_rotary_factor", json!(0.5)), "only 1 is supported"),

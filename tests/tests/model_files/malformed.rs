@@ -106,6 +106,11 @@ const CASES: &[Case] = &[
         message: "generation_config.json: eos_token_id: expected a token id",
     },
     Case {
+        what: "an end of generation that is no token",
+        damage: |folder| fs::write(folder.join("generation_config.json"), "{\"eos_token_id\": [2, 70000]}").unwrap(),
+        message: "generation_config.json: eos_token_id: 70000 is outside the vocabulary of",
+    },
+    Case {
         what: "no weights",
         damage: |folder| fs::remove_file(folder.join(WEIGHTS)).unwrap(),
         message: "no weights here: expected model.safetensors or model.safetensors.index.json",

@@ -128,8 +128,8 @@ proptest! {
     fn rope(
         batch in 0..3usize,
         time in prop_oneof![Just(0usize), Just(1), 2..20usize, 63..=65usize],
-        heads in 1..4usize,
-        pairs in prop_oneof![1..9usize, 31..=33usize],
+        heads in 1..7usize,
+        pairs in prop_oneof![1..9usize, 31..=33usize, Just(64)],
         theta in bases(),
         (scaling, _) in scalings(),
         limit in prop_oneof![Just(20usize), Just(200), Just(8192)],

@@ -39,7 +39,7 @@ pub(super) struct RunFlags {
     /// Sequences of one update [default: 8]
     #[arg(long, value_name = "N")]
     batch_size: Option<i64>,
-    /// Sequences computed at once; changes memory, not the result [default: 1]
+    /// Sequences computed at once: changes memory, and the gradients only by rounding [default: 1]
     #[arg(long, value_name = "N")]
     micro_batch: Option<i64>,
     /// Element type of matrices and activations: f32 or bf16 (with f32 weights in the optimizer) [default: f32]

@@ -140,19 +140,23 @@ fn training(config: &RunConfig) -> Result<()> {
 
 fn loss(config: &RunConfig) -> Result<()> {
     let loss = &config.loss;
-    within("loss.temperature", loss.temperature, 0.0, 1e6, "above 0", false)?;
+    within("loss.temperature", loss.temperature, 1e-6, 1e6, "from 0.000001 to 1000000", true)?;
     within("loss.divergence_weight", loss.divergence_weight, 0.0, 1e6, "0 or above", true)?;
     within("loss.cross_entropy_weight", loss.cross_entropy_weight, 0.0, 1e6, "0 or above", true)?;
     ensure!(
-        loss.divergence_weight > 0.0 || loss.cross_entropy_weight > 0.0,
-        "loss.divergence_weight and loss.cross_entropy_weight are both 0: nothing would be learned"
+        loss.divergence_weight as f32 > 0.0 || loss.cross_entropy_weight as f32 > 0.0,
+        "loss.divergence_weight and loss.cross_entropy_weight are both 0 (in float32): nothing would be learned"
     );
     Ok(())
 }
 
-/// Whether a number lies in a range; NaN lies in none.
+/// Whether a number lies in a range, as it is and as the f32 that computes; NaN lies in none.
 fn within(key: &str, value: f64, low: f64, high: f64, range: &str, low_included: bool) -> Result<()> {
     let fits = (value > low || (low_included && value == low)) && value <= high;
     ensure!(fits, "{key} is {value}: it must be {range}");
+    ensure!(
+        low_included || value as f32 > low as f32,
+        "{key} is {value}, which is {low} in float32: it must be {range}"
+    );
     Ok(())
 }

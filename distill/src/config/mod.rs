@@ -139,7 +139,7 @@ pub struct TrainingSection {
     pub steps: u64,
     /// Rows of one update.
     pub batch_size: usize,
-    /// Rows that are computed at once; less takes less memory and gives the same update.
+    /// Rows that are computed at once; less takes less memory and gives the same gradients up to rounding.
     pub micro_batch: usize,
     /// Element type of matrices and activations.
     pub precision: PrecisionKind,

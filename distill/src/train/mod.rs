@@ -363,7 +363,7 @@ impl Trainer<'_> {
     }
 
     /// The whole batch's gradients: micro-batches summed, each divided by the whole batch's count of positions, so
-    /// that the result does not depend on how the batch is cut.
+    /// that the result does not depend on how the batch is cut, up to rounding: sums are then in another order.
     fn gradients(&self, rows: &[u64], positions: u64) -> Result<(Gradients, Loss)> {
         let mut loss = Loss::default();
         let mut sum: Option<Gradients> = None;

@@ -299,6 +299,31 @@ fn a_later_stage_keeps_the_form_of_its_student() {
 }
 
 #[test]
+fn runs_inside_the_teacher_s_folder_are_not_carried_into_models() {
+    let workshop = Workshop::new();
+    let teacher = workshop.path("teacher");
+    fs::create_dir(teacher.join("licences")).unwrap();
+    fs::write(teacher.join("licences").join("LICENSE"), "free").unwrap();
+    for run in ["first", "second"] {
+        let folder = teacher.join("runs").join(run);
+        let more = ["--steps", "1", "--run", text(&folder)];
+        let mut arguments = workshop.distill("unused", &more);
+        let given = arguments.iter().position(|argument| argument == "--run").unwrap();
+        arguments.drain(given..given + 2);
+        succeed(&borrowed(&arguments));
+        let mut names: Vec<String> = files_below(&folder.join("model")).into_keys().collect();
+        names.sort();
+        assert_eq!(
+            names,
+            ["config.json", "licences/LICENSE", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+        );
+    }
+    let imported = workshop.path("imported");
+    succeed(&["import", text(&teacher), text(&imported)]);
+    assert!(imported.join("licences").exists() && !imported.join("runs").exists());
+}
+
+#[test]
 fn biases_that_a_graft_cannot_keep_are_spoken_of() {
     let workshop = Workshop::new();
     let teacher = workshop.path("teacher");

@@ -81,7 +81,7 @@ impl Drop for NewFolder {
 }
 
 /// Copies every file of `from` that is neither weights nor `config.json` into `into`, folders included, links as the
-/// files they point to; `into` keeps what it has.
+/// files they point to; `into` keeps what it has. Training runs that somebody keeps inside the model's folder stay there.
 pub(crate) fn carry(from: &Path, into: &Path) -> Result<()> {
     for entry in fs::read_dir(from).map_err(Error::io("read", from))? {
         let entry = entry.map_err(Error::io("read", from))?;
@@ -89,7 +89,7 @@ pub(crate) fn carry(from: &Path, into: &Path) -> Result<()> {
         let target = into.join(&name);
         let name = name.to_string_lossy();
         let is_folder = entry.file_type().map_err(Error::io("read", &source))?.is_dir();
-        if is_folder && !name.starts_with('.') {
+        if is_folder && !name.starts_with('.') && !is_run(&source) {
             carry_folder(&source, &target)?;
         } else if !is_folder && source.is_file() && !is_weights(&name) && name != "config.json" && !target.exists() {
             copy(&source, &target)?;
@@ -113,6 +113,11 @@ fn copy(from: &Path, into: &Path) -> Result<()> {
     let mut target = File::create(into).map_err(Error::io("create", into))?;
     io::copy(&mut source, &mut target).map_err(Error::io("write", into))?;
     target.sync_all().map_err(Error::io("write", into))
+}
+
+/// Whether a folder is a training run's: what `grafter distill` and `grafter train` write first into it.
+fn is_run(folder: &Path) -> bool {
+    ["config.toml", "metrics.jsonl"].iter().all(|name| folder.join(name).is_file())
 }
 
 /// Whether a file holds weights or lists files that do.

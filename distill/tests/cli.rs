@@ -324,6 +324,24 @@ fn runs_inside_the_teacher_s_folder_are_not_carried_into_models() {
 }
 
 #[test]
+fn folders_of_other_things_are_refused_and_left_as_they_are() {
+    let workshop = Workshop::new();
+    let foreign = workshop.path("foreign");
+    fs::create_dir(&foreign).unwrap();
+    fs::write(foreign.join("metrics.jsonl"), "mine").unwrap();
+    let before = files_below(&foreign);
+    let said = fail(&borrowed(&workshop.distill("foreign", &["--steps", "1"])));
+    assert!(said.contains("foreign is no run's folder: it holds metrics.jsonl but no config.toml"), "{said}");
+    let said = fail(&["demo", "--export", text(&foreign)]);
+    assert!(said.contains("foreign has other things in it"), "{said}");
+    let said = fail(&["demo", "--out", text(&foreign)]);
+    assert!(said.contains("foreign has other things in it: name a new or empty folder with --out"), "{said}");
+    let said = fail(&["import", text(&workshop.path("teacher")), text(&foreign)]);
+    assert!(said.contains("foreign: exists and is not empty"), "{said}");
+    assert_eq!(files_below(&foreign), before);
+}
+
+#[test]
 fn biases_that_a_graft_cannot_keep_are_spoken_of() {
     let workshop = Workshop::new();
     let teacher = workshop.path("teacher");

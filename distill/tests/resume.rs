@@ -324,6 +324,27 @@ fn what_differs_from_the_run_s_beginning_is_named() {
 }
 
 #[test]
+fn a_run_without_a_checkpoint_keeps_its_configuration_too() {
+    let workshop = Workshop::new();
+    let folder = workshop.path("run");
+    let more = ["--steps", "40", "--batch-size", "32", "--checkpoint-every", "0"];
+    let arguments = workshop.distill("run", &more);
+    let mut child = start(&arguments);
+    assert!(wait_for_lines(&mut child, &folder, 2));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(folder.join("config.toml").exists() && !folder.join("checkpoints").exists());
+    let before = files_below(&folder);
+    let other = workshop.distill("run", &[&more[..], &["--learning-rate", "2e-3"]].concat());
+    let said = fail(&borrowed(&other));
+    assert!(
+        said.contains("began with another configuration: training.learning_rate was 0.001, is now 0.002"),
+        "{said}"
+    );
+    assert_same(&files_below(&folder), &before, "after another configuration");
+}
+
+#[test]
 fn a_second_process_in_the_same_folder_is_refused() {
     let workshop = Workshop::new();
     let folder = workshop.path("shared");

@@ -166,3 +166,32 @@ fn tokenizer_config() -> Value {
         "tokenizer_class": "PreTrainedTokenizerFast",
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    #[test]
+    fn a_folder_with_other_things_in_it_is_refused_and_one_that_was_begun_is_finished() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("world");
+        fs::create_dir(&path).unwrap();
+        fs::write(path.join("train.jsonl"), "somebody else's").unwrap();
+        let message = write(&path).unwrap_err().to_string();
+        assert!(message.contains("world has other things in it: name a new or empty folder"), "{message}");
+        assert_eq!(fs::read_dir(&path).unwrap().count(), 1);
+        assert_eq!(fs::read(path.join("train.jsonl")).unwrap(), b"somebody else's");
+
+        fs::remove_file(path.join("train.jsonl")).unwrap();
+        let world = write(&path).unwrap();
+        assert!(path.join("teacher.toml").exists() && world.distill_run.exists());
+        let documents = fs::read(&world.train).unwrap();
+        // An export that was killed on its way.
+        fs::remove_file(&world.distill_run).unwrap();
+        fs::write(&world.train, "half").unwrap();
+        write(&path).unwrap();
+        assert!(world.distill_run.exists() && fs::read(&world.train).unwrap() == documents);
+    }
+}

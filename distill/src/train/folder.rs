@@ -121,4 +121,26 @@ mod tests {
         drop(open);
         assert!(path.join("config.toml").exists());
     }
+
+    #[test]
+    fn a_folder_with_other_things_in_it_is_refused_and_left_as_it_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path();
+        fs::create_dir(path.join("data")).unwrap();
+        fs::write(path.join(".thesis.txt.partial"), "the only copy").unwrap();
+        fs::write(path.join("thesis.txt"), "the only copy").unwrap();
+        let message = RunFolder::open(path).err().unwrap().to_string();
+        assert!(message.contains("is no run's folder: it holds ") && message.contains("--run"), "{message}");
+        // Not even what looks half-written is touched.
+        assert_eq!(fs::read_dir(path).unwrap().count(), 3);
+        for name in ["thesis.txt", ".thesis.txt.partial"] {
+            assert_eq!(fs::read(path.join(name)).unwrap(), b"the only copy");
+            fs::remove_file(path.join(name)).unwrap();
+        }
+        // What a run leaves that was killed while it packed its data, or while it wrote its configuration, is its own.
+        fs::write(path.join("data").join("train.tokens"), "").unwrap();
+        fs::write(path.join(".config.toml.partial"), "tas").unwrap();
+        drop(RunFolder::open(path).unwrap());
+        assert!(!path.join(".config.toml.partial").exists());
+    }
 }

@@ -428,6 +428,11 @@ impl<'a> Value<'a, F32> {
         self.unary("ex2.approx.f32")
     }
 
+    /// `2^self`, to 2 units in the last place, in one instruction: results below 2⁻¹²⁶ are zero.
+    pub fn exp2_flushed(self) -> Self {
+        self.unary("ex2.approx.ftz.f32")
+    }
+
     /// The binary logarithm, with an absolute error of 2⁻²² near 1.
     pub fn log2(self) -> Self {
         self.unary("lg2.approx.f32")

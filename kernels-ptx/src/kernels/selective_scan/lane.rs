@@ -1,0 +1,366 @@
+//! What the kernels of the scan share: where a lane stands, how it reads, and the arithmetic of single steps.
+
+use super::{STAGE, Scan, TILE};
+use crate::Element;
+use crate::asm::{Address, Assembler, F32, Global, Pred, Shared, U32, U64, Value, Variable};
+
+/// Channels of a lane.
+pub(super) const QUAD: usize = 4;
+
+/// A lane's place: its tile, its channel, its share of channels and states, and the steps of its span.
+pub(super) struct Lane<'a> {
+    pub k: &'a Assembler,
+    pub form: Scan,
+    pub time: Value<'a, U32>,
+    pub channels: Value<'a, U32>,
+    /// Steps of a span.
+    pub span: Value<'a, U32>,
+    /// Tiles of a row.
+    pub tiles: Value<'a, U32>,
+    pub row: Value<'a, U32>,
+    /// The tile's index in its row.
+    pub tile: Value<'a, U32>,
+    /// The tile is this half warp's own; the last one is also computed, but not written, by a half without one.
+    pub owned: Value<'a, Pred>,
+    /// The half of the warp: 0 or 1.
+    pub half: Value<'a, U32>,
+    /// Which four channels of the tile.
+    pub quad: Value<'a, U32>,
+    /// Which quarter of the states.
+    pub quarter: Value<'a, U32>,
+    /// First channel of the tile.
+    pub first_channel: Value<'a, U32>,
+    /// Channels of the tile.
+    pub count: Value<'a, U32>,
+    /// The channel that this lane stands for where lanes are channels.
+    pub channel: Value<'a, U32>,
+    pub channel_exists: Value<'a, Pred>,
+    pub b_group: Value<'a, U32>,
+    pub c_group: Value<'a, U32>,
+    pub b_groups: Value<'a, U32>,
+    pub c_groups: Value<'a, U32>,
+    /// Lane index bits 0 to 3.
+    bits: [Value<'a, Pred>; 4],
+}
+
+/// Δ and its derivative with respect to delta.
+pub(super) struct StepSize<'a> {
+    pub size: Value<'a, F32>,
+    pub slope: Value<'a, F32>,
+}
+
+impl<'a> Lane<'a> {
+    /// Declares the sizes: `items` (batch · tiles), `time`, `channels`, `run` (channels that share their groups), `b_width`,
+    /// `c_width` (channels of a group), `span` (steps).
+    pub fn new(k: &'a Assembler, form: Scan) -> Self {
+        let items = k.u32("items");
+        let (time, channels, run) = (k.u32("time"), k.u32("channels"), k.u32("run"));
+        let (b_width, c_width, span) = (k.u32("b_width"), k.u32("c_width"), k.u32("span"));
+        k.comment("the tile of this half warp, and this lane's place in it");
+        let lane = k.lane();
+        let half = (lane >> TILE.ilog2()).named("half");
+        let within = lane & (TILE - 1);
+        let quad = (within >> 2).named("quad");
+        let quarter = (within & 3).named("quarter");
+        let item = k.block().mad(2u32, half);
+        let owned = item.lt(items);
+        let item = item.min(items - 1);
+        let tiles_per_run = (run + (TILE - 1)) >> TILE.ilog2();
+        let tiles = (channels.div(run) * tiles_per_run).named("tiles");
+        let row = item.div(tiles).named("row");
+        let tile = item.rem(tiles).named("tile");
+        let in_run = tile.rem(tiles_per_run) * TILE;
+        let first_channel = (tile.div(tiles_per_run).mad(run, in_run)).named("first_channel");
+        let count = (run - in_run).min(TILE).named("count");
+        let channel = (first_channel + within).named("channel");
+        let bits = [1u32, 2, 4, 8].map(|bit| (lane & bit).ne(0));
+        Self {
+            k,
+            form,
+            time,
+            channels,
+            span,
+            tiles,
+            row,
+            tile,
+            owned,
+            half,
+            quad,
+            quarter,
+            first_channel,
+            count,
+            channel,
+            channel_exists: within.lt(count),
+            b_group: first_channel.div(b_width),
+            c_group: first_channel.div(c_width),
+            b_groups: channels.div(b_width),
+            c_groups: channels.div(c_width),
+            bits,
+        }
+    }
+
+    /// First step of span `span`, and the step after its last.
+    pub fn steps(&self, span: Value<'a, U32>) -> (Value<'a, U32>, Value<'a, U32>) {
+        let first = (span * self.span).named("first");
+        (first, (first + self.span).min(self.time).named("end"))
+    }
+
+    /// States of a lane.
+    pub fn states(&self) -> usize {
+        self.form.states_per_lane() as usize
+    }
+
+    /// The index of a step's token among all rows.
+    pub fn token(&self, step: Value<'a, U32>) -> Value<'a, U32> {
+        self.row.mad(self.time, step)
+    }
+
+    /// Where this lane's channel of a token is in a `[batch, time, channels]` tensor.
+    pub fn own(&self, token: Value<'a, U32>) -> Value<'a, U64> {
+        token.mad_wide(self.channels, self.channel.wide())
+    }
+
+    /// The lane's own channel of a vector over channels; 0 where there is none.
+    pub fn own_of(&self, vector: Option<Global<'a>>) -> Value<'a, F32> {
+        match vector {
+            Some(vector) => vector.at(self.channel).load_if(self.channel_exists, 0.0),
+            None => self.k.constant(0.0f32),
+        }
+    }
+
+    /// Whether the lane's channel `index` of 4 exists.
+    fn exists(&self, index: usize) -> Value<'a, Pred> {
+        self.quad.mad(QUAD as u32, index as u32).lt(self.count)
+    }
+
+    /// For each of the lane's channels, whether it exists and the place of its states in a `[…, channels, states]` tensor
+    /// whose outer index is `outer`.
+    fn state_places(&self, memory: Global<'a>, outer: Value<'a, U32>) -> Vec<(Value<'a, Pred>, Address<'a>)> {
+        let states = self.form.states;
+        let first = self.quad.mad(QUAD as u32, self.first_channel);
+        let index = first.mad(states, self.quarter * self.form.states_per_lane());
+        let place = memory.from_row(outer, self.channels * states).at(index);
+        (0..QUAD).map(|channel| (self.exists(channel), place.plus(channel as i64 * i64::from(states)))).collect()
+    }
+
+    /// Whether the lanes' states of a channel are whole and can be moved in wide accesses.
+    fn whole(&self) -> bool {
+        let states = self.states();
+        self.form.states as usize == 4 * states && wide(states)
+    }
+
+    /// Whether the lane's state `index` exists.
+    fn state_exists(&self, index: usize) -> Value<'a, Pred> {
+        self.quarter.mad(self.form.states_per_lane(), index as u32).lt(self.form.states)
+    }
+
+    /// Fills `[channel][state]` from a `[…, channels, states]` tensor; what does not exist stays as it is.
+    pub fn load_states(&self, memory: Global<'a>, outer: Value<'a, U32>, variables: &[Vec<Variable<'a, F32>>]) {
+        for ((exists, place), variables) in self.state_places(memory, outer).into_iter().zip(variables) {
+            self.k.if_(exists, || {
+                if self.whole() {
+                    for (variable, word) in variables.iter().zip(place.load_words(variables.len())) {
+                        variable.set(word.as_f32());
+                    }
+                } else {
+                    for (index, variable) in variables.iter().enumerate() {
+                        variable.set(place.plus(index as i64).load_if(self.state_exists(index), 0.0));
+                    }
+                }
+            });
+        }
+    }
+
+    /// Writes `[channel][state]` to a `[…, channels, states]` tensor.
+    pub fn store_states(&self, memory: Global<'a>, outer: Value<'a, U32>, values: &[Vec<Variable<'a, F32>>]) {
+        for ((exists, place), values) in self.state_places(memory, outer).into_iter().zip(values) {
+            self.k.if_(exists & self.owned, || {
+                if self.whole() {
+                    let values: Vec<Value<'a, F32>> = values.iter().map(|value| value.get()).collect();
+                    place.store_vector(&values);
+                } else {
+                    for (index, value) in values.iter().enumerate() {
+                        place.plus(index as i64).store_if(self.state_exists(index), value.get());
+                    }
+                }
+            });
+        }
+    }
+
+    /// `[channel][state]` of zeros.
+    pub fn zeros(&self) -> Vec<Vec<Variable<'a, F32>>> {
+        (0..QUAD).map(|_| (0..self.states()).map(|_| self.k.variable(0.0f32)).collect()).collect()
+    }
+
+    /// A times log₂ e, `[channel][state]`, so that the decay of a step is `2^(Δ A)`; 0 for what does not exist.
+    pub fn rates(&self, a: Global<'a>) -> Vec<Vec<Value<'a, F32>>> {
+        let variables = self.zeros();
+        self.load_states(a, self.k.constant(0u32), &variables);
+        let scaled = |value: &Variable<'a, F32>| value.get() * std::f32::consts::LOG2_E;
+        variables.iter().map(|values| values.iter().map(scaled).collect()).collect()
+    }
+
+    /// Δ from `delta + bias`, 0 where the step does not exist.
+    pub fn step_size(&self, raw: Value<'a, F32>, exists: Value<'a, Pred>) -> StepSize<'a> {
+        if !self.form.softplus {
+            return StepSize { size: exists.select(raw, 0.0), slope: exists.select(1.0f32, 0.0) };
+        }
+        let StepSize { size, slope } = softplus(self.k, raw);
+        StepSize { size: exists.select(size, 0.0), slope: exists.select(slope, 0.0) }
+    }
+
+    /// Four sums over the lanes that differ in bits 0 and 1 of their index, the quarters of the states: the lane gets the
+    /// sum of the value whose index is its quarter.
+    pub fn over_quarters(&self, values: [Value<'a, F32>; QUAD]) -> Value<'a, F32> {
+        self.scatter(values, 0)
+    }
+
+    /// Four sums over the lanes that differ in bits 2 and 3 of their index, the quads of channels: the lane gets the sum
+    /// of the value whose index is its quad.
+    pub fn over_quads(&self, values: [Value<'a, F32>; QUAD]) -> Value<'a, F32> {
+        self.scatter(values, 2)
+    }
+
+    fn scatter(&self, [a, b, c, d]: [Value<'a, F32>; QUAD], bit: usize) -> Value<'a, F32> {
+        let (low, high) = (self.bits[bit], self.bits[bit + 1]);
+        let exchange = |holds: Value<'a, Pred>, mask: u32, first: Value<'a, F32>, second: Value<'a, F32>| {
+            let kept = holds.select::<F32>(second, first);
+            let sent = holds.select::<F32>(first, second);
+            kept + self.k.shuffle_xor(sent, mask)
+        };
+        let first = exchange(high, 2 << bit, a, c);
+        let second = exchange(high, 2 << bit, b, d);
+        exchange(low, 1 << bit, first, second)
+    }
+
+    /// Sets states to zero where the condition holds.
+    pub fn reset_if(&self, condition: Option<Value<'a, Pred>>, states: &[Vec<Variable<'a, F32>>]) {
+        if let Some(condition) = condition {
+            self.k.if_(condition, || {
+                for state in states.iter().flatten() {
+                    state.set(0.0f32);
+                }
+            });
+        }
+    }
+}
+
+/// A stage's values in shared memory. Those per channel are written by the lane that stands for the channel and read four
+/// channels at a time; those per state are written as they come and read a quarter at a time.
+pub(super) struct Stage<'a> {
+    own: Address<'a>,
+    quad: Address<'a>,
+    group: Address<'a>,
+    quarter: Address<'a>,
+    /// States of both tiles, each filled up to four quarters.
+    group_width: i64,
+    states: usize,
+}
+
+impl<'a> Stage<'a> {
+    /// Shared memory for `per_channel` arrays over the channels and `per_state` arrays over the states.
+    pub fn new(lane: &Lane<'a>, per_channel: u32, per_state: u32) -> Self {
+        let k = lane.k;
+        let padded = 4 * lane.form.states_per_lane();
+        let by_channel: Shared<'a> = k.shared(Element::F32, per_channel * STAGE * 32);
+        let by_state: Shared<'a> = k.shared(Element::F32, per_state * STAGE * 2 * padded);
+        let within = k.lane() & (TILE - 1);
+        Self {
+            own: by_channel.at(k.lane()),
+            quad: by_channel.at(lane.half.mad(TILE, lane.quad * QUAD as u32)),
+            group: by_state.at(lane.half.mad(padded, within)),
+            quarter: by_state.at(lane.half.mad(padded, lane.quarter * lane.form.states_per_lane())),
+            group_width: i64::from(2 * padded),
+            states: lane.states(),
+        }
+    }
+
+    fn by_channel(array: usize, step: usize) -> i64 {
+        ((array * STAGE as usize + step) * 32) as i64
+    }
+
+    fn by_state(&self, array: usize, step: usize) -> i64 {
+        (array * STAGE as usize + step) as i64 * self.group_width
+    }
+
+    /// Writes the lane's own channel.
+    pub fn put(&self, array: usize, step: usize, value: Value<'a, F32>) {
+        self.own.plus(Self::by_channel(array, step)).store(value);
+    }
+
+    /// The lane's own channel.
+    pub fn own(&self, array: usize, step: usize) -> Value<'a, F32> {
+        self.own.plus(Self::by_channel(array, step)).load()
+    }
+
+    /// The lane's four channels.
+    pub fn quad(&self, array: usize, step: usize) -> [Value<'a, F32>; QUAD] {
+        self.quad.plus(Self::by_channel(array, step)).load_vector()
+    }
+
+    /// Writes what [`load_group`] read.
+    pub fn put_group(&self, array: usize, step: usize, values: &[(Option<Value<'a, Pred>>, Value<'a, F32>)]) {
+        for (part, (exists, value)) in values.iter().enumerate() {
+            let place = self.group.plus(self.by_state(array, step) + (part as u32 * TILE) as i64);
+            match exists {
+                Some(exists) => place.store_if(*exists, *value),
+                None => place.store(*value),
+            }
+        }
+    }
+
+    /// The lane's quarter of the states.
+    pub fn quarter(&self, array: usize, step: usize) -> Vec<Value<'a, F32>> {
+        let place = self.quarter.plus(self.by_state(array, step));
+        if wide(self.states) {
+            place.load_words(self.states).into_iter().map(Value::as_f32).collect()
+        } else {
+            (0..self.states).map(|index| place.plus(index as i64).load()).collect()
+        }
+    }
+}
+
+/// B or C of the tile's group at one step, spread over the half warp: with each value, whether shared memory has a place
+/// for it (`None`: it has). Beyond the states, and where the step does not exist, zeros.
+pub(super) fn load_group<'a>(
+    lane: &Lane<'a>,
+    memory: Global<'a>,
+    (group, groups): (Value<'a, U32>, Value<'a, U32>),
+    token: Value<'a, U32>,
+    exists: Value<'a, Pred>,
+) -> Vec<(Option<Value<'a, Pred>>, Value<'a, F32>)> {
+    let states = lane.form.states;
+    let padded = 4 * lane.form.states_per_lane();
+    let within = lane.k.lane() & (TILE - 1);
+    let first = token.mad_wide(groups * states, group.mad(states, within).wide());
+    let place = memory.from(first).first();
+    (0..padded.div_ceil(TILE))
+        .map(|part| {
+            let fits = padded >= (part + 1) * TILE;
+            let fits = (!fits).then(|| (within + part * TILE).lt(padded));
+            let all = states >= (part + 1) * TILE;
+            let wanted = if all { exists } else { exists & (within + part * TILE).lt(states) };
+            (fits, place.plus(i64::from(part * TILE)).load_if(wanted, 0.0))
+        })
+        .collect()
+}
+
+/// `ln(1 + e^x)` and its derivative.
+pub(super) fn softplus<'a>(k: &'a Assembler, x: Value<'a, F32>) -> StepSize<'a> {
+    // softplus(x) = max(x, 0) + ln(1 + e) with e = exp(−|x|), and ln(1 + e) = 2 artanh(e / (2 + e)): accurate also where e
+    // is tiny. The series' argument is at most 1/9; the first term left out is below 1e-8 of the result.
+    let e = (x.abs() * -std::f32::consts::LOG2_E).exp2_flushed();
+    let s = e * (e + 2.0).reciprocal();
+    let square = s * s;
+    let mut series = k.constant(1.0f32 / 15.0);
+    for denominator in [13.0f32, 11.0, 9.0, 7.0, 5.0, 3.0, 1.0] {
+        series = series.fma(square, 1.0 / denominator);
+    }
+    let r = (e + 1.0).reciprocal();
+    StepSize { size: (s + s).fma(series, x.max(0.0)), slope: x.ge(0.0).select::<F32>(r, e * r) }
+}
+
+/// Whether so many neighbouring words can be moved in wide accesses.
+fn wide(words: usize) -> bool {
+    words <= 2 || words % 4 == 0
+}

@@ -492,8 +492,8 @@ impl<'a> Backward<'a> {
         };
         for (step, (read, ..)) in steps.iter().enumerate().rev() {
             self.step_back(step, read, &places, kept, &remembered[step]);
+            k.warp_barrier();
         }
-        k.warp_barrier();
     }
 
     fn step_back(
@@ -508,38 +508,44 @@ impl<'a> Backward<'a> {
         let (sizes, driven, dy) = (stage.quad(SIZE, step), stage.quad(DRIVEN, step), stage.quad(SLOPED, step));
         let (b, c) = (stage.quarter(B, step), stage.quarter(C, step));
         let zero = k.constant(0.0f32);
-        // Per channel: Σ C h, Σ λ B and Σ λ A log₂e e. Per state: Σ λ Δ u and Σ dy h.
-        let (mut y, mut through_b, mut through_a) = ([zero; QUAD], [zero; QUAD], [zero; QUAD]);
-        let mut b_sums = vec![zero; lane.states().next_multiple_of(QUAD)];
-        let mut c_sums = b_sums.clone();
-        for channel in 0..QUAD {
-            for n in 0..lane.states() {
-                let (rate, e) = (kept.rates[channel][n], remembered[channel][n]);
-                let carry = kept.carry[channel][n];
-                let h = driven[channel].fma(b[n], e);
-                let lambda = c[n].fma(dy[channel], carry.get());
-                let through = lambda * e;
-                y[channel] = c[n].fma(h, y[channel]);
-                through_b[channel] = lambda.fma(b[n], through_b[channel]);
-                through_a[channel] = through.fma(rate, through_a[channel]);
-                let a_sum = kept.a_sums[channel][n];
-                a_sum.set(sizes[channel].fma(through, a_sum.get()));
-                b_sums[n] = lambda.fma(driven[channel], b_sums[n]);
-                c_sums[n] = h.fma(dy[channel], c_sums[n]);
-                carry.set((sizes[channel] * rate).exp2_flushed() * lambda);
-            }
+        let padded = lane.states().next_multiple_of(QUAD);
+        let all = || (0..QUAD).flat_map(|channel| (0..lane.states()).map(move |n| (channel, n)));
+        let place = lane.channels.mad_wide(step as u32, places.own);
+        let wanted = read.own & lane.owned;
+
+        k.comment("what follows from the state: the gradients of C and of the gate");
+        let (mut y, mut c_sums) = ([zero; QUAD], vec![zero; padded]);
+        for (channel, n) in all() {
+            let h = driven[channel].fma(b[n], remembered[channel][n]);
+            y[channel] = c[n].fma(h, y[channel]);
+            c_sums[n] = h.fma(dy[channel], c_sums[n]);
+        }
+        self.write_group(self.outputs.c, self.source.c, (places.c, step), read, &c_sums);
+        let u = stage.own(INPUT, step);
+        if let Some(gate_gradient) = self.outputs.gate {
+            let y = kept.d.fma(u, lane.over_quarters(y));
+            gate_gradient.from(place).first().store_if(wanted, y * stage.own(GATE, step));
+        }
+
+        k.comment("what follows from its gradient");
+        let (mut through_b, mut through_a) = ([zero; QUAD], [zero; QUAD]);
+        let mut b_sums = vec![zero; padded];
+        for (channel, n) in all() {
+            let (rate, carry, a_sum) = (kept.rates[channel][n], kept.carry[channel][n], kept.a_sums[channel][n]);
+            let lambda = c[n].fma(dy[channel], carry.get());
+            let through = lambda * remembered[channel][n];
+            through_b[channel] = lambda.fma(b[n], through_b[channel]);
+            through_a[channel] = through.fma(rate, through_a[channel]);
+            a_sum.set(sizes[channel].fma(through, a_sum.get()));
+            b_sums[n] = lambda.fma(driven[channel], b_sums[n]);
+            carry.set((sizes[channel] * rate).exp2_flushed() * lambda);
         }
         lane.reset_if(read.begins, &kept.carry);
         self.write_group(self.outputs.b, self.source.b, (places.b, step), read, &b_sums);
-        self.write_group(self.outputs.c, self.source.c, (places.c, step), read, &c_sums);
-
         let through_b = lane.over_quarters(through_b);
         let through_a = lane.over_quarters(through_a);
-        let (size, dy, u) = (stage.own(SIZE, step), stage.own(SLOPED, step), stage.own(INPUT, step));
-        let place = lane.channels.mad_wide(step as u32, places.own);
-        let wanted = read.own & lane.owned;
-        let input_gradient = kept.d.fma(dy, size * through_b);
-        self.outputs.input.from(place).first().store_if(wanted, input_gradient);
+        let (size, dy) = (stage.own(SIZE, step), stage.own(SLOPED, step));
+        self.outputs.input.from(place).first().store_if(wanted, kept.d.fma(dy, size * through_b));
         let size_gradient = through_a.fma(std::f32::consts::LN_2, u * through_b);
         let delta_gradient = size_gradient * stage.own(SLOPE, step);
         self.outputs.delta.from(place).first().store_if(wanted, delta_gradient);
@@ -548,10 +554,6 @@ impl<'a> Backward<'a> {
         }
         if self.outputs.d.is_some() {
             kept.d_sum.set(dy.fma(u, kept.d_sum.get()));
-        }
-        if let Some(gate_gradient) = self.outputs.gate {
-            let y = kept.d.fma(u, lane.over_quarters(y));
-            gate_gradient.from(place).first().store_if(wanted, y * stage.own(GATE, step));
         }
     }
 

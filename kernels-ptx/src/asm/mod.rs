@@ -133,6 +133,11 @@ impl Assembler {
         self.special("%nctaid.x")
     }
 
+    /// Blocks of the grid in y.
+    pub fn blocks_y(&self) -> Value<'_, U32> {
+        self.special("%nctaid.y")
+    }
+
     /// The index of the thread in the whole grid, in x, for blocks of `threads` threads.
     pub fn global_thread(&self, threads: u32) -> Value<'_, U32> {
         let thread = self.thread();

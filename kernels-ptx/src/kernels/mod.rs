@@ -19,6 +19,8 @@ macro_rules! kernels {
     };
 }
 kernels! {
+    attention: VisibleKeys, AttentionForward, AttentionDelta, AttentionQueryGradient, AttentionKeyGradients, GeneralForward,
+        GeneralQueryGradient, GeneralKeyGradients, CachedAttention, CombineParts;
     axpy: Axpy;
     cast: Cast;
     causal_conv1d: ConvolutionForward, ConvolutionBackward, ConvolutionStep;
@@ -33,6 +35,7 @@ kernels! {
     rms_norm: RmsNormForward, RmsNormInputGradient, RmsNormWeightGradient;
     rope: Rope;
     sum: Sum, Broadcast;
+    selective_scan: SpanStates, ScanForward, SpanCarries, ScanBackward, CombineSpans, GroupSums, ScanStep;
     sum_parts: SumParts;
     swiglu: SwigluForward, SwigluBackward;
 }

@@ -34,5 +34,7 @@ pub use layout::{repeat_chunks, split};
 pub use linear::{linear, linear_residual};
 pub use rms_norm::rms_norm;
 pub use rope::{RotaryScaling, RotaryTable, rope};
-pub use selective_scan::{ScanInputs, ScanOutput, ScanStepInputs, selective_scan, selective_scan_step};
+pub use selective_scan::{
+    ScanInputs, ScanOutput, ScanStepInputs, selective_scan, selective_scan_in_chunks, selective_scan_step,
+};
 pub use swiglu::swiglu;

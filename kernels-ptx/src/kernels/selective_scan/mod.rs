@@ -137,7 +137,8 @@ impl Sizes {
 
     /// Tiles of a row.
     pub fn tiles(&self) -> u32 {
-        let run = self.run();
+        // Without channels there is no run.
+        let run = self.run().max(1);
         self.channels / run * run.div_ceil(TILE)
     }
 

@@ -158,7 +158,9 @@ pub fn attention_cached(
     window: Option<usize>,
 ) -> Result<Tensor> {
     const OPERATOR: &str = "attention_cached";
-    check::on_cpu(OPERATOR, query)?;
+    check::is_float(OPERATOR, "query", query)?;
+    check::is_f32(OPERATOR, "keys", keys)?;
+    check::is_f32(OPERATOR, "values", values)?;
     check::rank(OPERATOR, "query", query, 4, "[batch, query time, query heads, head size]")?;
     check::rank(OPERATOR, "keys", keys, 4, "[batch, room, key heads, head size]")?;
     check::shape(OPERATOR, "values", values, keys.shape())?;
@@ -177,6 +179,9 @@ pub fn attention_cached(
     if window == Some(0) {
         let message = "a window of 0 keys: a query sees at least itself".to_owned();
         return Err(Error::Invalid { operator: OPERATOR, message });
+    }
+    if !query.device().is_cpu() {
+        return super::attention::cached(OPERATOR, query, keys, values, length, scale, window);
     }
     let (query_values, key_values) = (query.host_f32()?, keys.host_slice::<f32>()?);
     let value_values = values.host_slice::<f32>()?;

@@ -260,8 +260,7 @@ impl KernelSource for GeneralKeyGradients {
             let end = (end * QUERIES).min(problem.query_time).named("queries_end");
 
             let slices = Slices::new(k, size);
-            let [shared_probabilities, shared_slopes] = [(); 2].map(|()| k.shared(Element::F32, ROWS * STRIDE));
-            let [query_columns, gradient_columns] = [(); 2].map(|()| k.shared(Element::F32, ROWS * COLUMNS));
+            let (shared, columns) = (k.shared(Element::F32, ROWS * STRIDE), k.shared(Element::F32, ROWS * COLUMNS));
             let (key_sums, value_sums) = (slices.zeros(), slices.zeros());
             let first_head = key_head * problem.group;
             let one_tile = |head: Value<'_, U32>, at: Value<'_, U32>| {
@@ -269,33 +268,40 @@ impl KernelSource for GeneralKeyGradients {
                 let (query, gradient) = (of_query(query), of_query(gradient));
                 let queries = (query, at, problem.query_time);
                 let gradients = (gradient, at, problem.query_time);
-                let scores = slices.product((key, first_key, problem.key_time), queries);
-                let slopes = slices.product((value, first_key, problem.key_time), gradients);
                 let head_row = batch * problem.heads + head;
                 let steps = at + slices.column;
+                let scores = slices.product((key, first_key, problem.key_time), queries);
                 let log_sums = problem.per_query(log_sums, head_row).at(steps).load_vector::<SIDE>();
-                let deltas = problem.per_query(delta, head_row).at(steps).load_vector::<SIDE>();
                 let firsts = problem.per_query(first, batch).at(steps).load_words(SIDE);
-                for row in 0..SIDE {
-                    for column in 0..SIDE {
-                        let (score, slope) = (scores[row][column], slopes[row][column]);
+                for (row, scores) in (0u32..).zip(&scores) {
+                    for (column, score) in scores.iter().enumerate() {
                         let position = problem.offset + steps + column as u32;
-                        let seen = sees(first_key + slices.row + row as u32, firsts[column], position);
+                        let seen = sees(first_key + slices.row + row, firsts[column], position);
                         let probability = score.get().fma(scale_base_2, -log_sums[column]).exp2();
                         score.set(seen.select(probability, 0.0));
-                        slope.set((slope.get() - deltas[column]) * score.get());
                     }
                 }
-                k.comment("value gradient += probabilities * output gradients, key gradient += slopes * queries");
-                k.barrier();
-                slices.share(&scores, shared_probabilities);
-                slices.share(&slopes, shared_slopes);
                 let first_column = k.block_z() * COLUMNS;
-                slices.share_columns(gradient, at, problem.query_time, first_column, gradient_columns);
-                slices.share_columns(query, at, problem.query_time, first_column, query_columns);
+                k.comment("value gradient += probabilities * output gradients");
                 k.barrier();
-                slices.add_product(&value_sums, shared_probabilities, gradient_columns, end - at);
-                slices.add_product(&key_sums, shared_slopes, query_columns, end - at);
+                slices.share(&scores, shared);
+                slices.share_columns(gradient, at, problem.query_time, first_column, columns);
+                k.barrier();
+                slices.add_product(&value_sums, shared, columns, end - at);
+
+                let slopes = slices.product((value, first_key, problem.key_time), gradients);
+                let deltas = problem.per_query(delta, head_row).at(steps).load_vector::<SIDE>();
+                for (scores, slopes) in scores.iter().zip(&slopes) {
+                    for ((score, slope), delta) in scores.iter().zip(slopes).zip(deltas) {
+                        slope.set((slope.get() - delta) * score.get());
+                    }
+                }
+                k.comment("key gradient += slopes * queries");
+                k.barrier();
+                slices.share(&slopes, shared);
+                slices.share_columns(query, at, problem.query_time, first_column, columns);
+                k.barrier();
+                slices.add_product(&key_sums, shared, columns, end - at);
             };
             k.for_(first_head, first_head + problem.group, 1, |head| {
                 k.for_(begin, end, ROWS, |at| one_tile(head, at));

@@ -6,8 +6,9 @@ use std::sync::{Arc, OnceLock};
 
 use kernels_ptx::Kernel;
 
-use crate::cuda::{self, CudaDevice, Stream};
+use crate::cuda::{self, CudaDevice, Graph, Stream};
 use crate::host::HostPool;
+use crate::record::{self, Recording};
 use crate::{Buffer, Error, Function, Result};
 
 /// What kind of device a [`Device`] is.
@@ -158,6 +159,33 @@ impl Device {
     /// [`Error::NotAGpu`] on the CPU; driver errors.
     pub fn new_stream(&self) -> Result<Stream> {
         Stream::new(self.gpu("a stream")?)
+    }
+
+    /// Runs `work` and captures what it launches, fills and copies from this thread on the GPU's home stream, instead of
+    /// running it: the graph does it as often as it is replayed, with one call and on the same memory. Buffers that `work`
+    /// allocates are the graph's; those that it returns hold the results of the last replay.
+    ///
+    /// # Errors
+    /// What `work` returns; [`Error::NotAGpu`] elsewhere than on a GPU, [`Error::Capturing`] within another capture, driver
+    /// errors.
+    pub fn capture<T, E: From<Error>>(
+        &self,
+        work: impl FnOnce() -> std::result::Result<T, E>,
+    ) -> std::result::Result<(Graph, T), E> {
+        cuda::capture(self.gpu("capturing launches")?, work)
+    }
+
+    /// Records every launch on the device until the recording is dropped. The CPU launches nothing: its record stays
+    /// empty.
+    ///
+    /// # Errors
+    /// [`Error::AlreadyRecording`] while another recording of the device lives; driver errors.
+    pub fn record_launches(&self) -> Result<Recording> {
+        let source = match &self.inner {
+            Inner::Cpu(_) => record::Source::Nobody,
+            Inner::Cuda(device) => record::Source::Gpu(device),
+        };
+        Recording::start(source, self)
     }
 
     /// The kernel, compiled for the GPU by its driver the first time it is asked for.

@@ -109,6 +109,18 @@ pub enum Error {
         /// Kernels that may have caused it; empty when there are none.
         unfinished: String,
     },
+    /// Something that a graph cannot hold, asked for by a thread that captures launches.
+    #[error("{operation} cannot be part of a graph: do it before the launches are captured, or after")]
+    Capturing {
+        /// What was attempted.
+        operation: &'static str,
+    },
+    /// Launches on a device are being recorded already.
+    #[error("launches on {device} are being recorded already: that recording must end first")]
+    AlreadyRecording {
+        /// The device.
+        device: String,
+    },
     /// A kernel's text does not load.
     #[error("kernel {kernel} cannot be loaded: {cause}{}{log}", if log.is_empty() { "" } else { "\n" })]
     Module {

@@ -35,17 +35,15 @@ impl Function {
     /// [`Error::Launch`](crate::Error::Launch) when arguments or grid do not fit the kernel's description (nothing is
     /// queued then); driver errors; faults that the simulator finds.
     pub fn launch(&self, grid: [u32; 3], arguments: &[Argument<'_>]) -> Result<()> {
-        match &self.inner {
-            Inner::Cuda(function) => function.launch(grid, arguments),
-        }
+        self.queue(grid, arguments, None)
     }
 
     /// As [`Function::launch`]; `sizes` are the problem's, as the kernel's description names them, for the profiler.
     ///
     /// # Errors
     /// As [`Function::launch`].
-    pub fn launch_sized(&self, grid: [u32; 3], arguments: &[Argument<'_>], _sizes: &[u64]) -> Result<()> {
-        self.launch(grid, arguments)
+    pub fn launch_sized(&self, grid: [u32; 3], arguments: &[Argument<'_>], sizes: &[u64]) -> Result<()> {
+        self.queue(grid, arguments, Some(sizes))
     }
 
     /// Queues the function on another stream of its GPU. Buffers are safe there: the work waits for everything queued
@@ -56,6 +54,12 @@ impl Function {
     pub fn launch_on(&self, stream: &Stream, grid: [u32; 3], arguments: &[Argument<'_>]) -> Result<()> {
         match &self.inner {
             Inner::Cuda(function) => function.launch_on(stream, grid, arguments),
+        }
+    }
+
+    fn queue(&self, grid: [u32; 3], arguments: &[Argument<'_>], sizes: Option<&[u64]>) -> Result<()> {
+        match &self.inner {
+            Inner::Cuda(function) => function.launch(grid, arguments, sizes),
         }
     }
 }

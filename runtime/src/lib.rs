@@ -14,7 +14,9 @@ mod function;
 mod host;
 mod launch;
 pub mod matrix;
+mod nvtx;
 mod prefetch;
+mod record;
 
 pub use buffer::Buffer;
 pub use device::{Device, DeviceKind, MemoryUsage};
@@ -22,3 +24,4 @@ pub use error::{Error, Result};
 pub use function::Function;
 pub use launch::{Argument, Limits, check_launch};
 pub use prefetch::prefetch;
+pub use record::{LaunchRecord, RangeGuard, Recording, range};

@@ -4,14 +4,15 @@
 //! `$XDG_CACHE_HOME/grafter`, or else `~/.cache/grafter`; `GRAFTER_CACHE=off` keeps nothing. The folder may be deleted at
 //! any time. A file's name is the SHA-256 of all that its contents depend on; the file holds that name again and the
 //! SHA-256 of the code, so that a damaged, cut off or renamed file is known for one and thrown away. Files are written
-//! aside and renamed: other processes see a whole file or none.
+//! aside and renamed: other processes see a whole file or none. They are not forced to the disk: what a power failure cuts
+//! off is known for damaged, too.
 //!
 //! Nothing here fails a load: what cannot be read is compiled again, what cannot be written is a warning, once.
 
 use std::env;
 use std::ffi::OsString;
-use std::fs::{self, File};
-use std::io::{self, Write};
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process;
 use std::sync::Once;
@@ -120,13 +121,8 @@ fn write(path: &Path, key: &str, code: &[u8]) -> io::Result<()> {
     let folder = path.parent().unwrap_or(Path::new("."));
     fs::create_dir_all(folder)?;
     let aside = folder.join(format!(".{key}.{}-{}", process::id(), FILES.fetch_add(1, Ordering::Relaxed)));
-    let written = File::create(&aside)
-        .and_then(|mut file| {
-            file.write_all(header(key, code).as_bytes())?;
-            file.write_all(code)?;
-            file.sync_all()
-        })
-        .and_then(|()| fs::rename(&aside, path));
+    let written =
+        fs::write(&aside, [header(key, code).as_bytes(), code].concat()).and_then(|()| fs::rename(&aside, path));
     if written.is_err() {
         let _ = fs::remove_file(&aside);
     }

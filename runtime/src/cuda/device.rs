@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::path::PathBuf;
 use std::ptr;
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use cust::sys::{self, CUdevice_attribute as Attribute};
 use kernels_ptx::Target;
@@ -14,9 +14,11 @@ use super::driver::{self, OUT_OF_MEMORY, call};
 use super::health::Health;
 use super::module::LoadedFunctions;
 use super::pool::{Pool, Source};
+use super::recorder::Recorder;
 use super::staging::Ring;
+use super::stream::Queue;
 use super::uploads::Uploads;
-use super::{Block, Handle, Stream, information};
+use super::{Block, Handle, Stream, graph, information};
 use crate::{Error, Limits, MemoryUsage, Result};
 
 /// An opened GPU. There is one per ordinal and process, and it lives as long as the process: so does everything that its
@@ -35,6 +37,8 @@ pub(crate) struct CudaDevice {
     to_host: Mutex<Ring>,
     ahead: Mutex<Ring>,
     uploads: Mutex<Uploads>,
+    whole: Mutex<()>,
+    recorder: Recorder,
     functions: Mutex<LoadedFunctions>,
     cache: Cache,
 }
@@ -94,6 +98,8 @@ impl CudaDevice {
             to_host: Mutex::default(),
             ahead: Mutex::default(),
             uploads: Mutex::default(),
+            whole: Mutex::default(),
+            recorder: Recorder::default(),
             functions: Mutex::new(HashMap::new()),
             cache: Cache::new(cache, compiler),
         })
@@ -129,6 +135,10 @@ impl CudaDevice {
         self.health.judge(self, result, None)
     }
 
+    pub(crate) fn recorder(&self) -> &Recorder {
+        &self.recorder
+    }
+
     /// Compiled kernels on disk.
     pub(super) fn cache(&self) -> &Cache {
         &self.cache
@@ -143,6 +153,19 @@ impl CudaDevice {
         self.home_stream.get_or_init(|| Stream::home(self, self.home))
     }
 
+    /// The stream on which this thread's work queues: the home stream, or that of its capture.
+    pub(super) fn queue_here(&'static self) -> Arc<Queue> {
+        match graph::current(self) {
+            Some(capture) => Arc::clone(capture.queue()),
+            None => Arc::clone(self.home().queue()),
+        }
+    }
+
+    /// Keeps captures and waits for the whole context apart: the driver refuses the one during the other.
+    pub(super) fn whole(&self) -> MutexGuard<'_, ()> {
+        lock(&self.whole)
+    }
+
     pub(super) fn functions(&self) -> MutexGuard<'_, LoadedFunctions> {
         lock(&self.functions)
     }
@@ -152,7 +175,9 @@ impl CudaDevice {
     /// # Errors
     /// A fault of that work.
     pub(crate) fn synchronize(&self) -> Result<()> {
+        graph::refuse("waiting for the device")?;
         self.activate()?;
+        let _no_capture = self.whole();
         let before = self.health.now();
         // SAFETY: waits for the current context; no arguments.
         unsafe { call!(on self, cuCtxSynchronize()) }?;
@@ -165,6 +190,10 @@ impl CudaDevice {
     /// # Errors
     /// [`Error::OutOfMemory`], or a driver error.
     pub(crate) fn allocate(&'static self, bytes: usize) -> Result<Block> {
+        self.activate()?;
+        if let Some(capture) = graph::current(self) {
+            return capture.allocate(bytes)?.ok_or_else(|| self.out_of_memory(bytes));
+        }
         Ok(Block::of_pool(self, self.take(bytes)?, bytes))
     }
 
@@ -174,6 +203,7 @@ impl CudaDevice {
     /// # Errors
     /// As [`CudaDevice::allocate`].
     pub(crate) fn upload(&'static self, source: &[u8]) -> Result<Block> {
+        graph::refuse("an upload")?;
         self.activate()?;
         let stream = self.uploads().stream(self)?;
         let queue = stream.queue();
@@ -209,13 +239,18 @@ impl CudaDevice {
 
     /// The address of a block of the pool.
     fn take(&'static self, bytes: usize) -> Result<u64> {
+        self.take_if_there(bytes)?.ok_or_else(|| self.out_of_memory(bytes))
+    }
+
+    /// The same; `None` when there is no such block, whatever is given up for it.
+    pub(super) fn take_if_there(&'static self, bytes: usize) -> Result<Option<u64>> {
         self.activate()?;
         let take = || lock(&self.pool).take(bytes, &mut DriverMemory { device: self });
-        let mut taken = take()?;
+        let taken = take()?;
         if taken.is_none() && self.give_up_uploads() {
-            taken = take()?;
+            return take();
         }
-        taken.ok_or_else(|| self.out_of_memory(bytes))
+        Ok(taken)
     }
 
     /// Takes memory back. All work that uses it is on the home stream or was waited for there.

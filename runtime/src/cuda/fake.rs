@@ -58,6 +58,8 @@ pub(super) struct Fake {
     thread: Rc<RefCell<Thread>>,
     /// A folder for machine code.
     cache: tempfile::TempDir,
+    /// Whether the GPU was made for this.
+    owner: bool,
 }
 
 #[derive(Default)]
@@ -85,14 +87,16 @@ impl Fake {
             gpus.push(Gpu::new(ordinal));
             ordinal
         };
-        Self::of(ordinal)
+        let mut fake = Self::of(ordinal);
+        fake.owner = true;
+        fake
     }
 
     /// The GPU of this number on another thread, with calls and faults of that thread's own.
     pub(super) fn of(ordinal: u32) -> Self {
         let thread = Rc::default();
         THREAD.with(|here| *here.borrow_mut() = Some(Rc::clone(&thread)));
-        Self { ordinal, thread, cache: tempfile::tempdir().unwrap() }
+        Self { ordinal, thread, cache: tempfile::tempdir().unwrap(), owner: false }
     }
 
     /// The device, with a cache folder of its own.
@@ -186,6 +190,13 @@ impl Fake {
 
 impl Drop for Fake {
     fn drop(&mut self) {
+        if self.owner {
+            // The device stays opened as long as the process, but nobody uses it any more.
+            self.with(|gpu| {
+                gpu.memory.clear();
+                gpu.pinned.clear();
+            });
+        }
         THREAD.with(|here| *here.borrow_mut() = None);
     }
 }

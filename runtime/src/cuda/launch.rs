@@ -2,19 +2,28 @@
 
 use std::ffi::c_void;
 use std::ptr;
+use std::sync::Arc;
 
 use kernels_ptx::Kernel;
 
-use super::Stream;
 use super::driver::call;
+use super::graph;
 use super::module::Loaded;
+use super::recorder::Description;
+use super::stream::Queue;
 use crate::launch::{Argument, check_launch};
-use crate::{Error, Result};
+use crate::{Error, Result, nvtx};
 
-/// Checks a launch and queues it. The kernel is loaded on the stream's device.
-pub(super) fn launch(loaded: &Loaded, stream: &Stream, grid: [u32; 3], arguments: &[Argument<'_>]) -> Result<()> {
+/// Checks a launch and queues it. The kernel is loaded on the stream's device; `sizes` are those of the problem, for the
+/// record.
+pub(super) fn launch(
+    loaded: &Loaded,
+    queue: &Arc<Queue>,
+    grid: [u32; 3],
+    arguments: &[Argument<'_>],
+    sizes: Option<&[u64]>,
+) -> Result<()> {
     let kernel = loaded.kernel();
-    let queue = stream.queue();
     let device = queue.device();
     check_launch(kernel, grid, arguments, device.limits())?;
     // Every value as 64 bits in memory. Both architectures are little-endian: the first four bytes are those of a
@@ -38,7 +47,11 @@ pub(super) fn launch(loaded: &Loaded, stream: &Stream, grid: [u32; 3], arguments
         return Ok(());
     }
     device.activate()?;
-    if !queue.is_home() {
+    let capture = graph::current(device);
+    if capture.as_ref().is_some_and(|capture| !queue.is(capture.queue())) {
+        return Err(Error::Capturing { operation: "a launch on another stream" });
+    }
+    if queue.is_beside_home() {
         // Memory that the pool handed on, and what was copied into it, is in order on the home stream.
         queue.after(device.home().queue())?;
     }
@@ -47,12 +60,33 @@ pub(super) fn launch(loaded: &Loaded, stream: &Stream, grid: [u32; 3], arguments
             block.use_on(queue)?;
         }
     }
+    let Some(capture) = capture else {
+        let describe = || Description {
+            kernel: Arc::clone(loaded.name()),
+            grid,
+            block: kernel.block,
+            work: sizes.and_then(|sizes| kernel.work(sizes)),
+        };
+        device.recorder().around(queue, describe, || queue_kernel(loaded, queue, grid, &mut values))?;
+        device.health().launched(loaded.name(), queue.raw().addr());
+        return Ok(());
+    };
+    queue_kernel(loaded, queue, grid, &mut values)?;
+    capture.launched();
+    Ok(())
+}
+
+/// Hands a launch to the driver. `values` has one value per parameter, each in 64 bits.
+fn queue_kernel(loaded: &Loaded, queue: &Queue, grid: [u32; 3], values: &mut [u64]) -> Result<()> {
+    let kernel = loaded.kernel();
     let mut pointers: Vec<*mut c_void> = values.iter_mut().map(|value| ptr::from_mut(value).cast()).collect();
     let [grid_x, grid_y, grid_z] = grid;
     let [block_x, block_y, block_z] = kernel.block;
-    // SAFETY: the function is loaded; there is one pointer per parameter of the entry, each to a value of its kind, which
-    // the driver copies before it returns. What the kernel does with its buffers stays on the device, where no Rust
-    // reference points; the borrows in `arguments` end before anything else can be queued.
+    // Profilers show the kernel's name around its launch, within the ranges that are open.
+    nvtx::push(&kernel.name);
+    // SAFETY: the function is loaded; there is one pointer per parameter of the entry (`launch` has checked), each to a
+    // value of its kind, which the driver copies before it returns. What the kernel does with its buffers stays on the
+    // device, where no Rust reference points; the borrows of the arguments end before anything else can be queued.
     let launched = unsafe {
         call!(cuLaunchKernel(
             loaded.raw(),
@@ -68,9 +102,8 @@ pub(super) fn launch(loaded: &Loaded, stream: &Stream, grid: [u32; 3], arguments
             ptr::null_mut()
         ))
     };
-    device.health().judge(device, launched, Some(&kernel.name))?;
-    device.health().launched(loaded.name(), queue.raw().addr());
-    Ok(())
+    nvtx::pop();
+    queue.device().health().judge(queue.device(), launched, Some(&kernel.name))
 }
 
 fn elsewhere(kernel: &Kernel, parameter: &str, argument: &Argument<'_>, device: &str) -> Error {

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 use super::CudaDevice;
 use super::device::lock;
 use super::driver::call;
+use super::graph::{self, GraphMemory};
 use super::stream::{Event, Queue};
 use crate::Result;
 
@@ -24,6 +25,11 @@ impl Block {
         let block = Self::new(device, address, bytes, Origin::Uploads);
         lock(&block.memory.users).push(User { queue: Arc::clone(queue), until: None });
         block
+    }
+
+    /// A block of a graph's own memory.
+    pub(super) fn of_graph(device: &'static CudaDevice, address: u64, bytes: usize, memory: Arc<GraphMemory>) -> Self {
+        Self::new(device, address, bytes, Origin::Graph(memory))
     }
 
     fn new(device: &'static CudaDevice, address: u64, bytes: usize, origin: Origin) -> Self {
@@ -59,6 +65,7 @@ impl Block {
     /// again.
     pub(crate) fn copy_from_host(&mut self, source: &[u8]) -> Result<()> {
         debug_assert_eq!(source.len(), self.bytes());
+        graph::refuse("a copy from the host")?;
         self.memory.use_at_home()?;
         lock(self.device().to_device()).upload(source, self.address(), self.device().home().queue())
     }
@@ -66,32 +73,32 @@ impl Block {
     /// Copies the block to `target`, which is as long. Waits for the work that writes the block.
     pub(crate) fn copy_to_host(&self, target: &mut [u8]) -> Result<()> {
         debug_assert_eq!(target.len(), self.bytes());
+        graph::refuse("a copy to the host")?;
         self.memory.use_at_home()?;
         lock(self.device().to_host()).download(self.address(), target, self.device().home().queue())
     }
 
     /// Overwrites the block with another one, as long and on the same device, in the order of the home stream.
     pub(crate) fn copy_from(&mut self, source: &Self) -> Result<()> {
-        self.memory.use_at_home()?;
-        source.memory.use_at_home()?;
+        let queue = self.memory.use_here()?;
+        source.memory.use_here()?;
         if self.bytes() == 0 {
             return Ok(());
         }
-        let stream = self.device().home().queue().raw();
-        // SAFETY: both blocks have `bytes` bytes (the caller compared them) and live until the home stream is done with
-        // them: they return to the pool, whose next owner queues behind this.
-        unsafe { call!(on self.device(), cuMemcpyDtoDAsync_v2(self.address(), source.address(), self.bytes(), stream)) }
+        let (target, source) = (self.address(), source.address());
+        // SAFETY: both blocks have `bytes` bytes (the caller compared them) and live until the stream is done with them:
+        // they return to the pool, whose next owner queues behind this, or belong to a graph.
+        unsafe { call!(on self.device(), cuMemcpyDtoDAsync_v2(target, source, self.bytes(), queue.raw())) }
     }
 
     /// Sets every byte to zero, in the order of the home stream.
     pub(crate) fn set_zero(&mut self) -> Result<()> {
-        self.memory.use_at_home()?;
+        let queue = self.memory.use_here()?;
         if self.bytes() == 0 {
             return Ok(());
         }
-        let stream = self.device().home().queue().raw();
         // SAFETY: the block has `bytes` bytes.
-        unsafe { call!(on self.device(), cuMemsetD8Async(self.address(), 0, self.bytes(), stream)) }
+        unsafe { call!(on self.device(), cuMemsetD8Async(self.address(), 0, self.bytes(), queue.raw())) }
     }
 }
 
@@ -99,10 +106,11 @@ impl Block {
 enum Origin {
     Pool,
     Uploads,
+    Graph(Arc<GraphMemory>),
 }
 
-/// What a block holds.
-struct Memory {
+/// What a block holds, alone or together with graphs that use it.
+pub(super) struct Memory {
     device: &'static CudaDevice,
     address: u64,
     bytes: usize,
@@ -118,7 +126,46 @@ struct User {
 }
 
 impl Memory {
-    fn use_on(&self, queue: &Arc<Queue>) -> Result<()> {
+    pub(super) fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// Whether this is memory of this graph's own.
+    pub(super) fn is_of(&self, graph: &Arc<GraphMemory>) -> bool {
+        matches!(&self.origin, Origin::Graph(memory) if Arc::ptr_eq(memory, graph))
+    }
+
+    /// Orders work that is about to be queued on `queue` behind all work that used the memory on other streams.
+    fn use_on(self: &Arc<Self>, queue: &Arc<Queue>) -> Result<()> {
+        match graph::current(self.device).filter(|capture| queue.is(capture.queue())) {
+            None => self.order(queue),
+            // The graph runs on the home stream, later than whatever is queued there now.
+            Some(capture) => {
+                self.use_at_home()?;
+                capture.uses(self);
+                Ok(())
+            }
+        }
+    }
+
+    /// The same for the stream on which this thread's work queues, the home stream or that of a capture.
+    fn use_here(self: &Arc<Self>) -> Result<Arc<Queue>> {
+        self.device.activate()?;
+        let queue = self.device.queue_here();
+        self.use_on(&queue)?;
+        Ok(queue)
+    }
+
+    /// The same for the home stream itself.
+    pub(super) fn use_at_home(&self) -> Result<()> {
+        self.device.activate()?;
+        if lock(&self.users).is_empty() {
+            return Ok(());
+        }
+        self.order(self.device.home().queue())
+    }
+
+    fn order(&self, queue: &Arc<Queue>) -> Result<()> {
         let mut users = lock(&self.users);
         for user in users.iter().filter(|user| !user.queue.is(queue)) {
             match &user.until {
@@ -135,15 +182,6 @@ impl Memory {
             None => users.push(User { queue: Arc::clone(queue), until: None }),
         }
         Ok(())
-    }
-
-    /// The same for the home stream.
-    fn use_at_home(&self) -> Result<()> {
-        self.device.activate()?;
-        if lock(&self.users).is_empty() {
-            return Ok(());
-        }
-        self.use_on(self.device.home().queue())
     }
 
     /// Makes sure that the home stream's later work comes after all work that uses the memory.
@@ -163,7 +201,8 @@ impl Drop for Memory {
         if self.settle().is_err() && !self.device.health().is_lost() {
             return;
         }
-        match self.origin {
+        match &self.origin {
+            Origin::Graph(memory) => memory.put_back(self.address),
             Origin::Pool => self.device.put_back(self.address),
             Origin::Uploads => self.device.put_back_uploaded(self.address, self.bytes),
         }

@@ -14,12 +14,14 @@ mod device;
 mod driver;
 #[cfg(test)]
 mod fake;
+mod graph;
 mod health;
 mod information;
 mod launch;
 mod memory;
 mod module;
 mod pool;
+mod recorder;
 mod staging;
 mod stream;
 mod symbols;
@@ -27,6 +29,8 @@ mod symbols;
 mod tests;
 mod uploads;
 
+pub(crate) use graph::capture;
+pub use graph::Graph;
 pub use information::{CudaDeviceInformation, devices};
 pub use stream::{Event, Stream};
 

@@ -87,13 +87,13 @@ impl Function {
     }
 
     /// Queues the function on the device's home stream, with `grid` blocks in x, y and z. A grid with a zero in it is no
-    /// work: the arguments are checked and nothing is queued.
+    /// work: the arguments are checked and nothing is queued. `sizes` are those of the problem, for the record.
     ///
     /// # Errors
     /// [`Error::Launch`] when arguments or grid do not fit the kernel's description (nothing reaches the driver then), or a
     /// driver error.
-    pub fn launch(&self, grid: [u32; 3], arguments: &[Argument<'_>]) -> Result<()> {
-        launch::launch(&self.loaded, self.device.home(), grid, arguments)
+    pub fn launch(&self, grid: [u32; 3], arguments: &[Argument<'_>], sizes: Option<&[u64]>) -> Result<()> {
+        launch::launch(&self.loaded, &self.device.queue_here(), grid, arguments, sizes)
     }
 
     /// Queues the function on another stream of its device. Buffers are safe there: the work waits for everything queued
@@ -106,7 +106,7 @@ impl Function {
             let reason = format!("it is loaded on {}, but the stream is of {}", self.device, stream.queue().device());
             return Err(Error::Launch { kernel: self.loaded.kernel.name.clone(), reason });
         }
-        launch::launch(&self.loaded, stream, grid, arguments)
+        launch::launch(&self.loaded, stream.queue(), grid, arguments, None)
     }
 }
 

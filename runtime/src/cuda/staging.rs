@@ -17,7 +17,7 @@ use super::{CudaDevice, Handle};
 use crate::Result;
 
 /// Bytes of a ring, and of the largest piece that goes through it at once.
-const RING: usize = 16 << 20;
+const RING: usize = 4 << 20;
 const CHUNK: usize = RING / 4;
 
 /// Pieces, and with them events, that are pending at most. The host runs ahead of the GPU by no more copies than this.

@@ -20,22 +20,43 @@ pub struct Stream {
 pub(super) struct Queue {
     device: &'static CudaDevice,
     raw: Handle<sys::CUstream_st>,
-    home: bool,
+    role: Role,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Role {
+    Home,
+    Side,
+    Capture,
 }
 
 impl Stream {
     /// The device's home stream, which is never destroyed.
     pub(super) fn home(device: &'static CudaDevice, raw: Handle<sys::CUstream_st>) -> Self {
-        Self { queue: Arc::new(Queue { device, raw, home: true }) }
+        Self { queue: Arc::new(Queue { device, raw, role: Role::Home }) }
+    }
+
+    /// The stream of a queue.
+    pub(super) fn of(queue: &Arc<Queue>) -> Self {
+        Self { queue: Arc::clone(queue) }
     }
 
     /// A new stream beside the home stream.
     pub(crate) fn new(device: &'static CudaDevice) -> Result<Self> {
+        Self::with(device, Role::Side)
+    }
+
+    /// A new stream whose work is captured in place of the home stream's.
+    pub(super) fn for_capture(device: &'static CudaDevice) -> Result<Self> {
+        Self::with(device, Role::Capture)
+    }
+
+    fn with(device: &'static CudaDevice, role: Role) -> Result<Self> {
         device.activate()?;
         let mut raw = ptr::null_mut();
         // SAFETY: `raw` is a valid place for a handle; a context is current.
         unsafe { call!(on device, cuStreamCreate(&mut raw, sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32)) }?;
-        Ok(Self { queue: Arc::new(Queue { device, raw: Handle(raw), home: false }) })
+        Ok(Self { queue: Arc::new(Queue { device, raw: Handle(raw), role }) })
     }
 
     /// An event behind everything that is queued so far. It tells when that work is done, and at what time.
@@ -80,7 +101,12 @@ impl Queue {
 
     /// Whether this is the device's home stream.
     pub(super) fn is_home(&self) -> bool {
-        self.home
+        self.role == Role::Home
+    }
+
+    /// Whether work that is queued here must be put behind that of the home stream.
+    pub(super) fn is_beside_home(&self) -> bool {
+        self.role == Role::Side
     }
 
     /// Whether the two are one stream.
@@ -126,7 +152,7 @@ impl Queue {
 
 impl Drop for Queue {
     fn drop(&mut self) {
-        if !self.home && self.device.activate_to_drop() {
+        if !self.is_home() && self.device.activate_to_drop() {
             // Nobody is there to hear of a failure; a lost context shows at the next operation.
             // SAFETY: nothing else holds the stream; the driver finishes its work before it frees it.
             let _ = unsafe { call!(on self.device, cuStreamDestroy_v2(self.raw.0)) };

@@ -114,7 +114,25 @@ fn everything(fake: &Fake) -> Result<()> {
         copy.set_zero()?;
         assert_same(&download(&uploaded)?, &pattern(5000, number.into()));
     }
-    drop((buffer, sum, next, copy));
+    // A graph, with memory of its own and memory from before.
+    let (graph, result) = device.capture(|| -> Result<Buffer> {
+        let mut ones = device.allocate(4000)?;
+        fill(&function, None, &mut ones, 1.0_f32.to_bits())?;
+        let mut result = device.allocate(4000)?;
+        result.set_zero()?;
+        axpy(&device.load(&Axpy.build())?, &mut result, &ones)?;
+        axpy(&device.load(&Axpy.build())?, &mut sum, &ones)?;
+        Ok(result)
+    })?;
+    let recording = device.record_launches()?;
+    graph.replay()?;
+    graph.replay()?;
+    fill(&function, Some(&side), &mut next, 4)?;
+    assert_eq!(recording.take_records()?.len(), 3);
+    drop(recording);
+    assert_same(&download(&result)?, &floats(2.0, 1000));
+    assert_same(&download(&sum)?, &floats(6.5, 1000));
+    drop((buffer, sum, next, copy, graph, result));
     device.free_and_total_memory()?;
     device.trim_memory()?;
     device.synchronize()
@@ -369,8 +387,8 @@ fn copies_of_any_size_go_through_page_locked_memory_in_order() {
     let fake = Fake::attach();
     let device = fake.open().unwrap();
     let mut held: Vec<(usize, Buffer)> = Vec::new();
-    // Below, at and above the chunk (4 MiB) and the ring (16 MiB), from changing places in it; nothing waits in between.
-    for (seed, bytes) in [0, 1, 63, 4096, 4 << 20, (4 << 20) + 1, 3, (16 << 20) - 1, 16 << 20, (33 << 20) + 5, 70_000]
+    // Below, at and above the chunk (1 MiB) and the ring (4 MiB), from changing places in it; nothing waits in between.
+    for (seed, bytes) in [0, 1, 63, 4096, 1 << 20, (1 << 20) + 1, 3, (4 << 20) - 1, 4 << 20, (9 << 20) + 5, 70_000]
         .into_iter()
         .enumerate()
     {
@@ -447,5 +465,213 @@ fn memory_of_uploads_is_given_up_when_it_is_needed() {
     }
     device.trim_memory().unwrap();
     assert_eq!(device.memory_usage().reserved, 0);
+    assert_eq!(fake.violations(), [] as [&str; 0]);
+}
+
+#[test]
+fn a_graph_does_again_what_was_captured_and_nothing_before() {
+    let fake = Fake::attach();
+    let device = fake.open().unwrap();
+    let (set, add) = (device.load(&Fill.build()).unwrap(), device.load(&Axpy.build()).unwrap());
+    let side = device.new_stream().unwrap();
+    let mut input = upload(&device, &floats(1.0, 100)).unwrap();
+    // Work on another stream that the capture must not wait for, and the replay must.
+    fill(&set, Some(&side), &mut input, 3.0_f32.to_bits()).unwrap();
+    let (graph, output) = device
+        .capture(|| -> Result<Buffer> {
+            let mut output = device.allocate(400)?;
+            output.set_zero()?;
+            for _ in 0..3 {
+                // A temporary, whose memory serves the next one.
+                let mut doubled = device.allocate(400)?;
+                doubled.set_zero()?;
+                axpy(&add, &mut doubled, &input)?;
+                axpy(&add, &mut output, &doubled)?;
+            }
+            Ok(output)
+        })
+        .unwrap();
+    assert_eq!(graph.launches(), 6);
+    assert_eq!(fake.kernels_run(), 0);
+    graph.replay().unwrap();
+    assert_same(&download(&output).unwrap(), &floats(3.0 * 12.0, 100));
+    input.copy_from_host(&floats(0.5, 100)).unwrap();
+    graph.replay().unwrap();
+    assert_same(&download(&output).unwrap(), &floats(0.5 * 12.0, 100));
+    // Another stream reads the output while the next replay waits for it.
+    let mut seen = device.allocate(400).unwrap();
+    seen.set_zero().unwrap();
+    let arguments = [
+        Argument::Write(&mut seen, Element::F32),
+        Argument::Read(&output, Element::F32),
+        Argument::F32(1.0),
+        Argument::U64(100),
+    ];
+    add.launch_on(&side, [1, 1, 1], &arguments).unwrap();
+    input.copy_from_host(&floats(9.0, 100)).unwrap();
+    graph.replay().unwrap();
+    assert_same(&download(&output).unwrap(), &floats(9.0 * 12.0, 100));
+    assert_same(&download(&seen).unwrap(), &floats(0.5 * 12.0, 100));
+    assert_eq!(fake.violations(), [] as [&str; 0]);
+}
+
+#[test]
+fn memory_that_a_graph_uses_is_nobody_elses_while_it_lives() {
+    let fake = Fake::attach();
+    let device = fake.open().unwrap();
+    let set = device.load(&Fill.build()).unwrap();
+    let mut before = device.allocate(4000).unwrap();
+    let (graph, kept) = device
+        .capture(|| -> Result<Buffer> {
+            let mut temporary = device.allocate(8000)?;
+            fill(&set, None, &mut temporary, 1)?;
+            fill(&set, None, &mut before, 2)?;
+            let mut kept = device.allocate(4000)?;
+            fill(&set, None, &mut kept, 3)?;
+            Ok(kept)
+        })
+        .unwrap();
+    drop(before);
+    // Whatever is allocated now, the replay leaves it alone.
+    let others: Vec<Buffer> = (0..1000).map(|_| upload(&device, &words(7, 500)).unwrap()).collect();
+    graph.replay().unwrap();
+    for other in &others {
+        assert_same(&download(other).unwrap(), &words(7, 500));
+    }
+    drop(others);
+    let with_graph = device.memory_usage().in_use;
+    assert!(with_graph > 0);
+    graph.replay().unwrap();
+    drop(graph);
+    // A block of the graph's that somebody holds keeps its memory.
+    let others: Vec<Buffer> = (0..1000).map(|_| upload(&device, &words(7, 500)).unwrap()).collect();
+    assert_same(&download(&kept).unwrap(), &words(3, 1000));
+    drop((others, kept));
+    assert_eq!(device.memory_usage().in_use, 0);
+    device.trim_memory().unwrap();
+    assert_eq!(device.memory_usage().reserved, 0);
+    assert_eq!(fake.violations(), [] as [&str; 0]);
+    let census = fake.census();
+    assert!(!census.contains_key("graphs") && !census.contains_key("executable graphs"), "{census:?}");
+}
+
+#[test]
+fn an_error_or_a_panic_while_capturing_ends_the_capture_cleanly() {
+    let fake = Fake::attach();
+    let device = fake.open().unwrap();
+    let set = device.load(&Fill.build()).unwrap();
+    let mut buffer = upload(&device, &words(7, 100)).unwrap();
+    device.trim_memory().unwrap();
+    let before = fake.census();
+    let side = device.new_stream().unwrap();
+    let mut refusals = Vec::new();
+    let error = device
+        .capture(|| -> Result<()> {
+            fill(&set, None, &mut buffer, 1)?;
+            refusals.push(buffer.copy_from_host(&words(0, 100)).unwrap_err());
+            refusals.push(buffer.copy_to_host(&mut [0; 400]).unwrap_err());
+            refusals.push(device.upload(&[1, 2, 3]).err().unwrap());
+            refusals.push(device.synchronize().unwrap_err());
+            refusals.push(fill(&set, Some(&side), &mut buffer, 1).unwrap_err());
+            refusals.push(device.capture(|| -> Result<()> { Ok(()) }).err().unwrap());
+            set.launch([1, 1, 1], &[])
+        })
+        .err()
+        .unwrap();
+    assert!(matches!(error, Error::Launch { .. }), "{error}");
+    for refusal in refusals {
+        assert!(matches!(refusal, Error::Capturing { .. }), "{refusal}");
+    }
+    let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        device.capture(|| -> Result<()> {
+            let _temporary = device.allocate(100)?;
+            panic!("as the test wants it")
+        })
+    }));
+    assert!(panicked.is_err());
+    drop(side);
+    device.trim_memory().unwrap();
+    assert_eq!(fake.census(), before);
+    // Nothing of it ran, and the device works.
+    assert_same(&download(&buffer).unwrap(), &words(7, 100));
+    fill(&set, None, &mut buffer, 9).unwrap();
+    assert_same(&download(&buffer).unwrap(), &words(9, 100));
+    assert_eq!(fake.violations(), [] as [&str; 0]);
+    // An empty graph is a graph.
+    device.capture(|| -> Result<()> { Ok(()) }).unwrap().0.replay().unwrap();
+    assert!(matches!(Device::cpu().capture(|| -> Result<()> { Ok(()) }), Err(Error::NotAGpu { .. })));
+}
+
+#[test]
+fn other_threads_go_on_while_one_captures() {
+    let fake = Fake::attach();
+    let device = fake.open().unwrap();
+    let set = device.load(&Fill.build()).unwrap();
+    let mut buffer = upload(&device, &words(7, 100)).unwrap();
+    let ordinal = fake.ordinal();
+    let (graph, ()) = device
+        .capture(|| -> Result<()> {
+            fill(&set, None, &mut buffer, 1)?;
+            std::thread::scope(|scope| {
+                let elsewhere = scope.spawn(|| {
+                    let other = Fake::of(ordinal);
+                    let mut own = device.allocate(400).unwrap();
+                    fill(&set, None, &mut own, 5).unwrap();
+                    assert_same(&download(&own).unwrap(), &words(5, 100));
+                    drop(own);
+                    drop(other);
+                });
+                elsewhere.join().unwrap();
+            });
+            fill(&set, None, &mut buffer, 2)
+        })
+        .unwrap();
+    assert_eq!(graph.launches(), 2);
+    assert_same(&download(&buffer).unwrap(), &words(7, 100));
+    graph.replay().unwrap();
+    assert_same(&download(&buffer).unwrap(), &words(2, 100));
+    assert_eq!(fake.violations(), [] as [&str; 0]);
+}
+
+#[test]
+fn launches_are_recorded_with_times_work_and_ranges() {
+    let fake = Fake::attach();
+    let device = fake.open().unwrap();
+    let set = device.load(&Fill.build()).unwrap();
+    let mut buffer = device.allocate(400).unwrap();
+    fill(&set, None, &mut buffer, 1).unwrap();
+    let recording = device.record_launches().unwrap();
+    assert!(matches!(device.record_launches(), Err(Error::AlreadyRecording { .. })));
+    let _layer = crate::range("layer 3");
+    {
+        let _mixer = crate::range("mixer");
+        let arguments = [Argument::Write(&mut buffer, Element::U32), Argument::U32(7), Argument::U64(100)];
+        set.launch_sized([1, 1, 1], &arguments, &[100]).unwrap();
+    }
+    let (graph, ()) = device.capture(|| fill(&set, None, &mut buffer, 2)).unwrap();
+    graph.replay().unwrap();
+    fill(&set, Some(&device.new_stream().unwrap()), &mut buffer, 3).unwrap();
+    let records = recording.take_records().unwrap();
+    let names: Vec<&str> = records.iter().map(|record| &*record.kernel).collect();
+    assert_eq!(names, ["fill_u32", "a graph (launches: 1)", "fill_u32"]);
+    assert_eq!(records[0].ranges, ["layer 3".into(), "mixer".into()]);
+    assert_eq!(records[1].ranges, ["layer 3".into()]);
+    assert_eq!((records[0].grid, records[0].block), ([1, 1, 1], Fill.build().block));
+    assert_eq!(records[0].work, Fill.build().work(&[100]));
+    assert_eq!(records[2].work, None);
+    for (one, next) in records.iter().zip(&records[1..]) {
+        assert!(one.duration.as_nanos() > 0 && next.start >= one.end(), "{records:?}");
+    }
+    assert!(recording.take_records().unwrap().is_empty());
+    let events = || fake.census().get("events").copied().unwrap_or_default();
+    // That from which times are counted.
+    assert_eq!(events(), 1);
+    drop(recording);
+    assert_eq!(events(), 0);
+    // Nothing is recorded any more, and a new recording begins with nothing.
+    fill(&set, None, &mut buffer, 1).unwrap();
+    assert_eq!(events(), 0);
+    assert!(device.record_launches().unwrap().take_records().unwrap().is_empty());
+    assert!(Device::cpu().record_launches().unwrap().take_records().unwrap().is_empty());
     assert_eq!(fake.violations(), [] as [&str; 0]);
 }

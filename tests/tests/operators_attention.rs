@@ -304,7 +304,10 @@ fn arguments_that_make_no_sense_are_named() {
             let ones = Var::constant(&tensor(dtype, &[1, 4, 2, size], &vec![1.0; 8 * size]));
             let output = widened(&ops::attention(&tape, &ones, &ones, &ones, options).unwrap()).unwrap();
             for (token, values) in output.chunks(2 * size).enumerate() {
-                assert!(values.iter().all(|value| if token == 1 { value.is_nan() } else { *value == 1.0 }), "{values:?}");
+                assert!(
+                    values.iter().all(|value| if token == 1 { value.is_nan() } else { *value == 1.0 }),
+                    "{values:?}"
+                );
             }
         }
     }

@@ -3,6 +3,8 @@
 // Helpers of tests fail as tests do.
 #![allow(clippy::unwrap_used)]
 
+use std::num::NonZeroUsize;
+
 use autograd::ops::{self, Activation, ConvolutionOptions, ScanInputs, ScanStepInputs};
 use autograd::{DType, Tape, Tensor, Var};
 use grafter_tests::check::{Input, Precision, Tolerance, agree, cases, check_operator, indices, tensor, widened};
@@ -118,7 +120,7 @@ fn divisors(channels: usize) -> Vec<usize> {
 }
 
 fn scans() -> impl Strategy<Value = ScanCase> {
-    let states = prop_oneof![Just(1usize), Just(3), Just(8), Just(16)];
+    let states = prop_oneof![2 => 1..6usize, 1 => Just(8usize), 4 => Just(16), 1 => prop_oneof![Just(20usize), Just(33), Just(64)]];
     (0..3usize, times(), channels(), states, any::<[bool; 7]>(), any::<u64>()).prop_map(
         |(batch, time, channels, states, [d, gate, delta_bias, softplus, initial, documents, extreme], seed)| {
             let mut random = Random::new(seed);
@@ -200,23 +202,34 @@ impl ScanCase {
     }
 
     fn operator(&self, tape: &Tape<'_>, inputs: &[Var], starts: Option<&Tensor>) -> autograd::Result<Vec<Var>> {
+        self.operator_in_chunks(tape, inputs, starts, None)
+    }
+
+    fn operator_in_chunks(
+        &self,
+        tape: &Tape<'_>,
+        inputs: &[Var],
+        starts: Option<&Tensor>,
+        chunk: Option<usize>,
+    ) -> autograd::Result<Vec<Var>> {
         let [d, gate, delta_bias, initial_state] = self.optional(inputs);
-        let result = ops::selective_scan(
-            tape,
-            ScanInputs {
-                input: &inputs[0],
-                delta: &inputs[1],
-                a: &inputs[2],
-                b: &inputs[3],
-                c: &inputs[4],
-                d,
-                gate,
-                delta_bias,
-                delta_softplus: self.softplus,
-                initial_state,
-                document_start: starts,
-            },
-        )?;
+        let inputs = ScanInputs {
+            input: &inputs[0],
+            delta: &inputs[1],
+            a: &inputs[2],
+            b: &inputs[3],
+            c: &inputs[4],
+            d,
+            gate,
+            delta_bias,
+            delta_softplus: self.softplus,
+            initial_state,
+            document_start: starts,
+        };
+        let result = match chunk {
+            Some(chunk) => ops::selective_scan_in_chunks(tape, inputs, NonZeroUsize::new(chunk).unwrap())?,
+            None => ops::selective_scan(tape, inputs)?,
+        };
         Ok(vec![result.output, result.last_state])
     }
 
@@ -396,6 +409,45 @@ proptest! {
         }
         agree("state after steps", whole[1].shape(), &widened(&state).unwrap(), &expected.1, Bounds::new(2e-6, 4e-6))
             .map_err(TestCaseError::fail)?;
+    }
+
+    /// The length of the chunks, which devices may take in parallel, changes neither results nor gradients.
+    #[test]
+    fn scan_in_chunks(case in scans(), long in any::<bool>()) {
+        let mut case = case;
+        if long {
+            // Longer than the longest chunk.
+            (case.batch, case.channels, case.states, case.b_groups, case.c_groups) = (1, 6, 3, 2, 3);
+            case.time = 257 + case.time % 40;
+            let mut random = Random::new(case.seed);
+            case.document_start = case.document_start.as_ref().map(|_| random.document_starts(case.time));
+        }
+        let starts = case.starts();
+        let inputs = tensors(&case.inputs());
+        let run = |chunk: Option<usize>| {
+            let tape = Tape::new();
+            let leaves: Vec<Var> = inputs.iter().map(|input| tape.leaf(input)).collect();
+            let outputs = case.operator_in_chunks(&tape, &leaves, starts.as_ref(), chunk).unwrap();
+            let mut random = Random::new(case.seed ^ 0x5eed);
+            let seeds = outputs.iter().map(|output| {
+                let count = output.shape().iter().product();
+                (output.clone(), tensor(DType::F32, output.shape(), &random.normals(count, 1.0)))
+            });
+            let gradients = tape.backward_from(seeds.collect()).unwrap();
+            let mut all: Vec<Tensor> = outputs.iter().map(|output| output.tensor().clone()).collect();
+            all.extend(inputs.iter().map(|input| gradients.get(input).unwrap().clone()));
+            all
+        };
+        let expected = run(None);
+        for chunk in [1, 16, 64, 256] {
+            for (index, (got, expected)) in run(Some(chunk)).iter().zip(&expected).enumerate() {
+                // Results and gradients within the bounds that each is held to against the reference.
+                let what = format!("chunks of {chunk}: array {index}");
+                let bounds = if index < 2 { SCAN.output } else { SCAN.gradient };
+                agree(&what, expected.shape(), &widened(got).unwrap(), &widened(expected).unwrap(), bounds)
+                    .map_err(TestCaseError::fail)?;
+            }
+        }
     }
 
     /// Documents packed in a row give what each gives alone, gradients included.

@@ -518,7 +518,7 @@ fn uploads_overlap_with_work_and_arrive_in_order() {
     let Some(gpu) = gpu("uploads") else { return };
     let function = gpu.device.load(&Fill.build()).unwrap();
     // Sizes around the chunks and the ring of the staging memory.
-    for size in [0, 1, 4 << 20, (4 << 20) + 1, (16 << 20) - 1, (50 << 20) + 3] {
+    for size in [0, 1, 1 << 20, (1 << 20) + 1, (4 << 20) - 1, (50 << 20) + 3] {
         let bytes: Vec<u8> = (0..size).map(|index| (index * 31 % 251) as u8).collect();
         let uploaded = gpu.device.upload(&bytes).unwrap();
         assert!(download::<u8>(&uploaded) == bytes, "{size} bytes");
@@ -581,6 +581,165 @@ fn copies_run_at_the_speed_of_the_bus() {
     println!("1 GiB: {:.1} GB/s to the device, {:.1} GB/s to the host", 1.073 / to_device, 1.073 / to_host);
     // One core copies memory at some 5 GB/s at the least; PCIe moves 12 to 60.
     assert!(to_device < 0.5 && to_host < 0.5);
+}
+
+/// `y = y + a x` on the home stream.
+fn axpy(function: &Function, y: &mut Buffer, x: &Buffer, a: f32) -> runtime::Result<()> {
+    let count = (x.len() / 4) as u64;
+    let arguments =
+        [Argument::Write(y, Element::F32), Argument::Read(x, Element::F32), Argument::F32(a), Argument::U64(count)];
+    function.launch_sized(Axpy::grid(count).unwrap(), &arguments, &[count])
+}
+
+#[test]
+fn a_graph_replays_what_was_captured_on_its_own_memory() {
+    let Some(gpu) = gpu("graphs") else { return };
+    let device = &gpu.device;
+    let add = device.load(&Axpy.build()).unwrap();
+    let in_use = device.memory_usage().in_use;
+    let count = 10_000;
+    let mut input = upload(device, &vec![1.0_f32; count]);
+    let captured = device.capture(|| -> runtime::Result<Buffer> {
+        let mut output = device.allocate(4 * count)?;
+        output.set_zero()?;
+        for step in 0..500 {
+            let mut temporary = device.allocate(4 * (count + step))?;
+            temporary.set_zero()?;
+            axpy(&add, &mut temporary, &input, 1.0)?;
+            axpy(&add, &mut output, &temporary, 1.0)?;
+        }
+        Ok(output)
+    });
+    let (graph, output) = captured.unwrap();
+    assert_eq!(graph.launches(), 1000);
+    // 500 temporaries of 40 kB share a few blocks.
+    assert!(device.memory_usage().in_use - in_use < 4 << 20, "{:?}", device.memory_usage());
+    for value in [1.0, 2.0, 0.25_f32] {
+        input.copy_from_host(bytemuck::cast_slice(&vec![value; count])).unwrap();
+        graph.replay().unwrap();
+        assert_eq!(download::<f32>(&output), vec![500.0 * value; count]);
+    }
+    // Whatever else is allocated, a replay leaves it alone; the dropped input stays the graph's.
+    drop(input);
+    let others: Vec<Buffer> = (0..200).map(|index| upload(device, &vec![index as u32; count])).collect();
+    for _ in 0..3 {
+        graph.replay().unwrap();
+    }
+    for (index, other) in others.iter().enumerate() {
+        assert!(download::<u32>(other).iter().all(|&value| value == index as u32), "block {index}");
+    }
+    drop(others);
+
+    let mut output = output;
+    let mut temporary = device.allocate(4 * count).unwrap();
+    let mut launches = || {
+        for _ in 0..500 {
+            temporary.set_zero().unwrap();
+            axpy(&add, &mut temporary, &output, 0.0).unwrap();
+            axpy(&add, &mut output, &temporary, 0.0).unwrap();
+        }
+        device.synchronize().unwrap();
+    };
+    let replays = || {
+        graph.replay().unwrap();
+        device.synchronize().unwrap();
+    };
+    launches();
+    replays();
+    let clock = Instant::now();
+    launches();
+    let one_by_one = clock.elapsed();
+    let clock = Instant::now();
+    replays();
+    println!("1,500 nodes: {one_by_one:?} one by one, {:?} as a graph", clock.elapsed());
+    drop((graph, output, temporary));
+    device.synchronize().unwrap();
+    assert_eq!(device.memory_usage().in_use, in_use);
+    assert_usable(device);
+}
+
+#[test]
+fn what_a_graph_cannot_hold_is_refused_and_the_capture_ends_cleanly() {
+    let Some(gpu) = gpu("captures that fail") else { return };
+    let device = &gpu.device;
+    let mut buffer = upload(device, &[7_u32; 64]);
+    let function = device.load(&Fill.build()).unwrap();
+    let side = device.new_stream().unwrap();
+    let captured = device.capture(|| -> runtime::Result<()> {
+        fill(&function, &mut buffer, 1);
+        for refused in [
+            buffer.copy_from_host(&[0; 256]),
+            buffer.copy_to_host(&mut [0; 256]),
+            device.upload(&[0]).map(drop),
+            device.synchronize(),
+            device.capture(|| -> runtime::Result<()> { Ok(()) }).map(drop),
+        ] {
+            assert!(matches!(refused, Err(Error::Capturing { .. })), "{refused:?}");
+        }
+        // Loading and allocating is no part of the graph, and allowed.
+        device.load(&Axpy.build())?;
+        drop(device.allocate(300 << 20)?);
+        // Another stream goes on beside the capture.
+        side.record()?.synchronize()?;
+        function.launch([1, 1, 1], &[])
+    });
+    let error = captured.err().unwrap();
+    assert!(matches!(error, Error::Launch { .. }), "{error}");
+    assert_eq!(download::<u32>(&buffer), [7; 64]);
+    let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        device.capture(|| -> runtime::Result<()> { panic!("as the test wants it") })
+    }));
+    assert!(panicked.is_err());
+    device.capture(|| -> runtime::Result<()> { Ok(()) }).unwrap().0.replay().unwrap();
+    // Other threads launch, allocate and wait for their work while this one captures.
+    let ((graph, ()), elsewhere) = std::thread::scope(|scope| {
+        let captured = device.capture(|| -> runtime::Result<_> {
+            fill(&function, &mut buffer, 3);
+            scope.spawn(|| assert_usable(device)).join().unwrap();
+            Ok(())
+        });
+        (captured.unwrap(), scope.spawn(|| device.synchronize()).join().unwrap())
+    });
+    elsewhere.unwrap();
+    assert_eq!(download::<u32>(&buffer), [7; 64]);
+    graph.replay().unwrap();
+    assert_eq!(download::<u32>(&buffer), [3; 64]);
+    assert_usable(device);
+}
+
+#[test]
+fn the_record_of_launches_has_plausible_times() {
+    let Some(gpu) = gpu("the record of launches") else { return };
+    let device = &gpu.device;
+    let add = device.load(&Axpy.build()).unwrap();
+    let count = 64 << 20;
+    let x = upload(device, &vec![1.0_f32; count]);
+    let mut y = upload(device, &vec![1.0_f32; count]);
+    axpy(&add, &mut y, &x, 1.0).unwrap();
+    device.synchronize().unwrap();
+    let clock = Instant::now();
+    let recording = device.record_launches().unwrap();
+    let _layer = runtime::range("layer 3");
+    for _ in 0..20 {
+        axpy(&add, &mut y, &x, 1.0).unwrap();
+    }
+    let records = recording.take_records().unwrap();
+    let wall = clock.elapsed();
+    assert_eq!(records.len(), 20);
+    let bytes = 12.0 * count as f64;
+    for (record, next) in records.iter().zip(records.iter().skip(1)) {
+        assert_eq!((&*record.kernel, &*record.ranges[0]), ("axpy_f32", "layer 3"));
+        assert_eq!(record.work.unwrap().bytes as f64, bytes);
+        let speed = bytes / record.duration.as_secs_f64();
+        assert!((1e10..2e13).contains(&speed), "{speed:.3e} bytes/s");
+        assert!(next.start + Duration::from_micros(2) >= record.end(), "{record:?} {next:?}");
+    }
+    let whole: Duration = records.iter().map(|record| record.duration).sum();
+    println!("20 axpy of {bytes:.2e} bytes: {whole:?} of {wall:?}; {:.2e} bytes/s", 20.0 * bytes / whole.as_secs_f64());
+    assert!(whole <= wall);
+    drop(recording);
+    axpy(&add, &mut y, &x, 1.0).unwrap();
+    assert!(device.record_launches().unwrap().take_records().unwrap().is_empty());
 }
 
 #[test]

@@ -14,8 +14,10 @@ use super::device::lock;
 use super::driver;
 use crate::{Error, Result};
 
-/// How many kernels an error names.
+/// How many kernels an error names, and how many are kept in mind: of streams that nobody ever waits for, the oldest are
+/// forgotten.
 const NAMED: usize = 8;
+const KEPT: usize = 64;
 
 /// The state of one device's context.
 #[derive(Default)]
@@ -102,7 +104,13 @@ impl Health {
                 launched.count += 1;
                 launched.last = last;
             }
-            None => unfinished.kernels.push(Launched { name: Arc::clone(kernel), stream, count: 1, last }),
+            None => {
+                if unfinished.kernels.len() == KEPT {
+                    let oldest = (0..KEPT).min_by_key(|&index| unfinished.kernels[index].last);
+                    oldest.map(|index| unfinished.kernels.swap_remove(index));
+                }
+                unfinished.kernels.push(Launched { name: Arc::clone(kernel), stream, count: 1, last });
+            }
         }
     }
 
@@ -182,6 +190,14 @@ mod tests {
         names.iter().for_each(|name| health.launched(name, 1));
         let text = health.judge(&"d", failure("c", 719), None).unwrap_err().to_string();
         assert!(text.contains("first: kernel_11, kernel_10") && text.ends_with("kernel_4 and 4 more"), "{text}");
+
+        // Ever new streams that nobody waits for are no leak.
+        let health = Health::default();
+        (0..1000).for_each(|stream| health.launched(&names[0], stream));
+        health.launched(&names[1], 0);
+        assert_eq!(lock(&health.unfinished).kernels.len(), KEPT);
+        let text = health.judge(&"d", failure("c", 719), None).unwrap_err().to_string();
+        assert!(text.contains("first: kernel_1, kernel_0"), "{text}");
 
         let health = Health::default();
         names.iter().for_each(|name| health.launched(name, 1));

@@ -150,7 +150,29 @@ pub(super) fn driver_version() -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::fake::Fake;
     use super::*;
+
+    #[test]
+    fn a_gpu_is_described_and_its_context_let_go_whatever_fails() {
+        let fake = Fake::attach();
+        let known = information(fake.ordinal()).unwrap();
+        assert_eq!(
+            (known.name.as_str(), known.compute_capability, known.cuda_version),
+            ("Made-up GPU", (9, 0), (12, 4))
+        );
+        assert_eq!((known.total_memory, known.free_memory), (1 << 30, Some(1 << 30)));
+        for (number, call) in fake.calls().into_iter().enumerate() {
+            let fake = Fake::attach();
+            fake.fail(number, 999);
+            match information(fake.ordinal()) {
+                Ok(known) => assert_eq!(known.free_memory, None, "{call}"),
+                Err(error) => assert!(error.to_string().contains(call), "{call}: {error}"),
+            }
+            assert!(call.contains("Release") || fake.census().is_empty(), "{call}: {:?}", fake.census());
+            assert!(fake.violations().is_empty());
+        }
+    }
 
     #[test]
     fn information_prints_as_one_line() {

@@ -675,3 +675,37 @@ fn launches_are_recorded_with_times_work_and_ranges() {
     assert!(Device::cpu().record_launches().unwrap().take_records().unwrap().is_empty());
     assert_eq!(fake.violations(), [] as [&str; 0]);
 }
+
+#[test]
+fn any_thread_may_use_the_device() {
+    let fake = Fake::attach();
+    let device = fake.open().unwrap();
+    let ordinal = fake.ordinal();
+    std::thread::scope(|scope| {
+        for thread in 0..6_u32 {
+            let device = device.clone();
+            scope.spawn(move || {
+                let _here = Fake::of(ordinal);
+                let function = device.load(&Fill.build()).unwrap();
+                let side = device.new_stream().unwrap();
+                for round in 0..40_u32 {
+                    let value = thread * 1000 + round;
+                    let stream = value.is_multiple_of(3).then_some(&side);
+                    let mut buffer = device.upload(&words(7, 10 + value as usize)).unwrap();
+                    fill(&function, stream, &mut buffer, value).unwrap();
+                    if round % 8 == thread {
+                        let (graph, ()) = device.capture(|| fill(&function, None, &mut buffer, value + 1)).unwrap();
+                        assert_same(&download(&buffer).unwrap(), &words(value, buffer.len() / 4));
+                        graph.replay().unwrap();
+                        assert_same(&download(&buffer).unwrap(), &words(value + 1, buffer.len() / 4));
+                        device.synchronize().unwrap();
+                    } else {
+                        assert_same(&download(&buffer).unwrap(), &words(value, buffer.len() / 4));
+                    }
+                }
+            });
+        }
+    });
+    assert_eq!(device.memory_usage().in_use, 0);
+    assert_eq!(fake.violations(), [] as [&str; 0]);
+}

@@ -25,11 +25,14 @@ kernels! {
     cast: Cast;
     causal_conv1d: ConvolutionForward, ConvolutionBackward, ConvolutionStep;
     column_sums: ColumnSums;
+    cross_entropy: CrossEntropyForward, CrossEntropyBackward;
     decoding: ConvolutionState;
+    divergence: DivergenceForward, DivergenceBackward;
     elementwise: Elementwise;
     embedding: EmbeddingForward, EmbeddingOrder, EmbeddingBackward;
     fill: Fill;
     layout: CopyColumns, RepeatChunks, SumChunks;
+    loss_total: LossTotal;
     matrix_product: MatrixProduct;
     matrix_product_f32: MatrixProductF32;
     rms_norm: RmsNormForward, RmsNormInputGradient, RmsNormWeightGradient;

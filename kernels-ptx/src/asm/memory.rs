@@ -128,6 +128,14 @@ impl<'a> Global<'a> {
         self.address(self.base.id)
     }
 
+    /// The place of the first element of the row that lies `rows` rows of `width` elements further.
+    pub fn row_after(self, width: impl Operand<'a, U32>, rows: u32) -> Address<'a> {
+        let bytes = Piece::Text((rows as usize * self.element.bytes()).to_string());
+        let pieces = vec![width.operand().0, bytes, self.base.piece()];
+        let address: Value<'a, U64> = self.base.assembler.emit("mad.wide.u32", pieces);
+        self.address(address.id)
+    }
+
     fn address(self, register: usize) -> Address<'a> {
         let space = if self.read_only { Space::GlobalReadOnly } else { Space::Global };
         Address { assembler: self.base.assembler, register, offset: 0, element: self.element, space }

@@ -413,6 +413,11 @@ impl<'a> Value<'a, F32> {
         self.unary("rcp.approx.f32")
     }
 
+    /// `1 / self`, to 1 unit in the last place, in one instruction: results and arguments below 2⁻¹²⁶ count as zero.
+    pub fn reciprocal_flushed(self) -> Self {
+        self.unary("rcp.approx.ftz.f32")
+    }
+
     /// `1 / √self`, to 2 units in the last place.
     pub fn reciprocal_root(self) -> Self {
         self.unary("rsqrt.approx.f32")

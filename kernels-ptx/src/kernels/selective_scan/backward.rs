@@ -2,10 +2,10 @@
 //! `λ_t = g_t + C_t dy_t`; with `e_t = ā_t h_{t−1}`: `du = D dy + Δ Σ λ B`, `dΔ = u Σ λ B + Σ λ A e`, `dA = Σ_t λ Δ e`,
 //! `dB = Σ λ Δ u`, `dC = Σ dy h`.
 
-use super::forward::{Drive, Read, SIZES, advance, begins, stage_steps};
-use super::lane::{Lane, QUAD, Stage, load_group};
+use super::forward::{B, C, DRIVEN, Drive, SIZE, SIZES, advance};
+use super::lane::{Lane, QUAD, Stage, Steps, sigmoid};
 use super::{STAGE, Scan, THREADS};
-use crate::asm::{Assembler, Description, F32, Global, U32, U64, Value, Variable};
+use crate::asm::{Assembler, Description, F32, Global, Pred, U32, U64, Value, Variable};
 use crate::{Element, Kernel, KernelSource, Target, Work};
 
 const SUMS_THREADS: u32 = 256;
@@ -62,7 +62,7 @@ impl GroupGradient {
     pub fn of(tiles: u32) -> Self {
         match tiles {
             1 => Self::Whole,
-            _ if tiles % 2 == 0 => Self::Pairs,
+            _ if tiles.is_multiple_of(2) => Self::Pairs,
             _ => Self::Tiles,
         }
     }
@@ -101,22 +101,18 @@ pub struct GroupSums {
     pub element: Element,
 }
 
-/// Arrays of a stage.
-const SIZE: usize = 0;
-const DRIVEN: usize = 1;
+/// Arrays of a stage per channel, after those of the way forward.
 const SLOPED: usize = 2;
 const INPUT: usize = 3;
 const SLOPE: usize = 4;
 const GATE: usize = 5;
-const B: usize = 0;
-const C: usize = 1;
 
 /// `dy` and the factor that makes `y` the gate's gradient.
 fn gated<'a>(gradient: Value<'a, F32>, gate: Option<Value<'a, F32>>) -> (Value<'a, F32>, Option<Value<'a, F32>>) {
     match gate {
         None => (gradient, None),
         Some(z) => {
-            let s = z.sigmoid();
+            let s = sigmoid(z);
             let through = gradient * s;
             (through * z, Some(through * z.fma(-s + 1.0, 1.0)))
         }
@@ -158,28 +154,21 @@ impl KernelSource for SpanCarries {
             let carry = lane.zeros();
             let sum = k.variable(0.0f32).named("sum");
             for_stages_back(k, first, end, |at| {
-                let steps: Vec<_> = stage_steps(at)
-                    .into_iter()
-                    .map(|step| {
-                        let exists = step.lt(end);
-                        let own = exists & lane.channel_exists;
-                        let token = lane.token(step);
-                        let place = lane.own(token);
-                        let [raw, g] = [delta, gradient].map(|memory| memory.from(place).first().load_if(own, 0.0));
-                        let z = gate.map(|gate| gate.from(place).first().load_if(own, 0.0));
-                        let c = load_group(&lane, c, (lane.c_group, lane.c_groups), token, exists);
-                        (exists, raw, g, z, c, begins(document_start, token, step, exists))
-                    })
-                    .collect();
-                for (step, (exists, raw, g, z, c, _)) in steps.iter().enumerate() {
-                    let size = lane.step_size(*raw + bias, *exists).size;
+                let steps = lane.stage(at, end);
+                let delta = lane.load_delta(&steps, delta);
+                let g = lane.load_own(&steps, gradient, 0.0);
+                let z = gate.map(|gate| lane.load_own(&steps, gate, 0.0));
+                let c = lane.load_group(&steps, c, lane.c);
+                let begins = lane.begins(&steps, document_start);
+                for step in 0..STAGE as usize {
+                    let size = lane.step_size(&steps, step, delta[step], bias).size;
                     sum.set(sum.get() + size);
                     stage.put(SIZE, step, size);
-                    stage.put(DRIVEN, step, gated(*g, *z).0);
-                    stage.put_group(0, step, c);
+                    stage.put(DRIVEN, step, gated(g[step], z.as_ref().map(|z| z[step])).0);
+                    stage.put_group(0, step, &c[step]);
                 }
                 k.warp_barrier();
-                for (step, (.., begins)) in steps.iter().enumerate().rev() {
+                for (step, &begins) in begins.iter().enumerate().rev() {
                     let (sizes, dy) = (stage.quad(SIZE, step), stage.quad(DRIVEN, step));
                     let c = stage.quarter(0, step);
                     for (channel, carry) in carry.iter().enumerate() {
@@ -189,7 +178,7 @@ impl KernelSource for SpanCarries {
                             carry.set(decay * lambda);
                         }
                     }
-                    lane.reset_if(*begins, &carry);
+                    lane.reset_if(begins, &carry);
                 }
                 k.warp_barrier();
             });
@@ -304,10 +293,10 @@ struct Kept<'a> {
     bias_sum: Variable<'a, F32>,
 }
 
-/// Where the first step of a stage begins, in elements, for this lane. Those of its other steps follow from it: not from the
-/// steps' tokens, whose places would stay in registers from the way forward.
+/// Where the steps of a stage are written, from the first, in elements. Not as the places that were read: those would stay in
+/// registers from the way forward.
 struct Places<'a> {
-    own: Value<'a, U64>,
+    steps: Steps<'a>,
     b: Value<'a, U64>,
     c: Value<'a, U64>,
 }
@@ -419,18 +408,14 @@ impl<'a> Backward<'a> {
         state: &[Vec<Variable<'a, F32>>],
     ) {
         let (k, lane, stage) = (self.k, &self.lane, &self.stage);
-        let steps: Vec<_> = stage_steps(at).into_iter().map(|step| self.drive.read(lane, step, end)).collect();
-        for (step, read) in steps.iter().enumerate() {
-            let size = lane.step_size(read.raw + kept.bias, read.exists).size;
-            stage.put(SIZE, step, size);
-            stage.put(DRIVEN, step, size * read.u);
-            stage.put_group(B, step, &read.b);
+        let steps = lane.stage(at, end);
+        let driven = self.drive.read(lane, &steps);
+        for step in 0..STAGE as usize {
+            driven.put(lane, stage, &steps, step, kept.bias);
         }
         k.warp_barrier();
-        for (step, read) in steps.iter().enumerate() {
-            lane.reset_if(read.begins, state);
-            let b = stage.quarter(B, step);
-            advance(state, &kept.rates, stage.quad(SIZE, step), stage.quad(DRIVEN, step), &b);
+        for (step, &begins) in driven.begins.iter().enumerate() {
+            advance(lane, stage, step, begins, &kept.rates, state);
         }
         k.warp_barrier();
     }
@@ -438,36 +423,27 @@ impl<'a> Backward<'a> {
     /// Forward through a stage again, keeping what its steps kept of the states before them, then back.
     fn stage_back(&self, at: Value<'a, U32>, end: Value<'a, U32>, kept: &Kept<'a>, state: &[Vec<Variable<'a, F32>>]) {
         let (k, lane, stage) = (self.k, &self.lane, &self.stage);
-        let steps: Vec<_> = stage_steps(at)
-            .into_iter()
-            .map(|step| {
-                let read = self.drive.read(lane, step, end);
-                let place = lane.own(read.token);
-                let g = self.gradient.from(place).first().load_if(read.own, 0.0);
-                let z = self.gate.map(|gate| gate.from(place).first().load_if(read.own, 0.0));
-                let c = load_group(lane, self.c, (lane.c_group, lane.c_groups), read.token, read.exists);
-                (read, g, z, c)
-            })
-            .collect();
-        for (step, (read, g, z, c)) in steps.iter().enumerate() {
-            let size = lane.step_size(read.raw + kept.bias, read.exists);
-            let (dy, gate) = gated(*g, *z);
-            stage.put(SIZE, step, size.size);
-            stage.put(DRIVEN, step, size.size * read.u);
+        let steps = lane.stage(at, end);
+        let read = self.drive.read(lane, &steps);
+        let g = lane.load_own(&steps, self.gradient, 0.0);
+        let z = self.gate.map(|gate| lane.load_own(&steps, gate, 0.0));
+        let c = lane.load_group(&steps, self.c, lane.c);
+        for step in 0..STAGE as usize {
+            let size = read.put(lane, stage, &steps, step, kept.bias);
+            let (dy, gate) = gated(g[step], z.as_ref().map(|z| z[step]));
             stage.put(SLOPED, step, dy);
-            stage.put(INPUT, step, read.u);
+            stage.put(INPUT, step, read.u[step]);
             stage.put(SLOPE, step, size.slope);
             if let Some(gate) = gate {
                 stage.put(GATE, step, gate);
             }
-            stage.put_group(B, step, &read.b);
-            stage.put_group(C, step, c);
+            stage.put_group(C, step, &c[step]);
         }
         k.warp_barrier();
         // e = ā h of the step before, [step][channel][state].
         let mut remembered: Vec<Vec<Vec<Value<'a, F32>>>> = Vec::new();
-        for (step, (read, ..)) in steps.iter().enumerate() {
-            lane.reset_if(read.begins, state);
+        for (step, &begins) in read.begins.iter().enumerate() {
+            lane.reset_if(begins, state);
             let (sizes, driven) = (stage.quad(SIZE, step), stage.quad(DRIVEN, step));
             let b = stage.quarter(B, step);
             let mut of_step = Vec::new();
@@ -484,14 +460,10 @@ impl<'a> Backward<'a> {
         }
         // So that decays and reads of the way forward are not kept in registers for the way back.
         k.warp_barrier();
-        let token = lane.token(at);
-        let places = Places {
-            own: lane.own(token),
-            b: self.group_place(self.source.b, token),
-            c: self.group_place(self.source.c, token),
-        };
-        for (step, (read, ..)) in steps.iter().enumerate().rev() {
-            self.step_back(step, read, &places, kept, &remembered[step]);
+        let places =
+            Places { b: self.group_place(self.source.b, &steps), c: self.group_place(self.source.c, &steps), steps };
+        for (step, &begins) in read.begins.iter().enumerate().rev() {
+            self.step_back(step, begins, &places, kept, &remembered[step]);
             k.warp_barrier();
         }
     }
@@ -499,7 +471,7 @@ impl<'a> Backward<'a> {
     fn step_back(
         &self,
         step: usize,
-        read: &Read<'a>,
+        begins: Option<Value<'a, Pred>>,
         places: &Places<'a>,
         kept: &Kept<'a>,
         remembered: &[Vec<Value<'a, F32>>],
@@ -510,8 +482,8 @@ impl<'a> Backward<'a> {
         let zero = k.constant(0.0f32);
         let padded = lane.states().next_multiple_of(QUAD);
         let all = || (0..QUAD).flat_map(|channel| (0..lane.states()).map(move |n| (channel, n)));
-        let place = lane.channels.mad_wide(step as u32, places.own);
-        let wanted = read.own & lane.owned;
+        let place = lane.channels.mad_wide(step as u32, places.steps.own);
+        let wanted = places.steps.written(step);
 
         k.comment("what follows from the state: the gradients of C and of the gate");
         let (mut y, mut c_sums) = ([zero; QUAD], vec![zero; padded]);
@@ -520,7 +492,7 @@ impl<'a> Backward<'a> {
             y[channel] = c[n].fma(h, y[channel]);
             c_sums[n] = h.fma(dy[channel], c_sums[n]);
         }
-        self.write_group(self.outputs.c, self.source.c, (places.c, step), read, &c_sums);
+        self.write_group(self.outputs.c, self.source.c, (places.c, step), &places.steps, &c_sums);
         let u = stage.own(INPUT, step);
         if let Some(gate_gradient) = self.outputs.gate {
             let y = kept.d.fma(u, lane.over_quarters(y));
@@ -540,8 +512,8 @@ impl<'a> Backward<'a> {
             b_sums[n] = lambda.fma(driven[channel], b_sums[n]);
             carry.set((sizes[channel] * rate).exp2_flushed() * lambda);
         }
-        lane.reset_if(read.begins, &kept.carry);
-        self.write_group(self.outputs.b, self.source.b, (places.b, step), read, &b_sums);
+        lane.reset_if(begins, &kept.carry);
+        self.write_group(self.outputs.b, self.source.b, (places.b, step), &places.steps, &b_sums);
         let through_b = lane.over_quarters(through_b);
         let through_a = lane.over_quarters(through_a);
         let (size, dy) = (stage.own(SIZE, step), stage.own(SLOPED, step));
@@ -566,12 +538,12 @@ impl<'a> Backward<'a> {
         }
     }
 
-    /// Where a token's gradient of B or C begins for this lane.
-    fn group_place(&self, way: GroupGradient, token: Value<'a, U32>) -> Value<'a, U64> {
+    /// Where the gradient of B or C begins for this lane at the first step of a stage.
+    fn group_place(&self, way: GroupGradient, steps: &Steps<'a>) -> Value<'a, U64> {
         let (lane, states) = (&self.lane, self.lane.form.states);
         let (tile, tiles) = self.parts(way);
         let first = lane.quarter.mad(lane.form.states_per_lane(), lane.quad);
-        token.mad_wide(tiles * states, tile.mad(states, first).wide())
+        steps.token.mad_wide(tiles * states, tile.mad(states, first).wide())
     }
 
     /// Writes the gradient of B or C `step` steps after `place`, summed over the channels of the tile.
@@ -580,7 +552,7 @@ impl<'a> Backward<'a> {
         memory: Global<'a>,
         way: GroupGradient,
         (place, step): (Value<'a, U64>, usize),
-        read: &Read<'a>,
+        steps: &Steps<'a>,
         sums: &[Value<'a, F32>],
     ) {
         let (k, lane) = (self.k, &self.lane);
@@ -590,7 +562,7 @@ impl<'a> Backward<'a> {
         for (part, sums) in sums.chunks_exact(QUAD).enumerate() {
             let within = lane.quad + (part * QUAD) as u32;
             let mut sum = lane.over_quads([sums[0], sums[1], sums[2], sums[3]]);
-            let mut wanted = read.exists & lane.owned;
+            let mut wanted = steps.exists(step) & lane.owned;
             if lane.states() % QUAD != 0 {
                 wanted = wanted & within.lt(lane.form.states_per_lane());
             }

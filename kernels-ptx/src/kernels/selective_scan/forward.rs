@@ -1,8 +1,8 @@
 //! The scan forward: the states that spans leave behind, and the scan itself.
 
-use super::lane::{Lane, QUAD, Stage, load_group};
+use super::lane::{Lane, Spread, Stage, StepSize, Steps, sigmoid};
 use super::{STAGE, Scan, THREADS};
-use crate::asm::{Assembler, Description, F32, Global, Pred, U32, Value, Variable};
+use crate::asm::{Assembler, Description, F32, Global, Pred, Value, Variable};
 use crate::{Element, Kernel, KernelSource, Target, Work};
 
 /// The state that every span but the last leaves behind when it starts from zero, and its sum of Δ.
@@ -41,18 +41,13 @@ pub(super) struct Drive<'a> {
     document_start: Option<Global<'a>>,
 }
 
-/// What is read of one step before anything is computed.
-pub(super) struct Read<'a> {
-    /// The step exists.
-    pub exists: Value<'a, Pred>,
-    /// The step exists, and so does the lane's channel.
-    pub own: Value<'a, Pred>,
-    pub token: Value<'a, U32>,
-    pub raw: Value<'a, F32>,
-    pub u: Value<'a, F32>,
-    pub b: Vec<(Option<Value<'a, Pred>>, Value<'a, F32>)>,
+/// What a stage reads before anything is computed, by step.
+pub(super) struct Driven<'a> {
+    delta: Vec<Value<'a, F32>>,
+    pub u: Vec<Value<'a, F32>>,
+    pub b: Vec<Spread<'a>>,
     /// The step begins a document.
-    pub begins: Option<Value<'a, Pred>>,
+    pub begins: Vec<Option<Value<'a, Pred>>>,
 }
 
 impl<'a> Drive<'a> {
@@ -60,62 +55,59 @@ impl<'a> Drive<'a> {
         Self { input, delta, b, document_start }
     }
 
-    /// Reads step `step` if it is before `end`.
-    pub fn read(&self, lane: &Lane<'a>, step: Value<'a, U32>, end: Value<'a, U32>) -> Read<'a> {
-        let exists = step.lt(end);
-        let own = exists & lane.channel_exists;
-        let token = lane.token(step);
-        let at = lane.own(token);
-        Read {
-            exists,
-            own,
-            token,
-            raw: self.delta.from(at).first().load_if(own, 0.0),
-            u: self.input.from(at).first().load_if(own, 0.0),
-            b: load_group(lane, self.b, (lane.b_group, lane.b_groups), token, exists),
-            begins: begins(self.document_start, token, step, exists),
+    pub fn read(&self, lane: &Lane<'a>, steps: &Steps<'a>) -> Driven<'a> {
+        Driven {
+            delta: lane.load_delta(steps, self.delta),
+            u: lane.load_own(steps, self.input, 0.0),
+            b: lane.load_group(steps, self.b, lane.b),
+            begins: lane.begins(steps, self.document_start),
         }
     }
 }
 
-/// Whether a step that exists begins a document.
-pub(super) fn begins<'a>(
-    document_start: Option<Global<'a>>,
-    token: Value<'a, U32>,
-    step: Value<'a, U32>,
-    exists: Value<'a, Pred>,
-) -> Option<Value<'a, Pred>> {
-    let starts = document_start?;
-    Some(starts.at(token).load_u32_if(exists, u32::MAX).eq(step))
+impl<'a> Driven<'a> {
+    /// Puts Δ, Δu and B of a step into shared memory.
+    pub fn put(
+        &self,
+        lane: &Lane<'a>,
+        stage: &Stage<'a>,
+        steps: &Steps<'a>,
+        step: usize,
+        bias: Value<'a, F32>,
+    ) -> StepSize<'a> {
+        let size = lane.step_size(steps, step, self.delta[step], bias);
+        stage.put(SIZE, step, size.size);
+        stage.put(DRIVEN, step, size.size * self.u[step]);
+        stage.put_group(B, step, &self.b[step]);
+        size
+    }
 }
 
-/// Advances the states by one step: `h = 2^(Δ A) h + Δu B`.
+/// Advances the states by step `step` of a stage in shared memory: `h = 2^(Δ A) h + Δu B`.
 pub(super) fn advance<'a>(
-    states: &[Vec<Variable<'a, F32>>],
+    lane: &Lane<'a>,
+    stage: &Stage<'a>,
+    step: usize,
+    begins: Option<Value<'a, Pred>>,
     rates: &[Vec<Value<'a, F32>>],
-    sizes: [Value<'a, F32>; QUAD],
-    inputs: [Value<'a, F32>; QUAD],
-    b: &[Value<'a, F32>],
+    states: &[Vec<Variable<'a, F32>>],
 ) {
+    lane.reset_if(begins, states);
+    let (sizes, driven, b) = (stage.quad(SIZE, step), stage.quad(DRIVEN, step), stage.quarter(B, step));
     for (channel, states) in states.iter().enumerate() {
-        for ((state, &rate), &b) in states.iter().zip(&rates[channel]).zip(b) {
+        for ((state, &rate), &b) in states.iter().zip(&rates[channel]).zip(&b) {
             let decay = (sizes[channel] * rate).exp2_flushed();
-            let driven = inputs[channel] * b;
+            let driven = driven[channel] * b;
             state.set(decay.fma(state.get(), driven));
         }
     }
 }
 
-/// Steps of the stage that begins at `first`.
-pub(super) fn stage_steps<'a>(first: Value<'a, U32>) -> Vec<Value<'a, U32>> {
-    (0..STAGE).map(|step| first + step).collect()
-}
-
-/// Arrays of a stage.
-const SIZE: usize = 0;
-const DRIVEN: usize = 1;
-const B: usize = 0;
-const C: usize = 1;
+/// Arrays of a stage per channel and, the last two, per state.
+pub(super) const SIZE: usize = 0;
+pub(super) const DRIVEN: usize = 1;
+pub(super) const B: usize = 0;
+pub(super) const C: usize = 1;
 
 fn work(element: Element, per_token: u64, groups: u64, exponentials: u64) -> impl Fn(&[u64]) -> Work {
     let bytes = element.bytes() as u64;
@@ -162,19 +154,14 @@ impl KernelSource for SpanStates {
             let state = lane.zeros();
             let sum = k.variable(0.0f32).named("sum");
             k.for_(first, end, STAGE, |at| {
-                let steps: Vec<_> = stage_steps(at).into_iter().map(|step| drive.read(&lane, step, end)).collect();
-                for (step, read) in steps.iter().enumerate() {
-                    let size = lane.step_size(read.raw + bias, read.exists).size;
-                    sum.set(sum.get() + size);
-                    stage.put(SIZE, step, size);
-                    stage.put(DRIVEN, step, size * read.u);
-                    stage.put_group(B, step, &read.b);
+                let steps = lane.stage(at, end);
+                let driven = drive.read(&lane, &steps);
+                for step in 0..STAGE as usize {
+                    sum.set(sum.get() + driven.put(&lane, &stage, &steps, step, bias).size);
                 }
                 k.warp_barrier();
-                for (step, read) in steps.iter().enumerate() {
-                    lane.reset_if(read.begins, &state);
-                    let b = stage.quarter(B, step);
-                    advance(&state, &rates, stage.quad(SIZE, step), stage.quad(DRIVEN, step), &b);
+                for (step, &begins) in driven.begins.iter().enumerate() {
+                    advance(&lane, &stage, step, begins, &rates, &state);
                 }
                 k.warp_barrier();
             });
@@ -235,31 +222,27 @@ impl KernelSource for ScanForward {
                     lane.store_states(chunk_states, lane.row.mad(chunks, chunk_first.div(chunk)), &state);
                 }
                 k.for_(chunk_first, chunk_end, STAGE, |at| {
-                    let read = |step| {
-                        let read = drive.read(&lane, step, chunk_end);
-                        let c = load_group(&lane, c, (lane.c_group, lane.c_groups), read.token, read.exists);
-                        let z = gate.map(|gate| gate.from(lane.own(read.token)).first().load_if(read.own, 0.0));
-                        (read, c, z)
-                    };
-                    let steps: Vec<_> = stage_steps(at).into_iter().map(read).collect();
-                    for (step, (read, c, _)) in steps.iter().enumerate() {
-                        let size = lane.step_size(read.raw + bias, read.exists).size;
-                        stage.put(SIZE, step, size);
-                        stage.put(DRIVEN, step, size * read.u);
-                        stage.put_group(B, step, &read.b);
+                    let steps = lane.stage(at, chunk_end);
+                    let driven = drive.read(&lane, &steps);
+                    let c = lane.load_group(&steps, c, lane.c);
+                    let z = gate.map(|gate| lane.load_own(&steps, gate, 0.0));
+                    for (step, c) in c.iter().enumerate() {
+                        driven.put(&lane, &stage, &steps, step, bias);
                         stage.put_group(C, step, c);
                     }
                     k.warp_barrier();
-                    for (step, (read, _, z)) in steps.iter().enumerate() {
-                        lane.reset_if(read.begins, &state);
-                        let b = stage.quarter(B, step);
-                        advance(&state, &rates, stage.quad(SIZE, step), stage.quad(DRIVEN, step), &b);
+                    let mut outputs = Vec::new();
+                    for (step, &begins) in driven.begins.iter().enumerate() {
+                        advance(&lane, &stage, step, begins, &rates, &state);
                         let c = stage.quarter(C, step);
                         let y = lane.over_quarters(std::array::from_fn(|channel| product(&state[channel], &c)));
-                        let y = d.map_or(y, |d| d.fma(read.u, y));
-                        let y = z.map_or(y, |z| y * (z * z.sigmoid()));
-                        output.from(lane.own(read.token)).first().store_if(read.own & lane.owned, y);
+                        let y = d.map_or(y, |d| d.fma(driven.u[step], y));
+                        outputs.push(match &z {
+                            Some(z) => y * (z[step] * sigmoid(z[step])),
+                            None => y,
+                        });
                     }
+                    lane.store_own(&steps, output, &outputs);
                     k.warp_barrier();
                 });
             });

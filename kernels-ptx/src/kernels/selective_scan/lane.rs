@@ -35,12 +35,47 @@ pub(super) struct Lane<'a> {
     /// The channel that this lane stands for where lanes are channels.
     pub channel: Value<'a, U32>,
     pub channel_exists: Value<'a, Pred>,
-    pub b_group: Value<'a, U32>,
-    pub c_group: Value<'a, U32>,
-    pub b_groups: Value<'a, U32>,
-    pub c_groups: Value<'a, U32>,
+    pub b: Group<'a>,
+    pub c: Group<'a>,
     /// Lane index bits 0 to 3.
     bits: [Value<'a, Pred>; 4],
+}
+
+/// Where a lane reads B or C.
+#[derive(Clone, Copy)]
+pub(super) struct Group<'a> {
+    /// From a token's first element to the one that the lane reads first.
+    first: Value<'a, U64>,
+    /// Elements of a token.
+    stride: Value<'a, U32>,
+}
+
+/// The steps of a stage: where a lane reads and writes them.
+pub(super) struct Steps<'a> {
+    /// The first step.
+    first: Value<'a, U32>,
+    /// The step after the last that exists.
+    end: Value<'a, U32>,
+    /// The same, or 0 where the lane has no channel, for reading.
+    read_end: Value<'a, U32>,
+    /// The same, or 0 where the lane has nothing to write.
+    write_end: Value<'a, U32>,
+    /// The index of the first step's token among all rows.
+    pub token: Value<'a, U32>,
+    /// Where the lane's channel of the first step is in a `[batch, time, channels]` tensor.
+    pub own: Value<'a, U64>,
+}
+
+impl<'a> Steps<'a> {
+    /// Whether step `step` of the stage exists.
+    pub fn exists(&self, step: usize) -> Value<'a, Pred> {
+        (self.first + step as u32).lt(self.end)
+    }
+
+    /// Whether the lane writes its channel at step `step` of the stage.
+    pub fn written(&self, step: usize) -> Value<'a, Pred> {
+        (self.first + step as u32).lt(self.write_end)
+    }
 }
 
 /// Δ and its derivative with respect to delta.
@@ -73,6 +108,10 @@ impl<'a> Lane<'a> {
         let first_channel = (tile.div(tiles_per_run).mad(run, in_run)).named("first_channel");
         let count = (run - in_run).min(TILE).named("count");
         let channel = (first_channel + within).named("channel");
+        let group = |width| Group {
+            first: (first_channel.div(width) * form.states + within).wide(),
+            stride: channels.div(width) * form.states,
+        };
         let bits = [1u32, 2, 4, 8].map(|bit| (lane & bit).ne(0));
         Self {
             k,
@@ -91,10 +130,8 @@ impl<'a> Lane<'a> {
             count,
             channel,
             channel_exists: within.lt(count),
-            b_group: first_channel.div(b_width),
-            c_group: first_channel.div(c_width),
-            b_groups: channels.div(b_width),
-            c_groups: channels.div(c_width),
+            b: group(b_width),
+            c: group(c_width),
             bits,
         }
     }
@@ -110,14 +147,71 @@ impl<'a> Lane<'a> {
         self.form.states_per_lane() as usize
     }
 
-    /// The index of a step's token among all rows.
-    pub fn token(&self, step: Value<'a, U32>) -> Value<'a, U32> {
-        self.row.mad(self.time, step)
+    /// The stage that begins at step `first`; its steps exist before `end`.
+    pub fn stage(&self, first: Value<'a, U32>, end: Value<'a, U32>) -> Steps<'a> {
+        let token = self.row.mad(self.time, first);
+        Steps {
+            first,
+            end,
+            read_end: self.channel_exists.select(end, 0),
+            write_end: (self.channel_exists & self.owned).select(end, 0),
+            token,
+            own: token.mad_wide(self.channels, self.channel.wide()),
+        }
     }
 
-    /// Where this lane's channel of a token is in a `[batch, time, channels]` tensor.
-    pub fn own(&self, token: Value<'a, U32>) -> Value<'a, U64> {
-        token.mad_wide(self.channels, self.channel.wide())
+    /// The lane's channel at every step of the stage; `absent` where there is none.
+    pub fn load_own(&self, steps: &Steps<'a>, memory: Global<'a>, absent: f32) -> Vec<Value<'a, F32>> {
+        let memory = memory.from(steps.own);
+        let load = |step| {
+            let exists = (steps.first + step).lt(steps.read_end);
+            memory.row_after(self.channels, step).load_if(exists, absent)
+        };
+        (0..STAGE).map(load).collect()
+    }
+
+    /// Writes the lane's channel at every step of the stage.
+    pub fn store_own(&self, steps: &Steps<'a>, memory: Global<'a>, values: &[Value<'a, F32>]) {
+        let memory = memory.from(steps.own);
+        for (step, &value) in values.iter().enumerate() {
+            memory.row_after(self.channels, step as u32).store_if(steps.written(step), value);
+        }
+    }
+
+    /// delta at every step of the stage; where there is none, what makes Δ zero.
+    pub fn load_delta(&self, steps: &Steps<'a>, delta: Global<'a>) -> Vec<Value<'a, F32>> {
+        self.load_own(steps, delta, if self.form.softplus { f32::NEG_INFINITY } else { 0.0 })
+    }
+
+    /// B or C of the tile's group at every step of the stage, spread over the half warp. Beyond the states, and where the
+    /// step does not exist, zeros.
+    pub fn load_group(&self, steps: &Steps<'a>, memory: Global<'a>, group: Group<'a>) -> Vec<Spread<'a>> {
+        let states = self.form.states;
+        let padded = 4 * self.form.states_per_lane();
+        let within = self.k.lane() & (TILE - 1);
+        let memory = memory.from(steps.token.mad_wide(group.stride, group.first));
+        let load = |step: u32| {
+            let place = memory.row_after(group.stride, step);
+            let exists = steps.exists(step as usize);
+            let part = |part: u32| {
+                let fits = (padded < (part + 1) * TILE).then(|| (within + part * TILE).lt(padded));
+                let all = states >= (part + 1) * TILE;
+                let wanted = if all { exists } else { exists & (within + part * TILE).lt(states) };
+                (fits, place.plus(i64::from(part * TILE)).load_if(wanted, 0.0))
+            };
+            (0..padded.div_ceil(TILE)).map(part).collect()
+        };
+        (0..STAGE).map(load).collect()
+    }
+
+    /// For every step of the stage, whether it begins a document.
+    pub fn begins(&self, steps: &Steps<'a>, document_start: Option<Global<'a>>) -> Vec<Option<Value<'a, Pred>>> {
+        let first = document_start.map(|starts| starts.from(steps.token.wide()).first());
+        let begins = |step: u32| {
+            let start = first?.plus(i64::from(step)).load_u32_if(steps.exists(step as usize), u32::MAX);
+            Some(start.eq(steps.first + step))
+        };
+        (0..STAGE).map(begins).collect()
     }
 
     /// The lane's own channel of a vector over channels; 0 where there is none.
@@ -200,13 +294,20 @@ impl<'a> Lane<'a> {
         variables.iter().map(|values| values.iter().map(scaled).collect()).collect()
     }
 
-    /// Δ from `delta + bias`, 0 where the step does not exist.
-    pub fn step_size(&self, raw: Value<'a, F32>, exists: Value<'a, Pred>) -> StepSize<'a> {
-        if !self.form.softplus {
-            return StepSize { size: exists.select(raw, 0.0), slope: exists.select(1.0f32, 0.0) };
+    /// Δ from what [`Lane::load_delta`] read, and the bias; 0 where the step does not exist.
+    pub fn step_size(
+        &self,
+        steps: &Steps<'a>,
+        step: usize,
+        delta: Value<'a, F32>,
+        bias: Value<'a, F32>,
+    ) -> StepSize<'a> {
+        let raw = delta + bias;
+        if self.form.softplus {
+            return softplus(self.k, raw);
         }
-        let StepSize { size, slope } = softplus(self.k, raw);
-        StepSize { size: exists.select(size, 0.0), slope: exists.select(slope, 0.0) }
+        let exists = steps.exists(step);
+        StepSize { size: exists.select(raw, 0.0), slope: exists.select(1.0f32, 0.0) }
     }
 
     /// Four sums over the lanes that differ in bits 0 and 1 of their index, the quarters of the states: the lane gets the
@@ -298,8 +399,8 @@ impl<'a> Stage<'a> {
         self.quad.plus(Self::by_channel(array, step)).load_vector()
     }
 
-    /// Writes what [`load_group`] read.
-    pub fn put_group(&self, array: usize, step: usize, values: &[(Option<Value<'a, Pred>>, Value<'a, F32>)]) {
+    /// Writes a step of what [`Lane::load_group`] read.
+    pub fn put_group(&self, array: usize, step: usize, values: &Spread<'a>) {
         for (part, (exists, value)) in values.iter().enumerate() {
             let place = self.group.plus(self.by_state(array, step) + (part as u32 * TILE) as i64);
             match exists {
@@ -320,29 +421,12 @@ impl<'a> Stage<'a> {
     }
 }
 
-/// B or C of the tile's group at one step, spread over the half warp: with each value, whether shared memory has a place
-/// for it (`None`: it has). Beyond the states, and where the step does not exist, zeros.
-pub(super) fn load_group<'a>(
-    lane: &Lane<'a>,
-    memory: Global<'a>,
-    (group, groups): (Value<'a, U32>, Value<'a, U32>),
-    token: Value<'a, U32>,
-    exists: Value<'a, Pred>,
-) -> Vec<(Option<Value<'a, Pred>>, Value<'a, F32>)> {
-    let states = lane.form.states;
-    let padded = 4 * lane.form.states_per_lane();
-    let within = lane.k.lane() & (TILE - 1);
-    let first = token.mad_wide(groups * states, group.mad(states, within).wide());
-    let place = memory.from(first).first();
-    (0..padded.div_ceil(TILE))
-        .map(|part| {
-            let fits = padded >= (part + 1) * TILE;
-            let fits = (!fits).then(|| (within + part * TILE).lt(padded));
-            let all = states >= (part + 1) * TILE;
-            let wanted = if all { exists } else { exists & (within + part * TILE).lt(states) };
-            (fits, place.plus(i64::from(part * TILE)).load_if(wanted, 0.0))
-        })
-        .collect()
+/// Values of B or C spread over a half warp: with each, whether shared memory has a place for it (`None`: it has).
+pub(super) type Spread<'a> = Vec<(Option<Value<'a, Pred>>, Value<'a, F32>)>;
+
+/// `1 / (1 + e^-x)`.
+pub(super) fn sigmoid<'a>(x: Value<'a, F32>) -> Value<'a, F32> {
+    ((x * -std::f32::consts::LOG2_E).exp2_flushed() + 1.0).reciprocal_flushed()
 }
 
 /// `ln(1 + e^x)` and its derivative.
@@ -350,17 +434,17 @@ pub(super) fn softplus<'a>(k: &'a Assembler, x: Value<'a, F32>) -> StepSize<'a> 
     // softplus(x) = max(x, 0) + ln(1 + e) with e = exp(−|x|), and ln(1 + e) = 2 artanh(e / (2 + e)): accurate also where e
     // is tiny. The series' argument is at most 1/9; the first term left out is below 1e-8 of the result.
     let e = (x.abs() * -std::f32::consts::LOG2_E).exp2_flushed();
-    let s = e * (e + 2.0).reciprocal();
+    let s = e * (e + 2.0).reciprocal_flushed();
     let square = s * s;
     let mut series = k.constant(1.0f32 / 15.0);
     for denominator in [13.0f32, 11.0, 9.0, 7.0, 5.0, 3.0, 1.0] {
         series = series.fma(square, 1.0 / denominator);
     }
-    let r = (e + 1.0).reciprocal();
+    let r = (e + 1.0).reciprocal_flushed();
     StepSize { size: (s + s).fma(series, x.max(0.0)), slope: x.ge(0.0).select::<F32>(r, e * r) }
 }
 
 /// Whether so many neighbouring words can be moved in wide accesses.
 fn wide(words: usize) -> bool {
-    words <= 2 || words % 4 == 0
+    words <= 2 || words.is_multiple_of(4)
 }

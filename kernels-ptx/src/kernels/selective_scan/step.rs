@@ -87,7 +87,7 @@ impl KernelSource for ScanStep {
             let y = match gate {
                 Some(gate) => {
                     let z = gate.at(index).load();
-                    y * (z * z.sigmoid())
+                    y * (z * super::lane::sigmoid(z))
                 }
                 None => y,
             };

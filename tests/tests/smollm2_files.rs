@@ -44,7 +44,13 @@ fn the_import_is_bit_for_bit_what_the_reference_converter_makes() {
         let read = |folder: &Path| -> Value {
             serde_json::from_str(&std::fs::read_to_string(folder.join(file)).unwrap()).unwrap()
         };
-        assert!(read(&output) == read(&reference), "{file} differs");
+        let mut ours = read(&output);
+        if file == "tokenizer_config.json" {
+            // Ours says in addition what the model takes, without which transformers also gives it token types.
+            assert_eq!(ours["model_input_names"], serde_json::json!(["input_ids", "attention_mask"]));
+            ours.as_object_mut().unwrap().remove("model_input_names");
+        }
+        assert!(ours == read(&reference), "{file} differs");
     }
     assert_eq!(WeightFiles::open(&output).unwrap().names().count(), 272);
 }

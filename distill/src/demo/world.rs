@@ -163,6 +163,7 @@ fn tokenizer_config() -> Value {
         "pad_token": "<pad>",
         "unk_token": "<unk>",
         "chat_template": CHAT_TEMPLATE,
+        "model_input_names": ["input_ids", "attention_mask"],
         "tokenizer_class": "PreTrainedTokenizerFast",
     })
 }

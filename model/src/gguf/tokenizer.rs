@@ -313,6 +313,8 @@ fn tokenizer_config(
     if let Some(length) = file.integer("llama.context_length")? {
         set("model_max_length", json!(length));
     }
+    // Without it transformers' tokenizer also gives token types, which its Llama refuses.
+    set("model_input_names", json!(["input_ids", "attention_mask"]));
     set("tokenizer_class", json!("PreTrainedTokenizerFast"));
     set("vocab_size", json!(vocabulary_size));
     Ok(Value::Object(config))

@@ -249,6 +249,9 @@ fn a_small_file_becomes_a_model_with_its_tokenizer() {
         assert_eq!(read[row * 32..][..32], stored[source * 32..][..32], "row {row}");
     }
 
+    let inputs = &read_json(&output.join("tokenizer_config.json"))["model_input_names"];
+    assert_eq!(inputs, &json!(["input_ids", "attention_mask"]), "token types are no input of a Llama");
+
     let tokenizer = Tokenizer::load(&output).unwrap();
     assert_eq!(tokenizer.vocabulary_size(), 263);
     let text = "<|im_start|>on the 12é\n<|im_end|>";

@@ -7,6 +7,7 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ops::Deref;
+use std::sync::Arc;
 
 use crate::tensor::TensorId;
 use crate::{Error, Result, Tensor, ops};
@@ -66,6 +67,8 @@ struct Node<'a> {
     inputs: Vec<Option<Source>>,
     outputs: usize,
     kind: NodeKind<'a>,
+    /// The range in which the operator ran: its backward runs in one of the same name, for the profiler.
+    range: Option<Arc<str>>,
 }
 
 enum NodeKind<'a> {
@@ -105,7 +108,7 @@ impl<'a> Tape<'a> {
         }
         let source = *self.leaves.borrow_mut().entry(tensor.id()).or_insert_with(|| {
             let mut nodes = self.nodes.borrow_mut();
-            nodes.push(Node { inputs: Vec::new(), outputs: 1, kind: NodeKind::Leaf(tensor.clone()) });
+            nodes.push(Node { inputs: Vec::new(), outputs: 1, kind: NodeKind::Leaf(tensor.clone()), range: None });
             Source { node: nodes.len() - 1, output: 0 }
         });
         Var { tensor: tensor.clone(), source: Some(source) }
@@ -226,6 +229,7 @@ impl<'a> Tape<'a> {
                     }
                 }
                 NodeKind::Operator(backward) => {
+                    let _range = node.range.as_deref().map(runtime::range);
                     let needed: Vec<bool> = node.inputs.iter().map(Option::is_some).collect();
                     let input_gradients = backward(&outputs, &needed, &mut gradients)?;
                     drop(outputs);
@@ -248,6 +252,7 @@ impl<'a> Tape<'a> {
             inputs: inputs.iter().map(|input| input.source).collect(),
             outputs: outputs.len(),
             kind: NodeKind::Operator(backward),
+            range: runtime::open_range(),
         });
         outputs
             .into_iter()

@@ -184,6 +184,7 @@ impl Model {
         let mut hidden = self.embed(tape, &batch.tokens)?;
         for (index, layer) in self.layers.iter().enumerate() {
             if let Some(layer) = layer {
+                let _range = runtime::range(&format!("layer {index}"));
                 hidden = if self.checkpoint_layers {
                     let parameters = &self.parameters;
                     let mut outputs = tape.checkpoint(&[&hidden], move |tape, inputs| {

@@ -108,6 +108,11 @@ pub fn range(label: &str) -> RangeGuard {
     RangeGuard { _of_this_thread: PhantomData }
 }
 
+/// The name of this thread's innermost open range, for work that belongs to it but is done later.
+pub fn open_range() -> Option<Arc<str>> {
+    RANGES.with(|ranges| ranges.borrow().last().cloned())
+}
+
 /// A range that is open; see [`range`].
 #[must_use = "a range ends when its guard is dropped"]
 pub struct RangeGuard {
@@ -206,10 +211,12 @@ mod tests {
     fn ranges_nest_and_belong_to_their_thread() {
         let names = || ranges().iter().map(|name| name.to_string()).collect::<Vec<_>>();
         assert!(names().is_empty());
+        assert_eq!(open_range(), None);
         let outer = range("layer 3");
         {
             let _inner = range("mixer");
             assert_eq!(names(), ["layer 3", "mixer"]);
+            assert_eq!(open_range().as_deref(), Some("mixer"));
             std::thread::spawn(|| assert!(ranges().is_empty())).join().unwrap();
         }
         assert_eq!(names(), ["layer 3"]);

@@ -56,7 +56,9 @@ fn run_loss(case: &Case<'_>, loss: &str, outcome: &mut Outcome) -> Result<()> {
         let result = ops::divergence(&tape, &student, &teacher, options)?;
         outcome.give(&format!("out.{loss}.{reduction}"), Array::read(&result.loss)?);
         if reduction == "masked_mean" {
-            outcome.give(&format!("out.{loss}.per_token"), Array::read(&result.per_token)?);
+            // The case has it for all positions, the operator for those that count.
+            let unmasked = ops::divergence(&tape, &student, &teacher, DivergenceOptions { mask: None, ..options })?;
+            outcome.give(&format!("out.{loss}.per_token"), Array::read(&unmasked.per_token)?);
             let gradients = tape.backward(&result.loss)?;
             let name = format!("grad.{loss}.student_logits_of_masked_mean");
             outcome.give_gradient(&name, &gradients, &student, Ok)?;

@@ -1,0 +1,188 @@
+//! Launches added up by kernel.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use runtime::LaunchRecord;
+use serde::{Deserialize, Serialize};
+
+use super::Ceilings;
+
+/// All launches of a measurement.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Summary {
+    /// What was measured.
+    pub title: String,
+    /// The device.
+    pub device: String,
+    /// How often it was repeated.
+    pub repeats: usize,
+    /// Median seconds of one repeat by the host's clock, without recording.
+    pub seconds: f64,
+    /// Tokens of one repeat, where it has any.
+    pub tokens: Option<usize>,
+    /// Seconds per repeat in which a kernel ran.
+    pub busy_seconds: f64,
+    /// Seconds per repeat between the end of one kernel and the start of the next.
+    pub gap_seconds: f64,
+    /// What the device reaches.
+    pub ceilings: Option<Ceilings>,
+    /// Every kernel, the one that takes most time first.
+    pub kernels: Vec<KernelSummary>,
+}
+
+/// All launches of one kernel.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct KernelSummary {
+    /// Its name.
+    pub name: String,
+    /// Launches per repeat.
+    pub calls: f64,
+    /// Median seconds of a launch.
+    pub median_seconds: f64,
+    /// Seconds of all its launches in one repeat.
+    pub total_seconds: f64,
+    /// Its share of the time in which kernels ran.
+    pub share: f64,
+    /// Bytes per second, counting what an ideal device would move.
+    pub bytes_per_second: Option<f64>,
+    /// Operations per second.
+    pub operations_per_second: Option<f64>,
+}
+
+/// Adds up the launches of `repeats` repeats.
+pub fn summarise(launches: &[LaunchRecord], repeats: usize) -> (Vec<KernelSummary>, f64, f64) {
+    let mut by_name: BTreeMap<&str, Vec<&LaunchRecord>> = BTreeMap::new();
+    for launch in launches {
+        by_name.entry(&launch.kernel).or_default().push(launch);
+    }
+    let busy: f64 = launches.iter().map(|launch| launch.duration.as_secs_f64()).sum();
+    let gaps: Duration = launches.windows(2).map(|pair| pair[1].start.saturating_sub(pair[0].end())).sum();
+    let per_repeat = repeats.max(1) as f64;
+    let mut kernels: Vec<KernelSummary> = by_name
+        .into_iter()
+        .map(|(name, launches)| {
+            let total: f64 = launches.iter().map(|launch| launch.duration.as_secs_f64()).sum();
+            let speed = |amount: fn(&kernels_ptx::Work) -> u64| {
+                let amounts: Option<Vec<u64>> =
+                    launches.iter().map(|launch| launch.work.as_ref().map(amount)).collect();
+                Some(amounts?.iter().sum::<u64>() as f64 / total)
+            };
+            KernelSummary {
+                name: name.to_owned(),
+                calls: launches.len() as f64 / per_repeat,
+                median_seconds: median(
+                    &mut launches.iter().map(|launch| launch.duration.as_secs_f64()).collect::<Vec<_>>(),
+                ),
+                total_seconds: total / per_repeat,
+                share: total / busy,
+                bytes_per_second: speed(|work| work.bytes),
+                operations_per_second: speed(|work| work.operations),
+            }
+        })
+        .collect();
+    kernels.sort_by(|a, b| b.total_seconds.total_cmp(&a.total_seconds));
+    (kernels, busy / per_repeat, gaps.as_secs_f64() / per_repeat)
+}
+
+/// The middle value; of an even number the upper one of the two in the middle, of none NaN.
+pub(super) fn median(values: &mut [f64]) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+impl Summary {
+    /// A table for people.
+    pub fn table(&self) -> String {
+        let mut text = format!("{} on {}, {} repeats\n", self.title, self.device, self.repeats);
+        let _ = write!(text, "{:.3} ms each", self.seconds * 1e3);
+        if let Some(tokens) = self.tokens {
+            let _ = write!(text, ", {:.0} tokens/s", tokens as f64 / self.seconds);
+        }
+        let _ = writeln!(
+            text,
+            "; kernels run {:.3} ms, gaps between them {:.3} ms ({:.1} %)",
+            self.busy_seconds * 1e3,
+            self.gap_seconds * 1e3,
+            100.0 * self.gap_seconds / (self.busy_seconds + self.gap_seconds)
+        );
+        if let Some(ceilings) = self.ceilings {
+            let _ = writeln!(
+                text,
+                "this device: copy {:.0} GB/s, bf16 matrix product {:.0} TFLOP/s",
+                ceilings.copy_bytes_per_second / 1e9,
+                ceilings.matrix_operations_per_second / 1e12
+            );
+        }
+        let _ = writeln!(
+            text,
+            "{:<64} {:>7} {:>10} {:>10} {:>7} {:>8} {:>7} {:>8} {:>7}",
+            "kernel", "calls", "median", "total", "share", "GB/s", "of copy", "TFLOP/s", "of max"
+        );
+        for kernel in &self.kernels {
+            let _ = writeln!(text, "{}", self.line(kernel));
+        }
+        text
+    }
+
+    fn line(&self, kernel: &KernelSummary) -> String {
+        let speed = |value: Option<f64>, unit: f64, digits: usize| {
+            value.map_or("-".to_owned(), |value| format!("{:.digits$}", value / unit))
+        };
+        let fraction = |value: Option<f64>, ceiling: Option<f64>| match (value, ceiling) {
+            (Some(value), Some(ceiling)) => format!("{:.0} %", 100.0 * value / ceiling),
+            _ => "-".to_owned(),
+        };
+        format!(
+            "{:<64} {:>7.1} {:>7.1} us {:>7.3} ms {:>5.1} % {:>8} {:>7} {:>8} {:>7}",
+            kernel.name,
+            kernel.calls,
+            kernel.median_seconds * 1e6,
+            kernel.total_seconds * 1e3,
+            100.0 * kernel.share,
+            speed(kernel.bytes_per_second, 1e9, 0),
+            fraction(kernel.bytes_per_second, self.ceilings.map(|ceilings| ceilings.copy_bytes_per_second)),
+            speed(kernel.operations_per_second, 1e12, 2),
+            fraction(kernel.operations_per_second, self.ceilings.map(|ceilings| ceilings.matrix_operations_per_second)),
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kernels_ptx::Work;
+
+    use super::*;
+
+    fn launch(kernel: &str, start: u64, micros: u64, work: Option<Work>) -> LaunchRecord {
+        LaunchRecord {
+            kernel: kernel.into(),
+            grid: [1, 1, 1],
+            block: [32, 1, 1],
+            start: Duration::from_micros(start),
+            duration: Duration::from_micros(micros),
+            work,
+            ranges: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn launches_add_up_by_kernel_with_gaps_and_speeds() {
+        let work = Some(Work { bytes: 3_000_000, operations: 30_000_000 });
+        let launches = [
+            launch("a", 0, 10, work),
+            launch("b", 15, 60, None),
+            launch("a", 75, 20, work),
+            launch("b", 105, 10, work),
+        ];
+        let (kernels, busy, gaps) = summarise(&launches, 2);
+        assert_eq!(kernels.iter().map(|kernel| kernel.name.as_str()).collect::<Vec<_>>(), ["b", "a"]);
+        assert!((busy - 50e-6).abs() < 1e-12 && (gaps - 7.5e-6).abs() < 1e-12);
+        let a = &kernels[1];
+        assert_eq!((a.calls, a.median_seconds), (1.0, 20e-6));
+        assert!((a.share - 0.3).abs() < 1e-12 && (a.bytes_per_second.unwrap() - 2e11).abs() < 1.0);
+        // One launch of b did not say how much it did: the sum would be wrong.
+        assert_eq!(kernels[0].bytes_per_second, None);
+    }
+}

@@ -4,6 +4,7 @@ use bytemuck::Pod;
 
 use crate::cuda;
 use crate::host::HostBlock;
+use crate::sim;
 use crate::{Device, Error, Result};
 
 /// A block of memory on one device. It returns to the device's pool when dropped.
@@ -15,6 +16,7 @@ pub struct Buffer {
 enum Storage {
     Host(HostBlock),
     Cuda(cuda::Block),
+    Sim(sim::Block),
 }
 
 impl Buffer {
@@ -26,11 +28,23 @@ impl Buffer {
         Self { device, storage: Storage::Cuda(block) }
     }
 
+    pub(crate) fn sim(device: Device, block: sim::Block) -> Self {
+        Self { device, storage: Storage::Sim(block) }
+    }
+
     /// The block on a GPU, if it is there that the buffer lives.
     pub(crate) fn cuda_block(&self) -> Option<&cuda::Block> {
         match &self.storage {
-            Storage::Host(_) => None,
             Storage::Cuda(block) => Some(block),
+            Storage::Host(_) | Storage::Sim(_) => None,
+        }
+    }
+
+    /// The block of the simulator, if it is there that the buffer lives.
+    pub(crate) fn sim_block(&self) -> Option<&sim::Block> {
+        match &self.storage {
+            Storage::Sim(block) => Some(block),
+            Storage::Host(_) | Storage::Cuda(_) => None,
         }
     }
 
@@ -44,6 +58,7 @@ impl Buffer {
         match &self.storage {
             Storage::Host(block) => block.bytes().len(),
             Storage::Cuda(block) => block.bytes(),
+            Storage::Sim(block) => block.bytes(),
         }
     }
 
@@ -60,7 +75,7 @@ impl Buffer {
         match &self.storage {
             Storage::Host(block) => bytemuck::try_cast_slice(block.bytes())
                 .map_err(|_| not_whole::<T>("reading a buffer", block.bytes().len())),
-            Storage::Cuda(_) => Err(not_on_host("reading a buffer in place", &self.device)),
+            Storage::Cuda(_) | Storage::Sim(_) => Err(not_on_host("reading a buffer in place", &self.device)),
         }
     }
 
@@ -74,7 +89,7 @@ impl Buffer {
                 let bytes = block.bytes().len();
                 bytemuck::try_cast_slice_mut(block.bytes_mut()).map_err(|_| not_whole::<T>("writing a buffer", bytes))
             }
-            Storage::Cuda(_) => Err(not_on_host("writing a buffer in place", &self.device)),
+            Storage::Cuda(_) | Storage::Sim(_) => Err(not_on_host("writing a buffer in place", &self.device)),
         }
     }
 
@@ -90,6 +105,7 @@ impl Buffer {
         match &mut self.storage {
             Storage::Host(block) => block.bytes_mut().copy_from_slice(bytes),
             Storage::Cuda(block) => block.copy_from_host(bytes)?,
+            Storage::Sim(block) => block.copy_from_host(bytes),
         }
         Ok(())
     }
@@ -109,6 +125,7 @@ impl Buffer {
         match &self.storage {
             Storage::Host(block) => bytes.copy_from_slice(block.bytes()),
             Storage::Cuda(block) => block.copy_to_host(bytes)?,
+            Storage::Sim(block) => block.copy_to_host(bytes),
         }
         Ok(())
     }
@@ -125,6 +142,7 @@ impl Buffer {
         match (&mut self.storage, &source.storage) {
             (Storage::Host(block), Storage::Host(source)) => block.bytes_mut().copy_from_slice(source.bytes()),
             (Storage::Cuda(block), Storage::Cuda(source)) => block.copy_from(source)?,
+            (Storage::Sim(block), Storage::Sim(source)) => block.copy_from(source),
             _ => return Err(not_on_host(OPERATION, &source.device)),
         }
         Ok(())
@@ -138,6 +156,7 @@ impl Buffer {
         match &mut self.storage {
             Storage::Host(block) => block.bytes_mut().fill(0),
             Storage::Cuda(block) => block.set_zero()?,
+            Storage::Sim(block) => block.set_zero(),
         }
         Ok(())
     }

@@ -8,6 +8,7 @@ use kernels_ptx::Kernel;
 
 use crate::cuda::{self, CudaDevice, Graph, Stream};
 use crate::host::HostPool;
+use crate::sim::{self, GlobalMemory};
 use crate::record::{self, Recording};
 use crate::{Buffer, Error, Function, Result};
 
@@ -18,6 +19,8 @@ pub enum DeviceKind {
     Cpu,
     /// A GPU, by its number.
     Cuda(u32),
+    /// The simulator: a GPU in software, which runs the same kernels and checks every access.
+    Sim,
 }
 
 /// Bytes of device memory that this process holds.
@@ -41,6 +44,7 @@ pub struct Device {
 enum Inner {
     Cpu(Arc<HostPool>),
     Cuda(&'static CudaDevice),
+    Sim(Arc<GlobalMemory>),
 }
 
 impl Device {
@@ -58,17 +62,29 @@ impl Device {
         Ok(Self { inner: Inner::Cuda(CudaDevice::open(ordinal)?) })
     }
 
+    /// The simulator. All handles share one memory.
+    pub fn sim() -> Self {
+        static MEMORY: OnceLock<Arc<GlobalMemory>> = OnceLock::new();
+        Self { inner: Inner::Sim(Arc::clone(MEMORY.get_or_init(Arc::default))) }
+    }
+
     /// What kind of device this is.
     pub fn kind(&self) -> DeviceKind {
         match &self.inner {
             Inner::Cpu(_) => DeviceKind::Cpu,
             Inner::Cuda(device) => DeviceKind::Cuda(device.ordinal()),
+            Inner::Sim(_) => DeviceKind::Sim,
         }
     }
 
     /// Whether the host can address this device's buffers.
     pub fn is_cpu(&self) -> bool {
         self.kind() == DeviceKind::Cpu
+    }
+
+    /// Whether the device runs kernels: a GPU, or the simulator of one.
+    pub fn is_gpu(&self) -> bool {
+        !self.is_cpu()
     }
 
     /// A buffer of `bytes` bytes with unspecified contents.
@@ -79,6 +95,7 @@ impl Device {
         match &self.inner {
             Inner::Cpu(pool) => Ok(Buffer::host(self.clone(), pool.take(bytes)?)),
             Inner::Cuda(device) => Ok(Buffer::cuda(self.clone(), device.allocate(bytes)?)),
+            Inner::Sim(memory) => Ok(Buffer::sim(self.clone(), memory.allocate(bytes)?)),
         }
     }
 
@@ -103,6 +120,7 @@ impl Device {
         match &self.inner {
             Inner::Cpu(pool) => pool.usage(),
             Inner::Cuda(device) => device.memory_usage(),
+            Inner::Sim(memory) => memory.usage(),
         }
     }
 
@@ -111,6 +129,7 @@ impl Device {
         match &self.inner {
             Inner::Cpu(pool) => pool.reset_peak(),
             Inner::Cuda(device) => device.reset_peak_memory(),
+            Inner::Sim(memory) => memory.reset_peak(),
         }
     }
 
@@ -122,6 +141,7 @@ impl Device {
         match &self.inner {
             Inner::Cpu(pool) => pool.trim(),
             Inner::Cuda(device) => device.trim_memory()?,
+            Inner::Sim(memory) => memory.trim(),
         }
         Ok(())
     }
@@ -134,13 +154,13 @@ impl Device {
         self.gpu("asking for device memory")?.free_and_total_memory()
     }
 
-    /// Waits until all work queued on the device is done. The CPU has none.
+    /// Waits until all work queued on the device is done. The CPU and the simulator have none.
     ///
     /// # Errors
     /// A fault of that work, or another driver error.
     pub fn synchronize(&self) -> Result<()> {
         match &self.inner {
-            Inner::Cpu(_) => Ok(()),
+            Inner::Cpu(_) | Inner::Sim(_) => Ok(()),
             Inner::Cuda(device) => device.synchronize(),
         }
     }
@@ -184,22 +204,27 @@ impl Device {
         let source = match &self.inner {
             Inner::Cpu(_) => record::Source::Nobody,
             Inner::Cuda(device) => record::Source::Gpu(device),
+            Inner::Sim(_) => record::Source::Simulator,
         };
         Recording::start(source, self)
     }
 
-    /// The kernel, compiled for the GPU by its driver the first time it is asked for.
+    /// The kernel, compiled for the GPU by its driver, or decoded by the simulator, the first time it is asked for.
     ///
     /// # Errors
     /// [`Error::NotAGpu`] on the CPU, [`Error::Launch`] when the GPU cannot run such a kernel, [`Error::Module`] with the
-    /// compiler's log when the text is wrong; driver errors.
+    /// compiler's log when the text is wrong, [`Error::Simulator`] for a text that the simulator does not understand;
+    /// driver errors.
     pub fn load(&self, kernel: &Kernel) -> Result<Function> {
-        Ok(Function::cuda(cuda::Function::load(self.gpu("loading a kernel")?, kernel)?))
+        match &self.inner {
+            Inner::Sim(memory) => Ok(Function::sim(sim::Function::load(memory, kernel)?)),
+            _ => Ok(Function::cuda(cuda::Function::load(self.gpu("loading a kernel")?, kernel)?)),
+        }
     }
 
     fn gpu(&self, operation: &'static str) -> Result<&'static CudaDevice> {
         match &self.inner {
-            Inner::Cpu(_) => Err(Error::NotAGpu { operation, device: self.to_string() }),
+            Inner::Cpu(_) | Inner::Sim(_) => Err(Error::NotAGpu { operation, device: self.to_string() }),
             Inner::Cuda(device) => Ok(device),
         }
     }
@@ -208,11 +233,12 @@ impl Device {
 impl FromStr for Device {
     type Err = Error;
 
-    /// `cpu`, `cuda:N` (`cuda` is `cuda:0`), or `auto`: the first GPU, or the CPU where none can be used.
+    /// `cpu`, `cuda:N` (`cuda` is `cuda:0`), `sim`, or `auto`: the first GPU, or the CPU where none can be used.
     fn from_str(name: &str) -> Result<Self> {
         match name {
             "cpu" => Ok(Self::cpu()),
             "cuda" => Self::cuda(0),
+            "sim" => Ok(Self::sim()),
             "auto" => Ok(Self::cuda(0).unwrap_or_else(|_| Self::cpu())),
             _ => match name.strip_prefix("cuda:").and_then(|ordinal| ordinal.parse().ok()) {
                 Some(ordinal) => Self::cuda(ordinal),
@@ -227,6 +253,7 @@ impl fmt::Display for Device {
         match self.kind() {
             DeviceKind::Cpu => formatter.write_str("cpu"),
             DeviceKind::Cuda(ordinal) => write!(formatter, "cuda:{ordinal}"),
+            DeviceKind::Sim => formatter.write_str("sim"),
         }
     }
 }

@@ -1,5 +1,7 @@
 //! What can go wrong below the tensors.
 
+use crate::sim::Fault;
+
 /// Result of a runtime operation.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -8,7 +10,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 #[non_exhaustive]
 pub enum Error {
     /// A device was named in a way that no device is.
-    #[error("unknown device \"{name}\": expected cpu, cuda:N (for example cuda:0) or auto")]
+    #[error("unknown device \"{name}\": expected cpu, cuda:N (for example cuda:0), sim or auto")]
     UnknownDevice {
         /// The name as given.
         name: String,
@@ -139,6 +141,9 @@ pub enum Error {
         /// What was expected and what was given.
         reason: String,
     },
+    /// The simulator does not understand a kernel's text, or found a fault while running it.
+    #[error("{0}")]
+    Simulator(Box<Fault>),
     /// Something that only a GPU does was asked of another device.
     #[error("{operation} needs a GPU, but the device is {device}: `grafter devices` lists the GPUs")]
     NotAGpu {

@@ -2,7 +2,7 @@
 //!
 //! This crate knows bytes and kernels. It does not know tensors, gradients or models.
 //!
-//! - [`Device`] is a cheap handle: the CPU, or a CUDA device reached through the driver.
+//! - [`Device`] is a cheap handle: the CPU, a CUDA device reached through the driver, or the simulator of one ([`sim`]).
 //! - [`Buffer`] is memory on one device. It comes from the device's pool and returns there when dropped.
 //! - [`MemoryUsage`] says what a device's pool holds now and held at most.
 
@@ -17,6 +17,7 @@ pub mod matrix;
 mod nvtx;
 mod prefetch;
 mod record;
+pub mod sim;
 
 pub use buffer::Buffer;
 pub use device::{Device, DeviceKind, MemoryUsage};
@@ -24,4 +25,4 @@ pub use error::{Error, Result};
 pub use function::Function;
 pub use launch::{Argument, Limits, check_launch};
 pub use prefetch::prefetch;
-pub use record::{LaunchRecord, RangeGuard, Recording, range};
+pub use record::{LaunchRecord, RangeGuard, Recording, open_range, range};

@@ -439,7 +439,8 @@ proptest! {
             all
         };
         let expected = run(None);
-        for chunk in [1, 16, 64, 256] {
+        // GPUs have room for 4096 states of a channel and chunk.
+        for chunk in [1, 16, 64, 256].into_iter().filter(|chunk| chunk * case.states <= 4096) {
             for (index, (got, expected)) in run(Some(chunk)).iter().zip(&expected).enumerate() {
                 // Results and gradients within the bounds that each is held to against the reference.
                 let what = format!("chunks of {chunk}: array {index}");

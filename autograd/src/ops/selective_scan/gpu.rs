@@ -3,8 +3,8 @@
 use std::num::NonZeroUsize;
 
 use kernels_ptx::kernels::selective_scan::{
-    self as kernels, CHUNK, CombineSpans, GroupGradient, GroupSums, MOST_STATES, ScanBackward, ScanForward, ScanStep,
-    Sizes, SpanCarries, SpanStates,
+    self as kernels, CHUNK, CombineSpans, GroupGradient, GroupSums, MOST_CHUNK_STATES, MOST_STATES, ScanBackward,
+    ScanForward, ScanStep, Sizes, SpanCarries, SpanStates,
 };
 use kernels_ptx::kernels::sum_parts::SumParts;
 use runtime::{Argument, Device};
@@ -51,6 +51,13 @@ impl<'a> Launch<'a> {
             None => (CHUNK, sizes.span(CHUNK, MULTIPROCESSORS)),
             Some(chunk) => {
                 let chunk = size("the chunk", chunk)?;
+                if u64::from(chunk) * u64::from(states) > u64::from(MOST_CHUNK_STATES) {
+                    let message = format!(
+                        "chunks of {chunk} steps of {states} states: GPUs have room for {MOST_CHUNK_STATES} states of a \
+                         channel and chunk"
+                    );
+                    return Err(Error::Invalid { operator: OPERATOR, message });
+                }
                 (chunk, chunk)
             }
         };

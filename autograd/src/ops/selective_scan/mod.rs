@@ -62,7 +62,7 @@ pub fn selective_scan(tape: &Tape<'_>, inputs: ScanInputs<'_>) -> Result<ScanOut
 /// other function chooses, and is the one to use: this one is for tests and measurements.
 ///
 /// # Errors
-/// As [`selective_scan`]; on GPUs when the saved states of a chunk do not fit shared memory.
+/// As [`selective_scan`]; on GPUs beyond 4096 states of a channel and chunk.
 pub fn selective_scan_in_chunks(tape: &Tape<'_>, inputs: ScanInputs<'_>, chunk: NonZeroUsize) -> Result<ScanOutput> {
     scan(tape, inputs, Some(chunk))
 }

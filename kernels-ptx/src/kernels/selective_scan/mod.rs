@@ -43,6 +43,8 @@ pub const TILE: u32 = 16;
 pub const CHUNK: u32 = 64;
 /// The most states of a channel.
 pub const MOST_STATES: u32 = 64;
+/// Steps of a chunk times states of a channel that shared memory has room for in the backward pass.
+pub const MOST_CHUNK_STATES: u32 = 4096;
 /// Steps that are read ahead together.
 const STAGE: u32 = 8;
 /// Threads of a block: one warp, which shares nothing with others.

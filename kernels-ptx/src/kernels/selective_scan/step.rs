@@ -1,12 +1,14 @@
 //! One step of the scan, for decoding.
 
 use super::{MOST_STATES, Scan};
-use crate::asm::{Assembler, Description, F32, Value};
+use crate::asm::{Address, Assembler, Description, F32, Value};
 use crate::{Element, Kernel, KernelSource, Target, Work};
 
 const BLOCK: u32 = 128;
 /// States that a thread has on their way at a time.
 const AHEAD: u32 = 16;
+/// Neighbouring states that are moved in one access, where all can be.
+const VECTOR: u32 = 4;
 
 /// One step: updates the state in place and gives the output.
 ///
@@ -66,18 +68,21 @@ impl KernelSource for ScanStep {
             let size = if form.softplus { super::lane::softplus(k, raw).size } else { raw };
             let driven = size * u;
             let sum = k.variable(0.0f32).named("sum");
+            let width = if form.states.is_multiple_of(VECTOR) { VECTOR } else { 1 };
+            let (states, a, b, c) = (state.first(), a.first(), b.first(), c.first());
             for first in (0..form.states).step_by(AHEAD as usize) {
-                let part = first..(first + AHEAD).min(form.states);
-                let load = |n: u32| -> [Value<'_, F32>; 4] {
-                    let at = i64::from(n);
-                    [state.first(), a.first(), b.first(), c.first()].map(|place| place.plus(at).load())
-                };
-                let values: Vec<_> = part.clone().map(load).collect();
-                for (n, [old, a, b, c]) in part.zip(values) {
-                    let decay = (size * a * std::f32::consts::LOG2_E).exp2_flushed();
-                    let new = decay.fma(old, driven * b);
-                    state.first().plus(i64::from(n)).store(new);
-                    sum.set(c.fma(new, sum.get()));
+                let part: Vec<u32> = (first..(first + AHEAD).min(form.states)).step_by(width as usize).collect();
+                let load = |n: &u32| [states, a, b, c].map(|place| load(place.plus(i64::from(*n)), width));
+                let values: Vec<_> = part.iter().map(load).collect();
+                for (n, [old, a, b, c]) in part.into_iter().zip(values) {
+                    let mut new = Vec::new();
+                    for lane in 0..width as usize {
+                        let decay = (size * a[lane] * std::f32::consts::LOG2_E).exp2_flushed();
+                        let state = decay.fma(old[lane], driven * b[lane]);
+                        sum.set(c[lane].fma(state, sum.get()));
+                        new.push(state);
+                    }
+                    states.plus(i64::from(n)).store_vector(&new);
                 }
             }
             let y = match d {
@@ -98,4 +103,8 @@ impl KernelSource for ScanStep {
     fn configurations() -> Vec<Self> {
         Scan::configurations().into_iter().filter(|scan| !scan.documents).map(Self).collect()
     }
+}
+
+fn load<'a>(place: Address<'a>, width: u32) -> Vec<Value<'a, F32>> {
+    if width == VECTOR { place.load_vector::<{ VECTOR as usize }>().to_vec() } else { vec![place.load()] }
 }

@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use kernels_ptx::KernelSource;
+use kernels_ptx::kernels::sum_parts::SumParts;
 use runtime::{Argument, Buffer, Device, DeviceKind, Function};
 
 use crate::{DType, Error, Result, Tensor};
@@ -117,4 +118,34 @@ impl Output {
 pub(crate) fn size(operator: &'static str, what: &str, size: usize) -> Result<u32> {
     u32::try_from(size)
         .map_err(|_| Error::Invalid { operator, message: format!("{what} is {size}: kernels take sizes below 2^32") })
+}
+
+/// The ordered sum of `splits` equal parts that lie one after another in `parts` (f32), under the shape of one part.
+///
+/// Many parts are added in two passes, so that a thread adds few one after another.
+///
+/// # Errors
+/// [`Error::Invalid`] for a problem that is too large; runtime errors.
+pub(crate) fn sum_parts(operator: &'static str, parts: &Tensor, splits: u32, shape: &[usize]) -> Result<Tensor> {
+    /// Parts that a thread may as well add one after another.
+    const FEW: u32 = 16;
+    let count: usize = shape.iter().product();
+    let second = (1..=splits.isqrt()).rev().find(|divisor| splits.is_multiple_of(*divisor)).unwrap_or(1);
+    match splits {
+        1 => parts.reshape(shape),
+        _ if splits > FEW && second > 1 => {
+            let sums = sum_pass(operator, parts, splits / second, &[second as usize, count])?;
+            sum_pass(operator, &sums, second, shape)
+        }
+        _ => sum_pass(operator, parts, splits, shape),
+    }
+}
+
+fn sum_pass(operator: &'static str, parts: &Tensor, splits: u32, shape: &[usize]) -> Result<Tensor> {
+    let count = size(operator, "the number of elements", shape.iter().product())?;
+    let mut sum = Output::new(parts.device(), shape, DType::F32)?;
+    let arguments = [sum.write(), read(parts), Argument::U32(count), Argument::U32(splits)];
+    let sizes = [u64::from(count), u64::from(splits)];
+    launch(operator, parts.device(), &SumParts, SumParts::grid(count.into()), &sizes, &arguments)?;
+    Ok(sum.tensor())
 }

@@ -1,7 +1,6 @@
 //! The GPU way: kernels of [`kernels_ptx::kernels::causal_conv1d`].
 
 use kernels_ptx::kernels::causal_conv1d::{self as kernels, ConvolutionBackward, ConvolutionForward, ConvolutionStep};
-use kernels_ptx::kernels::sum_parts::SumParts;
 use runtime::Argument;
 
 use super::{Activation, Convolution, ConvolutionGradients, OPERATOR};
@@ -74,11 +73,11 @@ pub(super) fn backward(convolution: &Convolution, gradient: &Tensor) -> Result<C
     let gradient = gradient.cast(input.dtype())?;
     let (channels, width) = (input.shape()[2], convolution.weight.shape()[1]);
     let grid = launch.grid();
-    let parts = grid.map_or(0, |[_, parts, _]| parts as usize);
+    let parts = grid.map_or(0, |[_, parts, _]| parts);
     let mut input_gradient = Output::like(input)?;
-    let mut weight_parts = Output::new(device, &[parts, channels, width], DType::F32)?;
+    let mut weight_parts = Output::new(device, &[parts as usize, channels, width], DType::F32)?;
     let mut bias_parts =
-        convolution.bias.as_ref().map(|_| Output::new(device, &[parts, channels], DType::F32)).transpose()?;
+        convolution.bias.as_ref().map(|_| Output::new(device, &[parts as usize, channels], DType::F32)).transpose()?;
     let mut state_gradient = launch.initial_state.as_ref().map(Output::like).transpose()?;
     if let (Some(state_gradient), 0) = (&mut state_gradient, parts) {
         state_gradient.set_zero()?;
@@ -94,24 +93,10 @@ pub(super) fn backward(convolution: &Convolution, gradient: &Tensor) -> Result<C
     let state = state_gradient.map(Output::tensor).zip(convolution.initial_state.as_ref());
     Ok(ConvolutionGradients {
         input: input_gradient.tensor(),
-        weight: sum_parts(&weight_parts.tensor(), &[channels, width])?,
-        bias: bias_parts.map(|parts| sum_parts(&parts.tensor(), &[channels])).transpose()?,
+        weight: gpu::sum_parts(OPERATOR, &weight_parts.tensor(), parts, &[channels, width])?,
+        bias: bias_parts.map(|sums| gpu::sum_parts(OPERATOR, &sums.tensor(), parts, &[channels])).transpose()?,
         initial_state: state.map(|(gradient, like)| gradient.cast(like.dtype())).transpose()?,
     })
-}
-
-/// The ordered sum of `parts` (f32, one part per outermost index), under the shape of one part.
-fn sum_parts(parts: &Tensor, shape: &[usize]) -> Result<Tensor> {
-    let splits = gpu::size(OPERATOR, "the number of parts", parts.shape()[0])?;
-    let count = gpu::size(OPERATOR, "the number of elements", shape.iter().product())?;
-    if splits == 1 {
-        return parts.reshape(shape);
-    }
-    let mut sum = Output::new(parts.device(), shape, DType::F32)?;
-    let arguments = [sum.write(), gpu::read(parts), Argument::U32(count), Argument::U32(splits)];
-    let sizes = [u64::from(count), u64::from(splits)];
-    gpu::launch(OPERATOR, parts.device(), &SumParts, SumParts::grid(count.into()), &sizes, &arguments)?;
-    Ok(sum.tensor())
 }
 
 pub(super) fn step(

@@ -6,7 +6,6 @@ use kernels_ptx::kernels::selective_scan::{
     self as kernels, CHUNK, CombineSpans, GroupGradient, GroupSums, MOST_CHUNK_STATES, MOST_STATES, ScanBackward,
     ScanForward, ScanStep, Sizes, SpanCarries, SpanStates,
 };
-use kernels_ptx::kernels::sum_parts::SumParts;
 use runtime::{Argument, Device};
 
 use super::{OPERATOR, Scan, ScanStepInputs};
@@ -196,17 +195,7 @@ impl<'a> Launch<'a> {
 
     /// The ordered sum of one part per row and span, under the shape of one part.
     fn sum_parts(&self, parts: Output, shape: &[usize]) -> Result<Tensor> {
-        let splits = self.sizes.batch * self.spans();
-        let parts = parts.tensor();
-        if splits == 1 {
-            return parts.reshape(shape);
-        }
-        let mut sum = Output::new(self.device(), shape, DType::F32)?;
-        let count = gpu::size(OPERATOR, "the number of elements", shape.iter().product())?;
-        let arguments = [sum.write(), gpu::read(&parts), Argument::U32(count), Argument::U32(splits)];
-        let sizes = [u64::from(count), u64::from(splits)];
-        gpu::launch(OPERATOR, self.device(), &SumParts, SumParts::grid(count.into()), &sizes, &arguments)?;
-        Ok(sum.tensor())
+        gpu::sum_parts(OPERATOR, &parts.tensor(), self.sizes.batch * self.spans(), shape)
     }
 
     /// Memory for the gradient of B or C as [`ScanBackward`] writes it.

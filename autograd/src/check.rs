@@ -48,14 +48,6 @@ pub(crate) fn is_float(operator: &'static str, argument: &'static str, tensor: &
     Err(Error::ElementType { operator, argument, expected: "f32 or bf16", found: tensor.dtype() })
 }
 
-/// The tensor lives on the CPU, the only device that has this way.
-pub(crate) fn on_cpu(operator: &'static str, tensor: &Tensor) -> Result<()> {
-    if tensor.device().is_cpu() {
-        return Ok(());
-    }
-    Err(Error::NotOnDevice { operator, device: tensor.device().to_string() })
-}
-
 /// The option is a positive, finite number.
 pub(crate) fn positive(operator: &'static str, option: &str, value: f32) -> Result<()> {
     if value > 0.0 && value.is_finite() {

@@ -58,12 +58,4 @@ pub enum Error {
         /// What is wrong and what would be right.
         message: String,
     },
-    /// The operator has no way to run on this device.
-    #[error("{operator} cannot run on {device} yet: use --device cpu")]
-    NotOnDevice {
-        /// The operator.
-        operator: &'static str,
-        /// The device.
-        device: String,
-    },
 }

@@ -1,14 +1,18 @@
 //! Cross-entropy of logits against labels.
 
+use kernels_ptx::kernels::cross_entropy::{CrossEntropyBackward, CrossEntropyForward, takes_vectors};
+use kernels_ptx::kernels::loss_total::LossTotal;
 use rayon::prelude::*;
+use runtime::Argument;
 
 use crate::cpu::{self, LogSumExp};
-use crate::{Error, Result, Tape, Tensor, Var, check};
+use crate::gpu::{self, Output};
+use crate::{DType, Error, Result, Tape, Tensor, Var, check};
 
 const OPERATOR: &str = "cross_entropy";
 
 /// The label of a position that does not count.
-pub const IGNORED_LABEL: u32 = u32::MAX;
+pub const IGNORED_LABEL: u32 = kernels_ptx::kernels::cross_entropy::IGNORED_LABEL;
 
 /// A cross-entropy loss and what it was made of.
 #[derive(Debug)]
@@ -25,36 +29,109 @@ pub struct CrossEntropy {
 /// - `denominator`: usually the number of labels that count in the whole batch, which makes the sum over micro-batches
 ///   independent of how the batch was cut
 ///
+/// On GPUs, where reading the labels would make the host wait, a label outside the vocabulary gives NaN: the loss, and the
+/// gradient of its row.
+///
 /// # Errors
-/// Shape errors that name the argument; a label outside the vocabulary; a denominator that is not positive.
+/// Shape errors that name the argument; a denominator that is not positive; on the CPU a label outside the vocabulary.
 pub fn cross_entropy(tape: &Tape<'_>, logits: &Var, labels: &Tensor, denominator: f32) -> Result<CrossEntropy> {
-    check::on_cpu(OPERATOR, logits)?;
     check::is_float(OPERATOR, "logits", logits)?;
     check::is_u32(OPERATOR, "labels", labels)?;
     check::shape(OPERATOR, "labels", labels, &logits.shape()[..logits.shape().len().saturating_sub(1)])?;
     check::positive(OPERATOR, "denominator", denominator)?;
-    let vocabulary = logits.last_dimension();
-    let label_values = labels.host_slice::<u32>()?;
+    let (saved_logits, saved_labels) = (logits.tensor().clone(), labels.clone());
+    if logits.device().is_cpu() {
+        check_labels(labels, logits.last_dimension())?;
+        let (per_token, log_sums) = forward_cpu(logits, labels.host_slice()?)?;
+        let total: f64 = per_token.iter().map(|loss| f64::from(*loss)).sum();
+        let loss = Tensor::from_slice(logits.device(), &[], &[(total / f64::from(denominator)) as f32])?;
+        let per_token = Tensor::from_slice(logits.device(), labels.shape(), &per_token)?;
+        let loss = tape.record_one(&[logits], loss, move |gradient, _| {
+            let factor = gradient.item()? / denominator;
+            Ok(vec![Some(backward_cpu(&saved_logits, saved_labels.host_slice()?, &log_sums, factor)?)])
+        });
+        return Ok(CrossEntropy { loss, per_token });
+    }
+    let (per_token, statistics) = forward_gpu(logits, labels)?;
+    let loss = total_gpu(OPERATOR, &per_token, None, denominator)?;
+    let loss = tape.record_one(&[logits], loss, move |gradient, _| {
+        Ok(vec![Some(backward_gpu(gradient, &saved_logits, &saved_labels, &statistics, denominator)?)])
+    });
+    Ok(CrossEntropy { loss, per_token })
+}
+
+fn check_labels(labels: &Tensor, vocabulary: usize) -> Result<()> {
+    let labels = labels.host_slice::<u32>()?;
     let outside = |label: &u32| *label != IGNORED_LABEL && *label as usize >= vocabulary;
-    if let Some(position) = label_values.iter().position(outside) {
-        return Err(Error::IndexOutOfRange {
+    match labels.iter().position(outside) {
+        None => Ok(()),
+        Some(position) => Err(Error::IndexOutOfRange {
             operator: OPERATOR,
             argument: "labels",
             position,
-            value: label_values[position] as usize,
+            value: labels[position] as usize,
             limit: vocabulary,
-        });
+        }),
     }
-    let (per_token, log_sums) = forward_cpu(logits, label_values)?;
-    let total: f64 = per_token.iter().map(|loss| f64::from(*loss)).sum();
-    let loss = Tensor::from_slice(logits.device(), &[], &[(total / f64::from(denominator)) as f32])?;
-    let per_token = Tensor::from_slice(logits.device(), labels.shape(), &per_token)?;
-    let (saved_logits, saved_labels) = (logits.tensor().clone(), labels.clone());
-    let loss = tape.record_one(&[logits], loss, move |gradient, _| {
-        let factor = gradient.item()? / denominator;
-        Ok(vec![Some(backward_cpu(&saved_logits, saved_labels.host_slice()?, &log_sums, factor)?)])
-    });
-    Ok(CrossEntropy { loss, per_token })
+}
+
+/// Rows and vocabulary of logits as kernels take them.
+pub(super) fn sizes(operator: &'static str, logits: &Tensor) -> Result<(u32, u32)> {
+    let rows = gpu::size(operator, "the number of rows", logits.rows())?;
+    Ok((rows, gpu::size(operator, "the vocabulary", logits.last_dimension())?))
+}
+
+/// The loss of every row, and the two parts of its log-sum-exp.
+fn forward_gpu(logits: &Tensor, labels: &Tensor) -> Result<(Tensor, Tensor)> {
+    let (device, (rows, vocabulary)) = (logits.device(), sizes(OPERATOR, logits)?);
+    let kernel = CrossEntropyForward { element: gpu::element(logits.dtype()), vector: takes_vectors(vocabulary) };
+    let mut losses = Output::new(device, labels.shape(), DType::F32)?;
+    let mut statistics = Output::new(device, &[logits.rows(), 2], DType::F32)?;
+    let arguments =
+        [losses.write(), statistics.write(), gpu::read(logits), gpu::read(labels), Argument::U32(vocabulary)];
+    gpu::launch(OPERATOR, device, &kernel, Some([rows, 1, 1]), &[rows.into(), vocabulary.into()], &arguments)?;
+    Ok((losses.tensor(), statistics.tensor()))
+}
+
+fn backward_gpu(
+    gradient: &Tensor,
+    logits: &Tensor,
+    labels: &Tensor,
+    statistics: &Tensor,
+    denominator: f32,
+) -> Result<Tensor> {
+    let (device, (rows, vocabulary)) = (logits.device(), sizes(OPERATOR, logits)?);
+    let gradient = gradient.cast(DType::F32)?;
+    let kernel = CrossEntropyBackward { element: gpu::element(logits.dtype()), vector: takes_vectors(vocabulary) };
+    let mut logits_gradient = Output::like(logits)?;
+    let arguments = [
+        logits_gradient.write(),
+        gpu::read(&gradient),
+        gpu::read(logits),
+        gpu::read(labels),
+        gpu::read(statistics),
+        Argument::F32(1.0 / denominator),
+        Argument::U32(vocabulary),
+    ];
+    gpu::launch(OPERATOR, device, &kernel, Some([rows, 1, 1]), &[rows.into(), vocabulary.into()], &arguments)?;
+    Ok(logits_gradient.tensor())
+}
+
+/// `Σ weights · losses / denominator`, a scalar f32; without weights all are 1.
+pub(super) fn total_gpu(
+    operator: &'static str,
+    losses: &Tensor,
+    weights: Option<&Tensor>,
+    denominator: f32,
+) -> Result<Tensor> {
+    let count = gpu::size(operator, "the number of rows", losses.count())?;
+    let mut total = Output::new(losses.device(), &[], DType::F32)?;
+    let mut arguments = vec![total.write(), gpu::read(losses)];
+    arguments.extend(weights.map(gpu::read));
+    arguments.extend([Argument::F32(denominator), Argument::U32(count)]);
+    let kernel = LossTotal { weighted: weights.is_some() };
+    gpu::launch(operator, losses.device(), &kernel, Some([1, 1, 1]), &[count.into()], &arguments)?;
+    Ok(total.tensor())
 }
 
 /// Loss and log-sum-exp of every row; 0 and `None` where the label is ignored.

@@ -1,9 +1,15 @@
 //! Divergences between the student's and the teacher's next-token distributions: the distillation losses.
 
+use kernels_ptx::kernels::divergence::{
+    self as kernels, DivergenceBackward, DivergenceForward, STATISTICS, takes_vectors,
+};
 use rayon::prelude::*;
+use runtime::Argument;
 
+use super::cross_entropy::{sizes, total_gpu};
 use crate::cpu::{self, LogSumExp};
-use crate::{Result, Tape, Tensor, Var, check};
+use crate::gpu::{self, Output};
+use crate::{DType, Result, Tape, Tensor, Var, check};
 
 const OPERATOR: &str = "divergence";
 
@@ -29,7 +35,7 @@ pub struct DivergenceOptions<'a> {
     pub student_temperature: f32,
     /// Divides the teacher's logits.
     pub teacher_temperature: f32,
-    /// f32 `[…]`: weight of each position, usually 0 or 1. `None`: all 1.
+    /// f32 `[…]`: weight of each position, usually 0 or 1. `None`: all 1. Positions of weight 0 are not looked at.
     pub mask: Option<&'a Tensor>,
     /// Divides the masked sum: usually the number of positions that count in the whole batch.
     pub denominator: f32,
@@ -40,7 +46,7 @@ pub struct DivergenceOptions<'a> {
 pub struct DivergenceLoss {
     /// Scalar f32: `Σ mask · per_token / denominator`.
     pub loss: Var,
-    /// f32 `[…]`: the divergence of each position in nats, unmasked.
+    /// f32 `[…]`: the divergence of each position in nats; 0 where the mask is 0.
     pub per_token: Tensor,
 }
 
@@ -57,7 +63,6 @@ pub fn divergence(
     teacher: &Tensor,
     options: DivergenceOptions<'_>,
 ) -> Result<DivergenceLoss> {
-    check::on_cpu(OPERATOR, student)?;
     check::is_float(OPERATOR, "student", student)?;
     check::is_float(OPERATOR, "teacher", teacher)?;
     check::shape(OPERATOR, "teacher", teacher, student.shape())?;
@@ -65,39 +70,24 @@ pub fn divergence(
     check::positive(OPERATOR, "teacher_temperature", options.teacher_temperature)?;
     check::positive(OPERATOR, "denominator", options.denominator)?;
     let positions = &student.shape()[..student.shape().len().saturating_sub(1)];
-    let mask = match options.mask {
-        Some(mask) => {
-            check::shape(OPERATOR, "mask", mask, positions)?;
-            Some(mask.to_f32_vec()?)
-        }
-        None => None,
-    };
-    let weight = |row: usize| mask.as_ref().map_or(1.0, |mask| mask[row]);
+    if let Some(mask) = options.mask {
+        check::shape(OPERATOR, "mask", mask, positions)?;
+    }
     let rows = Rows {
         divergence: options.divergence,
         student_factor: 1.0 / options.student_temperature,
         teacher_factor: 1.0 / options.teacher_temperature,
     };
-    let statistics = rows.forward_cpu(student, teacher)?;
-    // A position that does not count must not spoil the sum, whatever its value.
-    let total: f64 = statistics
-        .iter()
-        .enumerate()
-        .filter(|(row, _)| weight(*row) != 0.0)
-        .map(|(row, row_statistics)| f64::from(weight(row)) * f64::from(row_statistics.value))
-        .sum();
-    let per_token: Vec<f32> = statistics.iter().map(|row| row.value).collect();
-    let per_token = Tensor::from_slice(student.device(), positions, &per_token)?;
-    let loss = (total / f64::from(options.denominator)) as f32;
-    let loss = Tensor::from_slice(student.device(), &[], &[loss])?;
-    let (saved_student, saved_teacher) = (student.tensor().clone(), teacher.clone());
-    let loss = tape.record_one(&[student], loss, move |gradient, _| {
-        let factor = gradient.item()? * rows.student_factor / options.denominator;
-        let weights: Vec<f32> =
-            (0..statistics.len()).map(|row| factor * mask.as_ref().map_or(1.0, |mask| mask[row])).collect();
-        Ok(vec![Some(rows.backward_cpu(&saved_student, &saved_teacher, &statistics, &weights)?)])
-    });
-    Ok(DivergenceLoss { loss, per_token })
+    if student.device().is_cpu() {
+        let mask = options.mask.map(Tensor::to_f32_vec).transpose()?;
+        rows.record_cpu(tape, student, teacher, mask, options.denominator)
+    } else {
+        let mask = match options.mask {
+            Some(mask) => mask.cast(DType::F32)?,
+            None => Tensor::filled(student.device(), positions, DType::F32, 1.0)?,
+        };
+        rows.record_gpu(tape, student, teacher, mask, options.denominator)
+    }
 }
 
 /// What is computed for every row of logits.
@@ -106,6 +96,105 @@ struct Rows {
     divergence: Divergence,
     student_factor: f32,
     teacher_factor: f32,
+}
+
+/// On GPUs. Nothing here makes the host wait.
+impl Rows {
+    fn record_gpu(
+        self,
+        tape: &Tape<'_>,
+        student: &Var,
+        teacher: &Tensor,
+        mask: Tensor,
+        denominator: f32,
+    ) -> Result<DivergenceLoss> {
+        // Where the types differ, what bf16 would lose is kept.
+        let dtype = student.dtype();
+        let common = if dtype == teacher.dtype() { dtype } else { DType::F32 };
+        let (student_logits, teacher_logits) = (student.cast(common)?, teacher.cast(common)?);
+        let (per_token, statistics) = self.forward_gpu(&student_logits, &teacher_logits, &mask)?;
+        let loss = total_gpu(OPERATOR, &per_token, Some(&mask), denominator)?;
+        let loss = tape.record_one(&[student], loss, move |gradient, _| {
+            let scale = self.student_factor / denominator;
+            let gradient = gradient.cast(DType::F32)?;
+            let student_gradient =
+                self.backward_gpu(&gradient, &student_logits, &teacher_logits, &mask, &statistics, scale)?;
+            Ok(vec![Some(student_gradient.cast(dtype)?)])
+        });
+        Ok(DivergenceLoss { loss, per_token })
+    }
+
+    /// The divergence of every row, and its statistics as the kernels define them.
+    fn forward_gpu(self, student: &Tensor, teacher: &Tensor, mask: &Tensor) -> Result<(Tensor, Tensor)> {
+        let (device, (rows, vocabulary)) = (student.device(), sizes(OPERATOR, student)?);
+        let kernel = DivergenceForward {
+            divergence: self.divergence.kernel(),
+            element: gpu::element(student.dtype()),
+            vector: takes_vectors(vocabulary),
+        };
+        let mut losses = Output::new(device, mask.shape(), DType::F32)?;
+        let mut statistics = Output::new(device, &[student.rows(), STATISTICS as usize], DType::F32)?;
+        let arguments = [
+            losses.write(),
+            statistics.write(),
+            gpu::read(student),
+            gpu::read(teacher),
+            gpu::read(mask),
+            Argument::F32(self.student_factor),
+            Argument::F32(self.teacher_factor),
+            Argument::U32(vocabulary),
+        ];
+        gpu::launch(OPERATOR, device, &kernel, Some([rows, 1, 1]), &[rows.into(), vocabulary.into()], &arguments)?;
+        Ok((losses.tensor(), statistics.tensor()))
+    }
+
+    fn backward_gpu(
+        self,
+        gradient: &Tensor,
+        student: &Tensor,
+        teacher: &Tensor,
+        mask: &Tensor,
+        statistics: &Tensor,
+        scale: f32,
+    ) -> Result<Tensor> {
+        let (device, (rows, vocabulary)) = (student.device(), sizes(OPERATOR, student)?);
+        let divergence = match self.divergence {
+            // Both have the gradient q - p.
+            Divergence::SoftCrossEntropy => Divergence::ForwardKl,
+            other => other,
+        };
+        let kernel = DivergenceBackward {
+            divergence: divergence.kernel(),
+            element: gpu::element(student.dtype()),
+            vector: takes_vectors(vocabulary),
+        };
+        let mut student_gradient = Output::like(student)?;
+        let arguments = [
+            student_gradient.write(),
+            gpu::read(gradient),
+            gpu::read(student),
+            gpu::read(teacher),
+            gpu::read(mask),
+            gpu::read(statistics),
+            Argument::F32(self.student_factor),
+            Argument::F32(self.teacher_factor),
+            Argument::F32(scale),
+            Argument::U32(vocabulary),
+        ];
+        gpu::launch(OPERATOR, device, &kernel, Some([rows, 1, 1]), &[rows.into(), vocabulary.into()], &arguments)?;
+        Ok(student_gradient.tensor())
+    }
+}
+
+impl Divergence {
+    fn kernel(self) -> kernels::Divergence {
+        match self {
+            Self::ReverseKl => kernels::Divergence::ReverseKl,
+            Self::ForwardKl => kernels::Divergence::ForwardKl,
+            Self::JensenShannon => kernels::Divergence::JensenShannon,
+            Self::SoftCrossEntropy => kernels::Divergence::SoftCrossEntropy,
+        }
+    }
 }
 
 /// A row's divergence and what the backward pass needs to compute its terms again.
@@ -118,17 +207,47 @@ struct RowStatistics {
     mean_slope: f32,
 }
 
+/// On the CPU.
 impl Rows {
-    fn forward_cpu(self, student: &Tensor, teacher: &Tensor) -> Result<Vec<RowStatistics>> {
+    fn record_cpu(
+        self,
+        tape: &Tape<'_>,
+        student: &Var,
+        teacher: &Tensor,
+        mask: Option<Vec<f32>>,
+        denominator: f32,
+    ) -> Result<DivergenceLoss> {
+        let mask = mask.unwrap_or_else(|| vec![1.0; student.rows()]);
+        let statistics = self.forward_cpu(student, teacher, &mask)?;
+        let per_token: Vec<f32> = statistics.iter().map(|row| row.map_or(0.0, |row| row.value)).collect();
+        let total: f64 =
+            mask.iter().zip(&per_token).map(|(weight, value)| f64::from(*weight) * f64::from(*value)).sum();
+        let positions = &student.shape()[..student.shape().len().saturating_sub(1)];
+        let per_token = Tensor::from_slice(student.device(), positions, &per_token)?;
+        let loss = Tensor::from_slice(student.device(), &[], &[(total / f64::from(denominator)) as f32])?;
+        let (saved_student, saved_teacher) = (student.tensor().clone(), teacher.clone());
+        let loss = tape.record_one(&[student], loss, move |gradient, _| {
+            let factor = gradient.item()? * self.student_factor / denominator;
+            let weights: Vec<f32> = mask.iter().map(|weight| factor * weight).collect();
+            Ok(vec![Some(self.backward_cpu(&saved_student, &saved_teacher, &statistics, &weights)?)])
+        });
+        Ok(DivergenceLoss { loss, per_token })
+    }
+
+    /// `None` for rows that do not count.
+    fn forward_cpu(self, student: &Tensor, teacher: &Tensor, mask: &[f32]) -> Result<Vec<Option<RowStatistics>>> {
         let vocabulary = student.last_dimension().max(1);
         let (s, t) = (student.host_f32()?, teacher.host_f32()?);
         Ok(s.par_chunks(vocabulary)
             .zip(t.par_chunks(vocabulary))
-            .map(|(student, teacher)| {
-                cpu::simd(
-                    #[inline(always)]
-                    || self.row_statistics(student, teacher),
-                )
+            .zip(mask)
+            .map(|((student, teacher), weight)| {
+                (*weight != 0.0).then(|| {
+                    cpu::simd(
+                        #[inline(always)]
+                        || self.row_statistics(student, teacher),
+                    )
+                })
             })
             .collect())
     }
@@ -192,7 +311,7 @@ impl Rows {
         self,
         student: &Tensor,
         teacher: &Tensor,
-        statistics: &[RowStatistics],
+        statistics: &[Option<RowStatistics>],
         weights: &[f32],
     ) -> Result<Tensor> {
         let vocabulary = student.last_dimension().max(1);
@@ -203,9 +322,7 @@ impl Rows {
                 .zip(s.par_chunks(vocabulary).zip(t.par_chunks(vocabulary)))
                 .zip(statistics.par_iter().zip(weights))
                 .for_each(|((output, (student, teacher)), (row, &weight))| {
-                    if weight == 0.0 {
-                        return output.fill(0.0);
-                    }
+                    let Some(row) = row.as_ref().filter(|_| weight != 0.0) else { return output.fill(0.0) };
                     cpu::simd(
                         #[inline(always)]
                         || self.row_gradient(output, student, teacher, row, weight),
@@ -353,7 +470,7 @@ mod tests {
             let masked = DivergenceOptions { mask: Some(&mask), ..options(kind) };
             let tape = Tape::new();
             let result = divergence(&tape, &tape.leaf(&student), &teacher, masked).unwrap();
-            assert!(result.loss.item().unwrap() > 0.0 && result.per_token.to_vec::<f32>().unwrap()[1].is_nan());
+            assert!(result.loss.item().unwrap() > 0.0 && result.per_token.to_vec::<f32>().unwrap()[1] == 0.0);
             let gradient = tape.backward(&result.loss).unwrap().take(&student).unwrap().to_vec::<f32>().unwrap();
             assert!(gradient[0] != 0.0 && gradient[2..] == [0.0, 0.0], "{kind:?}: {gradient:?}");
             let whole = divergence(&Tape::inference(), &Var::constant(&student), &teacher, options(kind)).unwrap();

@@ -20,8 +20,11 @@ pub struct Kernel {
     pub target: Target,
     /// What the sizes given to [`Kernel::work`] mean, in order.
     pub sizes: &'static [&'static str],
-    work: Arc<dyn Fn(&[u64]) -> Work + Send + Sync>,
+    work: WorkOfSizes,
 }
+
+/// From a problem's sizes to the roofline's numbers.
+type WorkOfSizes = Arc<dyn Fn(&[u64]) -> Work + Send + Sync>;
 
 /// A kernel's compile-time choices: a plain struct, from which its text is written.
 pub trait KernelSource: Clone + Eq + std::hash::Hash + Send + Sync + 'static {

@@ -318,7 +318,7 @@ impl<'a> Address<'a> {
             1 | 2 => count,
             _ => 4,
         };
-        assert!(count % width == 0, "{count} words are no whole number of accesses");
+        assert!(count.is_multiple_of(width), "{count} words are no whole number of accesses");
         (0..count / width).map(move |part| (Self { offset: self.offset + (part * width * 4) as i64, ..self }, width))
     }
 

@@ -304,11 +304,13 @@ impl<'a> Neg for Value<'a, F32> {
 
 impl<'a> Value<'a, U32> {
     /// `self / other`, rounded down.
+    #[allow(clippy::should_implement_trait)] // an operator would hide how slow it is
     pub fn div(self, other: impl Operand<'a, U32>) -> Self {
         self.binary("div.u32", other)
     }
 
     /// `self mod other`.
+    #[allow(clippy::should_implement_trait)] // an operator would hide how slow it is
     pub fn rem(self, other: impl Operand<'a, U32>) -> Self {
         self.binary("rem.u32", other)
     }
@@ -387,11 +389,13 @@ impl<'a> Value<'a, U64> {
     }
 
     /// `self / other`, rounded down: slow, for use once per thread.
+    #[allow(clippy::should_implement_trait)] // an operator would hide how slow it is
     pub fn div(self, other: impl Operand<'a, U64>) -> Self {
         self.binary("div.u64", other)
     }
 
     /// `self mod other`: slow, for use once per thread.
+    #[allow(clippy::should_implement_trait)] // an operator would hide how slow it is
     pub fn rem(self, other: impl Operand<'a, U64>) -> Self {
         self.binary("rem.u64", other)
     }
@@ -404,6 +408,7 @@ impl<'a> Value<'a, F32> {
     }
 
     /// `self / other`, correctly rounded.
+    #[allow(clippy::should_implement_trait)] // an operator would hide how slow it is
     pub fn div(self, other: impl Operand<'a, F32>) -> Self {
         self.binary("div.rn.f32", other)
     }

@@ -121,7 +121,7 @@ mod tests {
     fn segments_cover_every_element() {
         for count in [0, 1, 8191, 8192, 8193, 8_388_608, 8_388_609, u32::MAX - 9000] {
             let (blocks, segment) = Sum::segments(count);
-            assert!(segment % 8 == 0 && blocks >= 1 && blocks <= 1024);
+            assert!(segment.is_multiple_of(8) && (1..=1024).contains(&blocks));
             assert!(u64::from(blocks) * u64::from(segment) >= u64::from(count));
             assert!(u64::from(blocks - 1) * u64::from(segment) <= u64::from(count));
         }

@@ -204,7 +204,7 @@ impl KernelSource for AttentionQueryGradient {
                 for half in 0..2 {
                     let less = -log_sums[half];
                     for (_, (score, _)) in lanes(&scores, half) {
-                        score.set(score.get().fma(scale_base_2, less).exp2());
+                        score.set(score.get().fma(scale_base_2, less).exp2_flushed());
                     }
                 }
                 k.comment("keys that a query does not see");
@@ -353,7 +353,7 @@ impl KernelSource for AttentionKeyGradients {
                     let place = shared_log_sums.first().moved(column).plus(index as i64 * 8);
                     let log_sums: [Value<'_, F32>; 2] = place.load_vector();
                     for (lane, score) in score.iter().enumerate() {
-                        score.set(score.get().fma(scale_base_2, -log_sums[lane % 2]).exp2());
+                        score.set(score.get().fma(scale_base_2, -log_sums[lane % 2]).exp2_flushed());
                     }
                 }
                 k.comment("keys that a query does not see");

@@ -143,9 +143,9 @@ impl KernelSource for CachedAttention {
                 let own = k.thread();
                 let score = shared.at(own).load_if(own.lt(count), f32::NEG_INFINITY);
                 let new = k.block_max(score, THREADS, scratch).max(maximum.get());
-                let factor = (maximum.get() - new).exp2();
+                let factor = (maximum.get() - new).exp2_flushed();
                 maximum.set(new);
-                let weight = (score - maximum.get()).exp2();
+                let weight = (score - maximum.get()).exp2_flushed();
                 shared.at(own).store(weight);
                 total.set(total.get().fma(factor, weight));
                 for sum in sums {
@@ -219,7 +219,7 @@ impl KernelSource for CombineParts {
             k.for_(0, parts, 1, |part| greatest.set(greatest.get().max(log_sums.at(part).load())));
             let (total, sum) = (k.variable(0.0f32).named("total"), k.variable(0.0f32).named("sum"));
             k.for_(0, parts, 1, |part| {
-                let weight = (log_sums.at(part).load() - greatest.get()).exp2();
+                let weight = (log_sums.at(part).load() - greatest.get()).exp2_flushed();
                 total.set(total.get() + weight);
                 let value = part_outputs.from_row(row * parts + part, size).at(column).load();
                 sum.set(weight.fma(value, sum.get()));

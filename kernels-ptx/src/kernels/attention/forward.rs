@@ -135,10 +135,10 @@ impl KernelSource for AttentionForward {
                     let of_tile = lanes(&scores, half).map(|(_, (score, _))| score.get()).reduce(|a, b| a.max(b));
                     let Some(of_tile) = of_tile else { unreachable!("tiles have columns") };
                     let new = k.lanes_max(of_tile, 4).max(maximum.get());
-                    let factor = (maximum.get() - new).exp2();
+                    let factor = (maximum.get() - new).exp2_flushed();
                     maximum.set(new);
                     for (_, (score, _)) in lanes(&scores, half) {
-                        score.set((score.get() - maximum.get()).exp2());
+                        score.set((score.get() - maximum.get()).exp2_flushed());
                     }
                     let of_tile = lanes(&scores, half).map(|(_, (score, _))| score.get()).reduce(|a, b| a + b);
                     let Some(of_tile) = of_tile else { unreachable!("tiles have columns") };

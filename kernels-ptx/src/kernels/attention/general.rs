@@ -108,10 +108,10 @@ impl KernelSource for GeneralForward {
                     let scores = scores[row];
                     let of_tile = scores[1..].iter().fold(scores[0].get(), |greatest, score| greatest.max(score.get()));
                     let new = k.lanes_max(of_tile, ACROSS).max(maxima[row].get());
-                    let factor = (maxima[row].get() - new).exp2();
+                    let factor = (maxima[row].get() - new).exp2_flushed();
                     maxima[row].set(new);
                     for score in scores {
-                        score.set((score.get() - maxima[row].get()).exp2());
+                        score.set((score.get() - maxima[row].get()).exp2_flushed());
                     }
                     let of_tile = scores[1..].iter().fold(scores[0].get(), |total, score| total + score.get());
                     totals[row].set(totals[row].get().fma(factor, of_tile));
@@ -199,7 +199,7 @@ impl KernelSource for GeneralQueryGradient {
                     for column in 0..SIDE {
                         let (score, slope) = (scores[row][column].get(), slopes[row][column]);
                         let seen = sees(at + slices.column + column as u32, firsts[row], own.positions(&slices)[row]);
-                        let probability = seen.select(score.fma(scale_base_2, -log_sums[row]).exp2(), 0.0);
+                        let probability = seen.select(score.fma(scale_base_2, -log_sums[row]).exp2_flushed(), 0.0);
                         slope.set((slope.get() - deltas[row]) * probability);
                     }
                 }
@@ -277,7 +277,7 @@ impl KernelSource for GeneralKeyGradients {
                     for (column, score) in scores.iter().enumerate() {
                         let position = problem.offset + steps + column as u32;
                         let seen = sees(first_key + slices.row + row, firsts[column], position);
-                        let probability = score.get().fma(scale_base_2, -log_sums[column]).exp2();
+                        let probability = score.get().fma(scale_base_2, -log_sums[column]).exp2_flushed();
                         score.set(seen.select(probability, 0.0));
                     }
                 }
@@ -498,10 +498,14 @@ impl<'a> Slices<'a> {
         let column = first_column + self.k.thread();
         let inside = column.lt(self.size);
         let at = target.at(self.k.thread());
-        for row in 0..ROWS {
-            let value = head.row(first + row).at(column).load_if(inside & (first + row).lt(end), 0.0);
-            at.plus((row * COLUMNS).into()).store(value);
-        }
+        self.k.for_(0, ROWS, 8, |rows| {
+            let at = at.moved(rows * (COLUMNS * 4));
+            for unrolled in 0..8 {
+                let row = first + rows + unrolled;
+                let value = head.row(row).at(column).load_if(inside & row.lt(end), 0.0);
+                at.plus((unrolled * COLUMNS).into()).store(value);
+            }
+        });
     }
 
     fn zeros(&self) -> Sums<'a> {

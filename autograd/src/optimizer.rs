@@ -1,8 +1,14 @@
 //! AdamW, gradient clipping and learning-rate schedules.
 
+use kernels_ptx::kernels;
 use rayon::prelude::*;
+use runtime::Argument;
 
-use crate::{DType, Error, Gradients, Parameters, Result, Tensor, check, cpu};
+use crate::gpu;
+use crate::{DType, Error, Gradients, Parameters, Result, Tensor, check, cpu, ops};
+
+const OPERATOR: &str = "AdamW";
+const NORM: &str = "gradient_norm";
 
 /// Elements that one thread takes at a time, and the unit in which norms are summed.
 const BLOCK: usize = 1 << 15;
@@ -23,18 +29,23 @@ pub struct AdamWOptions {
 
 /// Adam with decoupled weight decay (Loshchilov and Hutter 2019), in f32:
 /// `p ← (1 - lr·wd) p - lr/(1-β₁ᵗ) · m / (√v/√(1-β₂ᵗ) + ε)`.
+///
+/// Of a parameter in bf16, whose small updates would be lost to rounding, it keeps the value in f32 from the first update
+/// on: its master. The parameter is the master, rounded.
 #[derive(Debug)]
 pub struct AdamW {
     options: AdamWOptions,
     step: u64,
     /// Per parameter, in the table's order: first and second moments; `None` while never updated.
     moments: Vec<Option<(Tensor, Tensor)>>,
+    /// Per parameter in bf16: its value in f32; `None` while never updated.
+    masters: Vec<Option<Tensor>>,
 }
 
 impl AdamW {
     /// An optimizer that has taken no step.
     pub fn new(options: AdamWOptions, parameters: &Parameters) -> Self {
-        Self { options, step: 0, moments: vec![None; parameters.len()] }
+        Self { options, step: 0, moments: vec![None; parameters.len()], masters: vec![None; parameters.len()] }
     }
 
     /// Number of steps taken.
@@ -47,40 +58,46 @@ impl AdamW {
         &self.moments
     }
 
-    /// Continues from a checkpoint.
+    /// Values in f32 of the parameters in bf16 that were updated, by position in the parameter table, for a checkpoint.
+    pub fn masters(&self) -> &[Option<Tensor>] {
+        &self.masters
+    }
+
+    /// Continues from a checkpoint: `moments` and `masters` as [`AdamW::moments`] and [`AdamW::masters`] gave them, on the
+    /// parameters' device.
     ///
     /// # Errors
-    /// When the number of moments or a shape does not fit the parameters.
+    /// When the number of moments or masters or a shape does not fit the parameters.
     pub fn restore(
         options: AdamWOptions,
         parameters: &Parameters,
         step: u64,
         moments: Vec<Option<(Tensor, Tensor)>>,
+        masters: Vec<Option<Tensor>>,
     ) -> Result<Self> {
         const OPERATOR: &str = "restoring AdamW";
-        if moments.len() != parameters.len() {
-            return Err(Error::Invalid {
-                operator: OPERATOR,
-                message: format!("moments of {} parameters for {} parameters", moments.len(), parameters.len()),
-            });
+        for (what, count) in [("moments", moments.len()), ("masters", masters.len())] {
+            if count != parameters.len() {
+                let message = format!("{what} of {count} parameters for {} parameters", parameters.len());
+                return Err(Error::Invalid { operator: OPERATOR, message });
+            }
         }
-        for ((_, parameter), moments) in parameters.iter().zip(&moments) {
-            for moment in moments.iter().flat_map(|(first, second)| [first, second]) {
-                if moment.shape() != parameter.value.shape() || moment.dtype() != DType::F32 {
-                    return Err(Error::Invalid {
-                        operator: OPERATOR,
-                        message: format!(
-                            "{}: moments are {} {:?}, expected f32 {:?}",
-                            parameter.name,
-                            moment.dtype(),
-                            moment.shape(),
-                            parameter.value.shape()
-                        ),
-                    });
+        for ((_, parameter), (moments, master)) in parameters.iter().zip(moments.iter().zip(&masters)) {
+            let moments = moments.iter().flat_map(|(first, second)| [("moments are", first), ("moments are", second)]);
+            for (what, tensor) in moments.chain(master.iter().map(|master| ("the master is", master))) {
+                if tensor.shape() != parameter.value.shape() || tensor.dtype() != DType::F32 {
+                    let message = format!(
+                        "{}: {what} {} {:?}, expected f32 {:?}",
+                        parameter.name,
+                        tensor.dtype(),
+                        tensor.shape(),
+                        parameter.value.shape()
+                    );
+                    return Err(Error::Invalid { operator: OPERATOR, message });
                 }
             }
         }
-        Ok(Self { options, step, moments })
+        Ok(Self { options, step, moments, masters })
     }
 
     /// Updates every trainable parameter that has a gradient.
@@ -89,22 +106,17 @@ impl AdamW {
     /// Shape errors; out of memory.
     pub fn update(&mut self, parameters: &mut Parameters, gradients: &Gradients, learning_rate: f32) -> Result<()> {
         self.step += 1;
-        let AdamWOptions { beta1, beta2, epsilon, weight_decay } = self.options;
-        // Powers in f64: 1 - beta2^t loses all its digits in f32 for the first steps.
-        let exponent = self.step as f64;
-        let rate = (f64::from(learning_rate) / (1.0 - beta1.powf(exponent))) as f32;
-        let inverse_root = (1.0 / (1.0 - beta2.powf(exponent)).sqrt()) as f32;
-        let (old_first, new_first) = (beta1 as f32, (1.0 - beta1) as f32);
-        let (old_second, new_second) = (beta2 as f32, (1.0 - beta2) as f32);
-        let epsilon = epsilon as f32;
-        for ((_, parameter), moments) in parameters.iter_mut().zip(&mut self.moments) {
+        let of_step = Factors::new(&self.options, self.step, learning_rate);
+        let states = self.moments.iter_mut().zip(&mut self.masters);
+        for ((_, parameter), (moments, master)) in parameters.iter_mut().zip(states) {
             if !parameter.trainable {
                 continue;
             }
             let Some(gradient) = gradients.get(&parameter.value) else { continue };
-            check::shape("AdamW", "gradient", gradient, parameter.value.shape())?;
-            // Subtracted, since 1 - lr·wd rounded to f32 would err the same way in every step.
-            let decay = if parameter.decay { (f64::from(learning_rate) * weight_decay) as f32 } else { 0.0 };
+            check::shape(OPERATOR, "gradient", gradient, parameter.value.shape())?;
+            check::is_float(OPERATOR, "gradient", gradient)?;
+            check::is_float(OPERATOR, "parameter", &parameter.value)?;
+            let factors = Factors { decay: if parameter.decay { of_step.decay } else { 0.0 }, ..of_step };
             let (first, second) = match moments {
                 Some(moments) => moments,
                 None => {
@@ -112,45 +124,156 @@ impl AdamW {
                     moments.insert((zeros()?, zeros()?))
                 }
             };
-            let gradient = gradient.host_f32()?;
-            parameter
-                .value
-                .make_mut::<f32>()?
-                .par_chunks_mut(BLOCK)
-                .zip(first.make_mut::<f32>()?.par_chunks_mut(BLOCK))
-                .zip(second.make_mut::<f32>()?.par_chunks_mut(BLOCK))
-                .zip(gradient.par_chunks(BLOCK))
-                .for_each(|(((value, first), second), gradient)| {
-                    cpu::simd(
-                        #[inline(always)]
-                        || {
-                            for index in 0..value.len() {
-                                let g = gradient[index];
-                                first[index] = old_first * first[index] + new_first * g;
-                                second[index] = old_second * second[index] + new_second * g * g;
-                                let scale = second[index].sqrt() * inverse_root + epsilon;
-                                value[index] -= decay * value[index] + rate * first[index] / scale;
-                            }
-                        },
-                    );
-                });
+            let master = match (parameter.value.dtype(), &mut *master) {
+                (DType::F32, _) => None,
+                (_, Some(master)) => Some(master),
+                (_, None) => Some(master.insert(parameter.value.cast(DType::F32)?)),
+            };
+            let step = if gradient.device().is_cpu() { Factors::step_cpu } else { Factors::step_gpu };
+            step(&factors, &mut parameter.value, master, [first, second], gradient)?;
         }
         Ok(())
     }
 }
 
-/// The Euclidean norm of all trainable parameters' gradients together, accumulated in f64.
+/// The numbers of a step: see [`kernels::adamw`].
+#[derive(Clone, Copy)]
+struct Factors {
+    old_first: f32,
+    new_first: f32,
+    old_second: f32,
+    new_second: f32,
+    rate: f32,
+    inverse_root: f32,
+    epsilon: f32,
+    decay: f32,
+}
+
+impl Factors {
+    fn new(options: &AdamWOptions, step: u64, learning_rate: f32) -> Self {
+        let AdamWOptions { beta1, beta2, epsilon, weight_decay } = *options;
+        // Powers in f64: 1 - beta2^t loses all its digits in f32 for the first steps.
+        let exponent = step as f64;
+        Self {
+            old_first: beta1 as f32,
+            new_first: (1.0 - beta1) as f32,
+            old_second: beta2 as f32,
+            new_second: (1.0 - beta2) as f32,
+            rate: (f64::from(learning_rate) / (1.0 - beta1.powf(exponent))) as f32,
+            inverse_root: (1.0 / (1.0 - beta2.powf(exponent)).sqrt()) as f32,
+            epsilon: epsilon as f32,
+            // Subtracted, since 1 - lr·wd rounded to f32 would err the same way in every step.
+            decay: (f64::from(learning_rate) * weight_decay) as f32,
+        }
+    }
+
+    /// One step on a parameter, whose value is in f32 unless it has a master.
+    fn step_cpu(
+        &self,
+        value: &mut Tensor,
+        mut master: Option<&mut Tensor>,
+        [first, second]: [&mut Tensor; 2],
+        gradient: &Tensor,
+    ) -> Result<()> {
+        let gradient = gradient.host_f32()?;
+        let wide = master.as_deref_mut().unwrap_or(value);
+        wide.make_mut::<f32>()?
+            .par_chunks_mut(BLOCK)
+            .zip(first.make_mut::<f32>()?.par_chunks_mut(BLOCK))
+            .zip(second.make_mut::<f32>()?.par_chunks_mut(BLOCK))
+            .zip(gradient.par_chunks(BLOCK))
+            .for_each(|(((value, first), second), gradient)| {
+                cpu::simd(
+                    #[inline(always)]
+                    || {
+                        for index in 0..value.len() {
+                            let g = gradient[index];
+                            first[index] = self.old_first * first[index] + self.new_first * g;
+                            second[index] = self.old_second * second[index] + self.new_second * g * g;
+                            let scale = second[index].sqrt() * self.inverse_root + self.epsilon;
+                            value[index] -= self.decay * value[index] + self.rate * first[index] / scale;
+                        }
+                    },
+                );
+            });
+        if let Some(master) = master {
+            *value = master.cast(value.dtype())?;
+        }
+        Ok(())
+    }
+
+    /// The same on a GPU.
+    fn step_gpu(
+        &self,
+        value: &mut Tensor,
+        master: Option<&mut Tensor>,
+        [first, second]: [&mut Tensor; 2],
+        gradient: &Tensor,
+    ) -> Result<()> {
+        use kernels_ptx::Element::{Bf16, F32};
+        let gradient = gradient.cast(DType::F32)?;
+        let count = gpu::size(OPERATOR, "the number of elements", gradient.count())?;
+        let kernel = kernels::adamw::AdamW { narrow: master.is_some() };
+        let mut arguments = match master {
+            Some(master) => {
+                vec![Argument::Write(value.make_unique()?, Bf16), Argument::Write(master.make_unique()?, F32)]
+            }
+            None => vec![Argument::Write(value.make_unique()?, F32)],
+        };
+        arguments.extend([
+            Argument::Write(first.make_unique()?, F32),
+            Argument::Write(second.make_unique()?, F32),
+            gpu::read(&gradient),
+        ]);
+        let numbers = [
+            self.old_first,
+            self.new_first,
+            self.old_second,
+            self.new_second,
+            self.rate,
+            self.inverse_root,
+            self.epsilon,
+            self.decay,
+        ];
+        arguments.extend(numbers.map(Argument::F32));
+        arguments.push(Argument::U32(count));
+        let grid = kernels::adamw::AdamW::grid(count.into());
+        gpu::launch(OPERATOR, gradient.device(), &kernel, grid, &[count.into()], &arguments)
+    }
+}
+
+/// The Euclidean norm of all trainable parameters' gradients together: accumulated in f64 on the CPU; on GPUs the root of
+/// [`gradient_square_sum`], for which the host waits.
 ///
 /// # Errors
 /// Driver errors.
 pub fn gradient_norm(parameters: &Parameters, gradients: &Gradients) -> Result<f64> {
-    let mut squares = 0.0;
-    for (_, parameter) in parameters.iter().filter(|(_, parameter)| parameter.trainable) {
-        if let Some(gradient) = gradients.get(&parameter.value) {
-            squares += square_sum(gradient)?;
-        }
+    let gradients = trainable_gradients(parameters, gradients);
+    match gradients.first() {
+        None => Ok(0.0),
+        Some(first) if first.device().is_cpu() => Ok(square_sum_cpu(&gradients)?.sqrt()),
+        Some(first) => Ok(f64::from(ops::square_sum_gpu(NORM, first.device(), &gradients)?.item()?).sqrt()),
     }
-    Ok(squares.sqrt())
+}
+
+/// The square of [`gradient_norm`] as a scalar f32 on the gradients' device; the host does not wait for it. `None` without
+/// gradients. Infinite from norms of 1.8e19 on.
+///
+/// # Errors
+/// Driver errors; out of memory.
+pub fn gradient_square_sum(parameters: &Parameters, gradients: &Gradients) -> Result<Option<Tensor>> {
+    let gradients = trainable_gradients(parameters, gradients);
+    let sum = |first: &&Tensor| match first.device() {
+        device if device.is_cpu() => Tensor::from_slice(device, &[], &[square_sum_cpu(&gradients)? as f32]),
+        device => ops::square_sum_gpu(NORM, device, &gradients),
+    };
+    gradients.first().map(sum).transpose()
+}
+
+/// In the table's order.
+fn trainable_gradients<'a>(parameters: &Parameters, gradients: &'a Gradients) -> Vec<&'a Tensor> {
+    let trainable = parameters.iter().filter(|(_, parameter)| parameter.trainable);
+    trainable.filter_map(|(_, parameter)| gradients.get(&parameter.value)).collect()
 }
 
 /// Scales all gradients by `limit / (norm + 1e-6)`, as PyTorch does, when `norm` exceeds `limit`. A norm that is not a
@@ -165,28 +288,31 @@ pub fn clip_gradients(gradients: &mut Gradients, norm: f64, limit: f64) -> Resul
     Ok(())
 }
 
-fn square_sum(tensor: &Tensor) -> Result<f64> {
-    let values = tensor.host_f32()?;
-    let blocks: Vec<f64> = values
-        .par_chunks(BLOCK)
-        .map(|block| {
-            cpu::simd(
-                #[inline(always)]
-                || {
-                    let mut sums = [0.0f64; 16];
-                    let chunks = block.chunks_exact(16);
-                    let rest: f64 = chunks.remainder().iter().map(|value| f64::from(*value).powi(2)).sum();
-                    for chunk in chunks {
-                        for (sum, value) in sums.iter_mut().zip(chunk) {
-                            *sum += f64::from(*value) * f64::from(*value);
-                        }
-                    }
-                    sums.iter().sum::<f64>() + rest
-                },
-            )
-        })
-        .collect();
-    Ok(blocks.iter().sum())
+fn square_sum_cpu(tensors: &[&Tensor]) -> Result<f64> {
+    let mut total = 0.0;
+    for tensor in tensors {
+        let values = tensor.host_f32()?;
+        let blocks: Vec<f64> = values.par_chunks(BLOCK).map(block_square_sum).collect();
+        total += blocks.iter().sum::<f64>();
+    }
+    Ok(total)
+}
+
+fn block_square_sum(block: &[f32]) -> f64 {
+    cpu::simd(
+        #[inline(always)]
+        || {
+            let mut sums = [0.0f64; 16];
+            let chunks = block.chunks_exact(16);
+            let rest: f64 = chunks.remainder().iter().map(|value| f64::from(*value).powi(2)).sum();
+            for chunk in chunks {
+                for (sum, value) in sums.iter_mut().zip(chunk) {
+                    *sum += f64::from(*value) * f64::from(*value);
+                }
+            }
+            sums.iter().sum::<f64>() + rest
+        },
+    )
 }
 
 /// How the learning rate falls after warm-up.
@@ -316,12 +442,46 @@ mod tests {
     }
 
     #[test]
+    fn a_parameter_in_bf16_moves_by_steps_that_bf16_cannot_hold() {
+        let mut wide = one_parameter(&[1.0, -3.0], true);
+        let mut narrow = wide.clone();
+        for (_, parameter) in narrow.iter_mut() {
+            parameter.value = parameter.value.cast(DType::Bf16).unwrap();
+        }
+        let value = |parameters: &Parameters| parameters.iter().next().unwrap().1.value.clone();
+        let update = |parameters: &mut Parameters, optimizer: &mut AdamW| {
+            let gradient = Tensor::from_slice(&Device::cpu(), &[2], &[1.0f32, -2.0]).unwrap();
+            let mut gradients = Gradients::default();
+            gradients.add(&value(parameters), gradient).unwrap();
+            optimizer.update(parameters, &gradients, 1e-4).unwrap();
+        };
+        let (mut wide_optimizer, mut optimizer) = (AdamW::new(OPTIONS, &wide), AdamW::new(OPTIONS, &narrow));
+        assert!(optimizer.masters()[0].is_none());
+        for _ in 0..100 {
+            update(&mut wide, &mut wide_optimizer);
+            update(&mut narrow, &mut optimizer);
+        }
+        let master = optimizer.masters()[0].clone().unwrap();
+        assert_eq!(master.to_vec::<f32>().unwrap(), value(&wide).to_vec::<f32>().unwrap());
+        assert_eq!(value(&narrow).to_f32_vec().unwrap(), master.cast(DType::Bf16).unwrap().to_f32_vec().unwrap());
+        assert!(value(&narrow).to_f32_vec().unwrap()[0] < 0.995 && wide_optimizer.masters()[0].is_none());
+        let restore = |masters| AdamW::restore(OPTIONS, &narrow, 100, optimizer.moments().to_vec(), masters);
+        let mut restored = restore(optimizer.masters().to_vec()).unwrap();
+        let mut copy = narrow.clone();
+        update(&mut copy, &mut restored);
+        update(&mut narrow.clone(), &mut optimizer);
+        let bits = |optimizer: &AdamW| optimizer.masters()[0].clone().unwrap().to_vec::<f32>().unwrap();
+        assert_eq!(bits(&restored), bits(&optimizer));
+    }
+
+    #[test]
     fn moments_of_another_shape_are_refused_by_name() {
         let parameters = one_parameter(&[3.0, 4.0], false);
         let wrong = Tensor::zeros(&Device::cpu(), &[3], DType::F32).unwrap();
-        let error = AdamW::restore(OPTIONS, &parameters, 1, vec![Some((wrong.clone(), wrong))]).unwrap_err();
+        let error =
+            AdamW::restore(OPTIONS, &parameters, 1, vec![Some((wrong.clone(), wrong))], vec![None]).unwrap_err();
         assert!(error.to_string().contains("w: moments are f32 [3], expected f32 [2]"), "{error}");
-        assert!(AdamW::restore(OPTIONS, &parameters, 1, Vec::new()).is_err());
+        assert!(AdamW::restore(OPTIONS, &parameters, 1, Vec::new(), vec![None]).is_err());
     }
 
     #[test]

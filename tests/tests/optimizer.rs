@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 use approx::assert_relative_eq;
-use autograd::optimizer::{AdamW, AdamWOptions, Decay, Schedule, clip_gradients, gradient_norm};
+use autograd::optimizer::{AdamW, AdamWOptions, Decay, Schedule, clip_gradients, gradient_norm, gradient_square_sum};
 use autograd::{DType, Gradients, Parameter, Parameters, Tape, Tensor, Var, ops};
 use grafter_tests::check::{agree, all_within, cases, indices, tensor, verdict, widened};
 use grafter_tests::compare::Bounds;
@@ -62,6 +62,8 @@ proptest! {
             let norm = expected.iter().flatten().map(|value| value * value).sum::<f64>().sqrt();
             let got = gradient_norm(&parameters, &gradients).unwrap();
             assert_relative_eq!(got, norm, max_relative = 1e-6);
+            let squares = gradient_square_sum(&parameters, &gradients).unwrap().unwrap().item().unwrap();
+            assert_relative_eq!(f64::from(squares), norm * norm, max_relative = 2e-6);
             clip_gradients(&mut gradients, got, clip).unwrap();
             optimizer.update(&mut parameters, &gradients, rate as f32).unwrap();
             let factor = (clip / (norm + 1e-6)).min(1.0);
@@ -91,12 +93,17 @@ proptest! {
 
     /// Stopping, saving and going on ends with the same bits.
     #[test]
-    fn a_restored_optimizer_continues_to_the_same_bits(steps in 1..6u64, rest in 1..6u64, seed: u64) {
+    fn a_restored_optimizer_continues_to_the_same_bits(steps in 1..6u64, rest in 1..6u64, narrow: bool, seed: u64) {
         let mut random = Random::new(seed);
         let options = AdamWOptions { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1 };
         let mut whole = Parameters::default();
         whole.push(parameter("a", &[3, 5], true, &mut random));
         whole.push(parameter("b", &[4], false, &mut random));
+        if narrow {
+            for (_, parameter) in whole.iter_mut() {
+                parameter.value = parameter.value.cast(DType::Bf16).unwrap();
+            }
+        }
         let mut cut = whole.clone();
         let update = |optimizer: &mut AdamW, parameters: &mut Parameters, step: u64| {
             let mut gradients = Gradients::default();
@@ -117,13 +124,47 @@ proptest! {
         }
         let copy = |tensor: &Tensor| Tensor::from_slice(tensor.device(), tensor.shape(), &tensor.to_vec::<f32>().unwrap()).unwrap();
         let moments = before.moments().iter().map(|moments| moments.as_ref().map(|(a, b)| (copy(a), copy(b)))).collect();
-        let mut after = AdamW::restore(options, &cut, before.steps(), moments).unwrap();
+        let masters = before.masters().iter().map(|master| master.as_ref().map(copy)).collect();
+        let mut after = AdamW::restore(options, &cut, before.steps(), moments, masters).unwrap();
         for step in steps..steps + rest {
             update(&mut after, &mut cut, step);
         }
         for ((_, whole), (_, cut)) in whole.iter().zip(cut.iter()) {
-            prop_assert_eq!(whole.value.to_vec::<f32>().unwrap(), cut.value.to_vec::<f32>().unwrap());
+            prop_assert_eq!(whole.value.to_f32_vec().unwrap(), cut.value.to_f32_vec().unwrap());
         }
+        for (whole, cut) in optimizer.masters().iter().zip(after.masters()) {
+            let bits = |master: &Option<Tensor>| master.as_ref().map(|master| master.to_vec::<f32>().unwrap());
+            prop_assert_eq!(whole.is_some(), narrow);
+            prop_assert_eq!(bits(whole), bits(cut));
+        }
+    }
+
+    /// A parameter in bf16 is the one in f32, rounded, after any number of steps.
+    #[test]
+    fn parameters_in_bf16_follow_those_in_f32(steps in 1..6u64, count in prop_oneof![Just(1usize), 7..10usize, 2040..2060usize], seed: u64) {
+        let mut random = Random::new(seed);
+        let mut narrow = Parameters::default();
+        narrow.push(parameter("a", &[count], true, &mut random));
+        for (_, parameter) in narrow.iter_mut() {
+            parameter.value = parameter.value.cast(DType::Bf16).unwrap();
+        }
+        let mut wide = narrow.clone();
+        for (_, parameter) in wide.iter_mut() {
+            parameter.value = parameter.value.cast(DType::F32).unwrap();
+        }
+        let options = AdamWOptions { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1 };
+        let (mut of_narrow, mut of_wide) = (AdamW::new(options, &narrow), AdamW::new(options, &wide));
+        for _ in 0..steps {
+            let gradient = tensor(DType::F32, &[count], &random.normals(count, 1.0));
+            for (parameters, optimizer) in [(&mut narrow, &mut of_narrow), (&mut wide, &mut of_wide)] {
+                let mut gradients = Gradients::default();
+                gradients.add(&parameters.iter().next().unwrap().1.value, gradient.clone()).unwrap();
+                optimizer.update(parameters, &gradients, 1e-4).unwrap();
+            }
+        }
+        let value = |parameters: &Parameters| parameters.iter().next().unwrap().1.value.clone();
+        prop_assert_eq!(of_narrow.masters()[0].as_ref().unwrap().to_vec::<f32>().unwrap(), value(&wide).to_vec::<f32>().unwrap());
+        prop_assert_eq!(value(&narrow).to_f32_vec().unwrap(), value(&wide).cast(DType::Bf16).unwrap().to_f32_vec().unwrap());
     }
 
     /// A batch's loss and gradients do not depend on how it is cut into micro-batches, whatever their sizes and however
@@ -217,7 +258,8 @@ fn moments_of_another_shape_are_refused() {
     parameters.push(parameter("weight", &[2, 2], true, &mut random));
     let options = AdamWOptions { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.0 };
     let zeros = |shape: &[usize]| tensor(DType::F32, shape, &vec![0.0; shape.iter().product()]);
-    let restore = |moments| AdamW::restore(options, &parameters, 3, moments).map(|_| ()).unwrap_err().to_string();
+    let restore =
+        |moments| AdamW::restore(options, &parameters, 3, moments, vec![None]).map(|_| ()).unwrap_err().to_string();
     assert!(restore(vec![]).contains("0 parameters for 1"));
     let message = restore(vec![Some((zeros(&[2, 2]), zeros(&[4])))]);
     assert!(message.contains("weight") && message.contains("[4]"), "{message}");

@@ -3,7 +3,7 @@
 use kernels_ptx::kernels::elementwise::{Elementwise, Operation};
 use kernels_ptx::kernels::sum::{Broadcast, Sum};
 use rayon::prelude::*;
-use runtime::Argument;
+use runtime::{Argument, Device};
 
 use crate::gpu::{self, Output};
 use crate::{DType, Error, Result, Tape, Tensor, Var, check, cpu};
@@ -121,22 +121,38 @@ fn sum_cpu(x: &Tensor) -> Result<Tensor> {
 /// Sums segments, then their sums.
 fn sum_gpu(x: &Tensor) -> Result<Tensor> {
     const OPERATOR: &str = "sum";
-    let count = gpu::size(OPERATOR, "the number of elements", x.count())?;
-    let sums = |x: &Tensor, count: u32, blocks: u32, segment: u32, shape: &[usize]| {
-        let kernel = Sum { element: gpu::element(x.dtype()) };
-        let mut sums = Output::new(x.device(), shape, DType::F32)?;
-        let arguments = [sums.write(), gpu::read(x), Argument::U32(count), Argument::U32(segment)];
-        gpu::launch(OPERATOR, x.device(), &kernel, Some([blocks, 1, 1]), &[count.into()], &arguments)?;
-        Ok(sums.tensor())
-    };
-    match Sum::segments(count) {
-        (1, segment) => sums(x, count, 1, segment, &[]),
-        (blocks, segment) => {
-            let parts = sums(x, count, blocks, segment, &[blocks as usize])?;
-            let (_, segment) = Sum::segments(blocks);
-            sums(&parts, blocks, 1, segment, &[])
-        }
+    let (blocks, _) = Sum::segments(gpu::size(OPERATOR, "the number of elements", x.count())?);
+    if blocks == 1 {
+        let mut total = Output::new(x.device(), &[], DType::F32)?;
+        sum_segments_gpu(OPERATOR, &mut total, 0, x, false)?;
+        return Ok(total.tensor());
     }
+    let mut sums = Output::new(x.device(), &[blocks as usize], DType::F32)?;
+    sum_segments_gpu(OPERATOR, &mut sums, 0, x, false)?;
+    sum_gpu(&sums.tensor())
+}
+
+/// The square of the Euclidean norm of several tensors' elements together, a scalar f32. On a GPU.
+pub(crate) fn square_sum_gpu(operator: &'static str, device: &Device, tensors: &[&Tensor]) -> Result<Tensor> {
+    let mut places = vec![0];
+    for tensor in tensors {
+        let (blocks, _) = Sum::segments(gpu::size(operator, "the number of elements", tensor.count())?);
+        places.push(places[places.len() - 1] + blocks);
+    }
+    let mut sums = Output::new(device, &[places[tensors.len()] as usize], DType::F32)?;
+    for (tensor, place) in tensors.iter().zip(places) {
+        sum_segments_gpu(operator, &mut sums, place, tensor, true)?;
+    }
+    sum_gpu(&sums.tensor())
+}
+
+/// Queues the sums of x's segments, or of their squares, into `sums` from `place` on.
+fn sum_segments_gpu(operator: &'static str, sums: &mut Output, place: u32, x: &Tensor, squares: bool) -> Result<()> {
+    let count = gpu::size(operator, "the number of elements", x.count())?;
+    let (blocks, segment) = Sum::segments(count);
+    let kernel = Sum { element: gpu::element(x.dtype()), squares };
+    let arguments = [sums.write(), Argument::U32(place), gpu::read(x), Argument::U32(count), Argument::U32(segment)];
+    gpu::launch(operator, x.device(), &kernel, Some([blocks, 1, 1]), &[count.into()], &arguments)
 }
 
 /// A scalar in every place. On GPUs it is read there: the host does not wait for it.

@@ -1,6 +1,7 @@
 //! A run's state on disk: what is trained, the optimizer's moments, and where the data stand.
 //!
-//! `RUN/checkpoints/step-000120/` holds `weights.safetensors` (f32, the trained parameters), `optimizer.safetensors`
+//! `RUN/checkpoints/step-000120/` holds `weights.safetensors` (f32, the trained parameters; where the model reads them in
+//! bf16, as the optimizer keeps them), `optimizer.safetensors`
 //! (`NAME.first_moment`, `NAME.second_moment`) and `state.json`, which has the checksums of both. A folder gets that
 //! name when all of it is on the disk, so every folder so called is whole; the newest one that passes its checksums is
 //! what a run continues from.
@@ -12,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use autograd::optimizer::{AdamW, AdamWOptions};
-use autograd::{Parameters, Tensor};
+use autograd::{DType, Parameters, Tensor};
 use runtime::Device;
 use serde::{Deserialize, Serialize};
 
@@ -101,8 +102,9 @@ pub(super) fn save(
         files::write_folder(&path, |partial| {
             let weights: Vec<(String, &Tensor)> = parameters
                 .iter()
-                .filter(|(_, parameter)| parameter.trainable)
-                .map(|(_, parameter)| (parameter.name.clone(), &parameter.value))
+                .zip(optimizer.masters())
+                .filter(|((_, parameter), _)| parameter.trainable)
+                .map(|((_, parameter), master)| (parameter.name.clone(), master.as_ref().unwrap_or(&parameter.value)))
                 .collect();
             let mut moments: Vec<(String, &Tensor)> = Vec::new();
             for ((_, parameter), pair) in parameters.iter().zip(optimizer.moments()) {
@@ -172,18 +174,21 @@ impl Checkpoint {
     /// When the trained parameters are not those of the checkpoint.
     pub fn restore(&self, parameters: &mut Parameters, options: AdamWOptions, device: &Device) -> Result<AdamW> {
         let place = || format!("continuing from {}", self.path.display());
-        let mut moments = Vec::with_capacity(parameters.len());
+        let (mut moments, mut masters) = (Vec::with_capacity(parameters.len()), Vec::with_capacity(parameters.len()));
         let mut used = 0;
         for (_, parameter) in parameters.iter_mut() {
             if !parameter.trainable {
                 moments.push(None);
+                masters.push(None);
                 continue;
             }
             let shape = parameter.value.shape().to_vec();
             let Some(value) = self.weights.read(&parameter.name, &shape, device).with_context(place)? else {
                 bail!("{}: it has no {}", place(), parameter.name);
             };
-            parameter.value = value;
+            let dtype = parameter.value.dtype();
+            parameter.value = value.cast(dtype)?;
+            masters.push((dtype != DType::F32).then_some(value));
             used += 1;
             let first = self.optimizer.read(&first_moment(&parameter.name), &shape, device).with_context(place)?;
             let second = self.optimizer.read(&second_moment(&parameter.name), &shape, device).with_context(place)?;
@@ -191,7 +196,7 @@ impl Checkpoint {
         }
         let stored = self.weights.names()?.len();
         ensure!(stored == used, "{}: it has {stored} trained parameters, the model has {used}", place());
-        Ok(AdamW::restore(options, parameters, self.state.step, moments)?)
+        Ok(AdamW::restore(options, parameters, self.state.step, moments, masters)?)
     }
 }
 
@@ -235,7 +240,7 @@ fn second_moment(parameter: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use autograd::{Parameter, Tape, ops};
+    use autograd::{Gradients, Parameter, Tape, ops};
 
     use super::*;
 
@@ -297,6 +302,37 @@ mod tests {
         assert_eq!(values(&resumed, "a"), values(&whole, "a"));
         assert_eq!(values(&resumed, "frozen"), [1.0, -3.0]);
         assert!(restored.moments()[2].is_none());
+    }
+
+    #[test]
+    fn parameters_in_bf16_go_on_from_the_bits_that_the_optimizer_keeps() {
+        let folder = tempfile::tempdir().unwrap();
+        let narrow = || {
+            let mut narrow = parameters();
+            for (_, parameter) in narrow.iter_mut() {
+                parameter.value = parameter.value.cast(DType::Bf16).unwrap();
+            }
+            narrow
+        };
+        let update = |parameters: &mut Parameters, optimizer: &mut AdamW| {
+            let mut gradients = Gradients::default();
+            let gradient = Tensor::from_slice(&Device::cpu(), &[2], &[0.5f32, -1.0]).unwrap();
+            gradients.add(&parameters.get(parameters.find("a").unwrap()).value, gradient).unwrap();
+            optimizer.update(parameters, &gradients, 1e-4).unwrap();
+        };
+        let mut whole = narrow();
+        let mut optimizer = AdamW::new(OPTIONS, &whole);
+        update(&mut whole, &mut optimizer);
+        save(folder.path(), &state(1), &whole, &optimizer, 1).unwrap();
+        let mut resumed = narrow();
+        let checkpoint = latest(folder.path(), |_| ()).unwrap().unwrap();
+        let mut restored = checkpoint.restore(&mut resumed, OPTIONS, &Device::cpu()).unwrap();
+        assert_eq!(resumed.get(resumed.find("a").unwrap()).value.dtype(), DType::Bf16);
+        update(&mut whole, &mut optimizer);
+        update(&mut resumed, &mut restored);
+        let master = |optimizer: &AdamW| optimizer.masters()[0].as_ref().unwrap().to_vec::<f32>().unwrap();
+        assert_eq!(master(&restored), master(&optimizer));
+        assert!(master(&restored)[0] > 0.999 && master(&restored)[0] < 1.0, "a change that bf16 does not hold");
     }
 
     #[test]

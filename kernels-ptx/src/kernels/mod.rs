@@ -19,6 +19,7 @@ macro_rules! kernels {
     };
 }
 kernels! {
+    adamw: AdamW;
     attention: VisibleKeys, AttentionForward, AttentionDelta, AttentionQueryGradient, AttentionKeyGradients, GeneralForward,
         GeneralQueryGradient, GeneralKeyGradients, CachedAttention, CombineParts;
     axpy: Axpy;

@@ -7,15 +7,16 @@ use tools::compare::{Bounds, compare};
 
 use crate::random::Random;
 
-/// Cases of a property test on the simulator, where each takes about a hundred times as long as on the CPU.
-const SIMULATED_CASES: u32 = 64;
+/// Cases of a property test elsewhere than on the CPU: the simulator takes about a hundred times as long for each, and a GPU's
+/// driver compiles the kernels of every new configuration.
+const DEVICE_CASES: u32 = 64;
 
-/// Property tests over `count` cases (fewer on the simulator), the same in every run. `PROPTEST_CASES` and `PROPTEST_RNG_SEED` search further.
+/// Property tests over `count` cases (fewer on other devices than the CPU), the same in every run. `PROPTEST_CASES` and
+/// `PROPTEST_RNG_SEED` search further.
 pub fn cases(count: u32) -> Config {
     let given = |name: &str| std::env::var_os(name).is_some();
     let default = Config::default();
-    let simulated = std::env::var("TEST_DEVICE").is_ok_and(|name| name == "sim");
-    let count = if simulated { count.min(SIMULATED_CASES) } else { count };
+    let count = if crate::device().is_cpu() { count } else { count.min(DEVICE_CASES) };
     Config {
         cases: if given("PROPTEST_CASES") { default.cases } else { count },
         rng_seed: if given("PROPTEST_RNG_SEED") { default.rng_seed } else { RngSeed::Fixed(2026) },

@@ -509,6 +509,11 @@ impl<'a> Value<'a, F32> {
         self.binary("max.NaN.f32", other)
     }
 
+    /// The whole number below; 0 for negative numbers and NaN, the greatest u32 beyond it.
+    pub fn truncate(self) -> Value<'a, U32> {
+        self.unary("cvt.rzi.u32.f32")
+    }
+
     /// The 32 bits.
     pub fn bits(self) -> Value<'a, U32> {
         self.unary("mov.b32")

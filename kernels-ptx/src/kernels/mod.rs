@@ -38,6 +38,7 @@ kernels! {
     matrix_product_f32: MatrixProductF32;
     rms_norm: RmsNormForward, RmsNormInputGradient, RmsNormWeightGradient;
     rope: Rope;
+    sampling: ArgMax, Sample;
     sum: Sum, Broadcast;
     selective_scan: SpanStates, ScanForward, SpanCarries, ScanBackward, CombineSpans, GroupSums, ScanStep;
     sum_parts: SumParts;

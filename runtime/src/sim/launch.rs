@@ -1,15 +1,22 @@
 //! Kernels on the simulated device.
 
-use std::sync::Arc;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLockReadGuard, RwLockWriteGuard};
 
-use kernels_ptx::Kernel;
+use kernels_ptx::{Kernel, ParameterKind};
 
-use super::{Fault, GlobalMemory};
+use super::block::{BUDGET, Running};
+use super::decode::decode;
+use super::memory::Contents;
+use super::program::Program;
+use super::shadow::{Clock, Shadow};
+use super::spaces::{Allocation, AllocationContents, Global, Memory, Shared};
+use super::{Block, Fault, GlobalMemory};
 use crate::launch::{check_kernel, check_launch};
 use crate::{Argument, Error, Limits, Result};
 
 /// What the simulated device can launch: as much as a GPU of compute capability 8.0.
-const LIMITS: Limits = Limits {
+pub(super) const LIMITS: Limits = Limits {
     compute_capability: (8, 0),
     threads_per_block: 1024,
     block: [1024, 1024, 64],
@@ -21,16 +28,21 @@ const LIMITS: Limits = Limits {
 #[derive(Clone)]
 pub(crate) struct Function {
     kernel: Arc<Kernel>,
+    program: Arc<Program>,
+    memory: Arc<GlobalMemory>,
 }
 
 impl Function {
-    /// The kernel in the simulator.
+    /// The kernel in the simulator: its text is decoded the first time, and remembered after that.
     ///
     /// # Errors
-    /// [`Error::Launch`] for a kernel that no such device runs.
-    pub(crate) fn load(_: &Arc<GlobalMemory>, kernel: &Kernel) -> Result<Self> {
+    /// [`Error::Launch`] for a kernel that no such device runs, [`Error::Simulator`] for a text that the simulator does not
+    /// understand, or that is not what the kernel's description says.
+    pub(crate) fn load(memory: &Arc<GlobalMemory>, kernel: &Kernel) -> Result<Self> {
         check_kernel(kernel, &LIMITS)?;
-        Ok(Self { kernel: Arc::new(kernel.clone()) })
+        let program = program(kernel)?;
+        check_description(kernel, &program)?;
+        Ok(Self { kernel: Arc::new(kernel.clone()), program, memory: Arc::clone(memory) })
     }
 
     /// What the function was loaded from.
@@ -41,15 +53,262 @@ impl Function {
     /// Runs the function.
     ///
     /// # Errors
-    /// [`Error::Launch`] when arguments or grid do not fit the kernel's description.
+    /// [`Error::Launch`] when arguments or grid do not fit the kernel's description, [`Error::Simulator`] with the first
+    /// fault that the run found. The buffers then hold what was written up to there.
     pub(crate) fn launch(&self, grid: [u32; 3], arguments: &[Argument<'_>]) -> Result<()> {
         check_launch(&self.kernel, grid, arguments, &LIMITS)?;
+        let mut values = Vec::with_capacity(arguments.len());
+        let mut held: Vec<Held<'_>> = Vec::new();
+        for (parameter, argument) in self.kernel.parameters.iter().zip(arguments) {
+            let (buffer, write) = match argument {
+                Argument::U32(value) => {
+                    values.push(u64::from(*value));
+                    continue;
+                }
+                Argument::U64(value) => {
+                    values.push(*value);
+                    continue;
+                }
+                Argument::F32(value) => {
+                    values.push(u64::from(value.to_bits()));
+                    continue;
+                }
+                Argument::Read(buffer, _) => (*buffer, false),
+                Argument::Write(buffer, _) => (&**buffer, true),
+            };
+            let Some(block) = buffer.sim_block() else {
+                let reason =
+                    format!("the buffer for {} lives on {}, the kernel runs on sim", parameter.name, buffer.device());
+                return Err(Error::Launch { kernel: self.kernel.name.clone(), reason });
+            };
+            values.push(block.address());
+            // A buffer that is only read may be given more than once.
+            if write || !held.iter().any(|held| held.block.address() == block.address()) {
+                let guard = if write { Guard::Write(block.write()) } else { Guard::Read(block.read()) };
+                held.push(Held { name: parameter.name, block, guard });
+            }
+        }
+        if grid.contains(&0) {
+            return Ok(());
+        }
+        let mut scratch = Scratch::take();
+        let allocations = held.iter_mut().map(|held| held.allocation(&mut scratch)).collect();
+        let launch = Launch {
+            program: &self.program,
+            memory: Some(&self.memory),
+            grid,
+            block: self.kernel.block,
+            shared_bytes: self.kernel.shared_bytes,
+            values: &values,
+            budget: BUDGET,
+        };
+        let outcome = launch.run(scratch, allocations);
+        for held in &mut held {
+            if let Guard::Write(contents) = &mut held.guard {
+                contents.written.settle();
+            }
+        }
+        note(&self.kernel.name, &self.program, &outcome.counts);
+        outcome.result.map_err(Error::Simulator)
+    }
+}
+
+/// A buffer that a launch uses.
+struct Held<'a> {
+    name: &'a str,
+    block: &'a Block,
+    guard: Guard<'a>,
+}
+
+enum Guard<'a> {
+    Read(RwLockReadGuard<'a, Contents>),
+    Write(RwLockWriteGuard<'a, Contents>),
+}
+
+impl Held<'_> {
+    fn allocation(&mut self, scratch: &mut Scratch) -> Allocation<'_> {
+        let (contents, shadow) = match &mut self.guard {
+            Guard::Read(contents) => {
+                (AllocationContents::Read(contents.data.bytes(), &contents.written), Shadow::default())
+            }
+            Guard::Write(contents) => {
+                let Contents { data, written } = &mut **contents;
+                (AllocationContents::Write(data.bytes_mut(), written), scratch.shadows.pop().unwrap_or_default())
+            }
+        };
+        Allocation {
+            name: self.name.to_owned(),
+            address: self.block.address(),
+            bytes: self.block.bytes() as u64,
+            contents,
+            shadow,
+        }
+    }
+}
+
+/// A launch whose memory is at hand.
+pub(super) struct Launch<'x> {
+    pub program: &'x Program,
+    /// Knows the allocations that the launch was not given.
+    pub memory: Option<&'x GlobalMemory>,
+    pub grid: [u32; 3],
+    pub block: [u32; 3],
+    pub shared_bytes: u32,
+    pub values: &'x [u64],
+    pub budget: u64,
+}
+
+/// What came of a launch.
+pub(super) struct Outcome {
+    pub result: std::result::Result<(), Box<Fault>>,
+    /// How often each instruction ran.
+    pub counts: Vec<u64>,
+}
+
+impl Launch<'_> {
+    pub fn run(&self, scratch: Scratch, allocations: Vec<Allocation<'_>>) -> Outcome {
+        let Scratch { mut clock, mut shared, mut shadows } = scratch;
+        let mut allocations = allocations;
+        let again = clock.begin_launch();
+        if again {
+            shadows.iter_mut().for_each(Shadow::clear);
+            allocations.iter_mut().for_each(|allocation| allocation.shadow.clear());
+        }
+        shared.prepare(self.program, self.shared_bytes, again);
+        let memory = Memory { global: Global::new(self.program, self.memory, allocations), shared, clock };
+        let mut running = Running::new(self.program, memory, self.block, self.values, self.budget);
+        let result = running.grid(self.grid, self.block);
+        let Running { memory, counts, .. } = running;
+        shadows.extend(memory.global.into_allocations().into_iter().map(|allocation| allocation.shadow));
+        Scratch { clock: memory.clock, shared: memory.shared, shadows }.put_back();
+        Outcome { result, counts }
+    }
+}
+
+/// Records of accesses, which launches hand on to each other: nothing needs to be cleared between them.
+#[derive(Default)]
+pub(super) struct Scratch {
+    clock: Clock,
+    shared: Shared,
+    shadows: Vec<Shadow>,
+}
+
+impl Scratch {
+    /// One that no launch uses.
+    pub fn take() -> Self {
+        lock(&SCRATCH).pop().unwrap_or_default()
+    }
+
+    fn put_back(mut self) {
+        // Those of allocations that are only read are empty.
+        self.shadows.retain(|shadow| !shadow.is_empty());
+        lock(&SCRATCH).push(self);
+    }
+}
+
+static SCRATCH: Mutex<Vec<Scratch>> = Mutex::new(Vec::new());
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The kernel's program, decoded once per text.
+fn program(kernel: &Kernel) -> Result<Arc<Program>> {
+    static PROGRAMS: OnceLock<Mutex<HashMap<String, Vec<Arc<Program>>>>> = OnceLock::new();
+    let programs = PROGRAMS.get_or_init(Mutex::default);
+    let known = |programs: &HashMap<String, Vec<Arc<Program>>>| {
+        programs
+            .get(&kernel.text)
+            .and_then(|programs| programs.iter().find(|program| program.name == kernel.name))
+            .cloned()
+    };
+    if let Some(program) = known(&lock(programs)) {
+        return Ok(program);
+    }
+    let program = Arc::new(decode(&kernel.text, Some(&kernel.name)).map_err(Error::Simulator)?);
+    lock(programs).entry(kernel.text.clone()).or_default().push(Arc::clone(&program));
+    Ok(program)
+}
+
+/// Whether the text is of the kernel that the description describes.
+fn check_description(kernel: &Kernel, program: &Program) -> Result<()> {
+    let differs = |problem: String| {
         Err(Error::Simulator(Box::new(Fault {
-            kernel: self.kernel.name.clone(),
+            kernel: kernel.name.clone(),
             line: 0,
             source: String::new(),
             place: None,
-            problem: "the simulator does not run kernels yet".to_owned(),
+            problem: format!("the text is not what the kernel's description says: {problem}"),
         })))
+    };
+    if let Some(required) = program.required_block
+        && required != kernel.block
+    {
+        return differs(format!("it requires blocks of {required:?} threads, the description says {:?}", kernel.block));
+    }
+    if program.parameters.len() != kernel.parameters.len() {
+        return differs(format!("it has {} parameters, not {}", program.parameters.len(), kernel.parameters.len()));
+    }
+    for (own, described) in program.parameters.iter().zip(&kernel.parameters) {
+        let bytes = match described.kind {
+            ParameterKind::U32 | ParameterKind::F32 => 4,
+            ParameterKind::U64 | ParameterKind::Read(_) | ParameterKind::Write(_) => 8,
+        };
+        if own.bytes != bytes {
+            return differs(format!("its parameter {} has {} bytes, not {bytes}", own.name, own.bytes));
+        }
+    }
+    Ok(())
+}
+
+/// What a kernel's launches on the simulator ran so far in this process.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Statistics {
+    /// How often the kernel was launched.
+    pub launches: u64,
+    /// Instructions that its warps ran, by their names without qualifiers.
+    pub instructions: BTreeMap<String, u64>,
+}
+
+static STATISTICS: Mutex<BTreeMap<String, Statistics>> = Mutex::new(BTreeMap::new());
+
+fn note(kernel: &str, program: &Program, counts: &[u64]) {
+    let mut all = lock(&STATISTICS);
+    if !all.contains_key(kernel) {
+        all.insert(kernel.to_owned(), Statistics::default());
+    }
+    let Some(own) = all.get_mut(kernel) else { return };
+    own.launches += 1;
+    for (kind, count) in by_kind(program, counts) {
+        match own.instructions.get_mut(kind) {
+            Some(total) => *total += count,
+            None => drop(own.instructions.insert(kind.to_owned(), count)),
+        }
+    }
+}
+
+/// How often instructions of each name ran.
+pub(super) fn by_kind<'p>(program: &'p Program, counts: &[u64]) -> BTreeMap<&'p str, u64> {
+    let mut kinds = BTreeMap::new();
+    for (place, &count) in program.places.iter().zip(counts).filter(|&(_, &count)| count > 0) {
+        *kinds.entry(place.kind.as_str()).or_default() += count;
+    }
+    kinds
+}
+
+/// What every kernel's launches on the simulator ran so far in this process, by the kernel's name.
+pub fn statistics() -> BTreeMap<String, Statistics> {
+    lock(&STATISTICS).clone()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kernel_of_the_catalogue_is_understood() {
+        for kernel in kernels_ptx::catalogue() {
+            Function::load(&Arc::default(), &kernel).map(drop).unwrap();
+        }
     }
 }

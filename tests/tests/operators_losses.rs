@@ -1,9 +1,9 @@
-//! Cross-entropy and divergences against their f64 references.
+//! Cross-entropy, divergences and the choice of tokens against their f64 references.
 
 // Helpers of tests fail as tests do.
 #![allow(clippy::unwrap_used)]
 
-use autograd::ops::{self, Divergence, DivergenceOptions, IGNORED_LABEL};
+use autograd::ops::{self, Divergence, DivergenceOptions, IGNORED_LABEL, NO_TOKEN, SamplingOptions};
 use autograd::{DType, Tape, Var};
 use grafter_tests::check::{Input, Precision, Tolerance, cases, check_operator, indices, tensor, verdict, widened};
 use grafter_tests::compare::Bounds;
@@ -121,6 +121,110 @@ proptest! {
             for ((got, expected), mask) in widened(&result.per_token).unwrap().into_iter().zip(per_token(&student)).zip(&mask) {
                 close(got, if *mask == 0.0 { 0.0 } else { expected })?;
             }
+        }
+    }
+}
+
+/// Logits with many ties where `coarse`.
+fn logits(count: usize, spread: f64, coarse: bool, random: &mut Random) -> Vec<f64> {
+    let values = random.normals(count, spread);
+    if coarse { values.into_iter().map(f64::round).collect() } else { values }
+}
+
+proptest! {
+    #![proptest_config(cases(256))]
+
+    #[test]
+    fn argmax_is_the_first_of_the_greatest(
+        rows in rows(), vocabulary in vocabularies(), coarse: bool, nan in 0..4usize, seed: u64,
+    ) {
+        let mut random = Random::new(seed);
+        let mut values = logits(rows * vocabulary, 3.0, coarse, &mut random);
+        if nan == 0 && rows > 0 {
+            values[random.below(rows * vocabulary)] = f64::NAN;
+        }
+        for dtype in [DType::F32, DType::Bf16] {
+            let logits = tensor(dtype, &[rows, vocabulary], &values);
+            let expected: Vec<u32> = widened(&logits).unwrap().chunks(vocabulary).map(|row| {
+                let greatest = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let first = row.iter().position(|logit| *logit == greatest);
+                if row.iter().any(|logit| logit.is_nan()) { NO_TOKEN } else { first.unwrap() as u32 }
+            }).collect();
+            prop_assert_eq!(ops::argmax(&logits).unwrap().to_vec::<u32>().unwrap(), expected, "{:?}", dtype);
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(cases(128))]
+
+    #[test]
+    fn samples_are_where_the_running_sum_exceeds_the_number(
+        rows in 0..4usize,
+        vocabulary in prop_oneof![1 => Just(1usize), 4 => 2..40usize, 1 => 511..=513usize, 1 => Just(1032usize)],
+        coarse: bool,
+        temperature in prop_oneof![Just(1.0f32), Just(0.7), Just(3.0)],
+        top_k in prop_oneof![2 => Just(None), 1 => Just(Some(1usize)), 2 => (2..60usize).prop_map(Some)],
+        top_p in prop_oneof![2 => Just(1.0f32), 1 => Just(1e-6), 3 => 0.05..0.99f32],
+        seed: u64,
+    ) {
+        let mut random = Random::new(seed);
+        let values = logits(rows * vocabulary, 2.0, coarse, &mut random);
+        let uniforms: Vec<f64> = (0..rows).map(|_| random.below(1 << 24) as f64 / f64::from(1 << 24)).collect();
+        let options = SamplingOptions { temperature, top_k, top_p };
+        for dtype in [DType::F32, DType::Bf16] {
+            let logits = tensor(dtype, &[rows, vocabulary], &values);
+            let tokens = ops::sample(&logits, &tensor(DType::F32, &[rows], &uniforms), options).unwrap();
+            for ((row, uniform), token) in
+                widened(&logits).unwrap().chunks(vocabulary).zip(&uniforms).zip(tokens.to_vec::<u32>().unwrap())
+            {
+                let allowed = allowed_samples(row, *uniform, options);
+                prop_assert!(allowed.contains(&(token as usize)), "{dtype:?}: {token} is none of {allowed:?}");
+            }
+        }
+    }
+}
+
+/// The tokens that may be chosen: one, or the neighbours at a boundary that the number is within f32's precision of.
+fn allowed_samples(row: &[f64], uniform: f64, options: SamplingOptions) -> Vec<usize> {
+    const NEAR: f64 = 4e-6;
+    let mut order: Vec<usize> = (0..row.len()).collect();
+    order.sort_by(|&a, &b| row[b].total_cmp(&row[a]));
+    order.truncate(options.top_k.unwrap_or(usize::MAX));
+    let weight = |token: &usize| ((row[*token] - row[order[0]]) / f64::from(options.temperature)).exp();
+    let sums: Vec<f64> = order.iter().scan(0.0, |sum, token| {
+        *sum += weight(token);
+        Some(*sum)
+    }).collect();
+    let before = |place: usize| if place == 0 { 0.0 } else { sums[place - 1] };
+    let total = sums[sums.len() - 1];
+    let needed = f64::from(options.top_p) * total;
+    let mut allowed = Vec::new();
+    for kept in 1..=order.len() {
+        if (kept > 1 && before(kept - 1) >= needed + NEAR * total) || (kept < order.len() && sums[kept - 1] < needed - NEAR * total) {
+            continue;
+        }
+        let target = uniform * sums[kept - 1];
+        let is_there = |place: &usize| before(*place) <= target + NEAR * total && sums[*place] > target - NEAR * total;
+        allowed.extend((0..kept).filter(is_there).map(|place| order[place]));
+    }
+    allowed
+}
+
+/// The whole of a real vocabulary, in both types.
+#[test]
+fn long_rows_are_sampled() {
+    let vocabulary = 49152;
+    let values = Random::new(5).normals(2 * vocabulary, 2.5);
+    for dtype in [DType::F32, DType::Bf16] {
+        let logits = tensor(dtype, &[2, vocabulary], &values);
+        let options = SamplingOptions { temperature: 0.8, top_k: Some(5000), top_p: 0.9 };
+        let uniforms = [0.37, 0.92];
+        let tokens = ops::sample(&logits, &tensor(DType::F32, &[2], &uniforms), options).unwrap();
+        let rows = widened(&logits).unwrap();
+        for ((row, uniform), token) in rows.chunks(vocabulary).zip(uniforms).zip(tokens.to_vec::<u32>().unwrap()) {
+            let allowed = allowed_samples(row, f64::from(uniform as f32), options);
+            assert!(allowed.contains(&(token as usize)), "{dtype:?}: {token} is none of {allowed:?}");
         }
     }
 }

@@ -20,6 +20,7 @@ mod layout;
 mod linear;
 mod rms_norm;
 mod rope;
+mod sampling;
 mod selective_scan;
 mod swiglu;
 
@@ -35,6 +36,7 @@ pub use layout::{repeat_chunks, split};
 pub use linear::{linear, linear_residual};
 pub use rms_norm::rms_norm;
 pub use rope::{RotaryScaling, RotaryTable, rope};
+pub use sampling::{NO_TOKEN, SamplingOptions, argmax, sample};
 pub use selective_scan::{
     ScanInputs, ScanOutput, ScanStepInputs, selective_scan, selective_scan_in_chunks, selective_scan_step,
 };

@@ -10,7 +10,7 @@ use anyhow::{Result, ensure};
 use autograd::DType;
 use model::architecture::{parameter_specs, size_keys};
 use model::config::ModelConfig;
-use runtime::Device;
+use runtime::{Device, DeviceKind};
 
 use crate::config::{RunConfig, Trainable};
 
@@ -28,10 +28,11 @@ pub(crate) fn machine_bytes() -> Option<u64> {
 /// # Errors
 /// The key at fault, what its value takes, and what there is.
 pub(crate) fn check(config: &RunConfig, model: &ModelConfig, device: &Device) -> Result<()> {
-    let memory = if device.is_cpu() {
-        machine_bytes().map(|memory| memory + meminfo("SwapTotal:").unwrap_or(0))
-    } else {
-        Some(device.free_and_total_memory()?.1 as u64)
+    let memory = match device.kind() {
+        DeviceKind::Cuda(_) => Some(device.free_and_total_memory()?.1 as u64),
+        DeviceKind::Cpu | DeviceKind::Sim => {
+            machine_bytes().map(|memory| memory + meminfo("SwapTotal:").unwrap_or(0))
+        }
     };
     match memory {
         Some(memory) => check_against(config, model, device, memory),

@@ -4,6 +4,8 @@
 // Helpers of tests fail as tests do.
 #![allow(clippy::unwrap_used)]
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
 use autograd::ops::{self, Divergence, DivergenceOptions};
 use autograd::optimizer::{AdamW, AdamWOptions, clip_gradients, gradient_norm};
 use autograd::{DType, Tape, Tensor};
@@ -84,6 +86,12 @@ impl Training {
     }
 }
 
+/// One test at a time: one of them measures the device's memory.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Steps that the device under test can take in a few seconds.
 fn steps(fast: u64, simulated: u64) -> u64 {
     if grafter_tests::device().to_string() == "sim" { simulated } else { fast }
@@ -91,6 +99,7 @@ fn steps(fast: u64, simulated: u64) -> u64 {
 
 #[test]
 fn losses_are_those_of_the_cpu_in_f32() {
+    let _alone = alone();
     let device = grafter_tests::device();
     let (mut reference, mut tested) =
         (Training::new(&Device::cpu(), DType::F32), Training::new(&device, DType::F32));
@@ -108,6 +117,7 @@ fn losses_are_those_of_the_cpu_in_f32() {
 
 #[test]
 fn losses_in_bf16_stay_near_those_in_f32() {
+    let _alone = alone();
     let device = grafter_tests::device();
     let (mut reference, mut tested) =
         (Training::new(&Device::cpu(), DType::F32), Training::new(&device, DType::Bf16));
@@ -119,6 +129,7 @@ fn losses_in_bf16_stay_near_those_in_f32() {
 
 #[test]
 fn two_runs_give_the_same_bits() {
+    let _alone = alone();
     for dtype in [DType::F32, DType::Bf16] {
         let run = || {
             let mut training = Training::new(&grafter_tests::device(), dtype);
@@ -133,6 +144,7 @@ fn two_runs_give_the_same_bits() {
 
 #[test]
 fn a_thousand_steps_leave_memory_flat() {
+    let _alone = alone();
     let device = grafter_tests::device();
     let mut training = Training::new(&device, DType::Bf16);
     let (warm_up, rest) = (steps(20, 2), steps(980, 3));

@@ -46,6 +46,9 @@ enum Command {
         /// Tokens of a row.
         #[arg(long, default_value_t = 2048)]
         sequence: usize,
+        /// Documents that share a row.
+        #[arg(long, default_value_t = 3)]
+        documents: usize,
         /// Compute layers again in the reverse pass instead of keeping what they made.
         #[arg(long)]
         recompute_layers: bool,
@@ -128,13 +131,13 @@ fn main() -> Result<ExitCode> {
             }
             report(&common, &summaries)
         }
-        Command::Step { teacher, layers, batch, sequence, recompute_layers, common } => {
+        Command::Step { teacher, layers, batch, sequence, documents, recompute_layers, common } => {
             let device: Device = common.device.parse()?;
             let ceilings = Ceilings::measure(&device)?;
             let dtype = common.precision.dtype();
-            let title = format!("distillation step of {} in {dtype}, {batch} x {sequence} tokens", teacher.display());
+            let title = format!("distillation step of {} in {dtype}, {batch} x {sequence} tokens in {documents} documents each", teacher.display());
             let mut step =
-                Step::new(StepOptions { teacher, layers, batch, sequence, dtype, recompute_layers }, &device)?;
+                Step::new(StepOptions { teacher, layers, batch, sequence, documents, dtype, recompute_layers }, &device)?;
             let tokens = step.tokens();
             let summary = measure(&common, &device, ceilings, title, Some(tokens), || step.run().map(drop))?;
             let memory = device.memory_usage();

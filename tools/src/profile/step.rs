@@ -21,6 +21,8 @@ pub struct StepOptions {
     pub batch: usize,
     /// Tokens of a row.
     pub sequence: usize,
+    /// Documents that share a row.
+    pub documents: usize,
     /// Element type of matrices and activations.
     pub dtype: DType,
     /// Whether layers are computed again in the reverse pass instead of kept.
@@ -37,7 +39,7 @@ pub struct Step {
 }
 
 impl Step {
-    /// Loads the teacher and makes its hybrid; tokens mean nothing.
+    /// Loads the teacher and makes its hybrid; tokens mean nothing, but are as unevenly distributed as those of text.
     ///
     /// # Errors
     /// A teacher that does not load, layers that it does not have, out of memory.
@@ -55,12 +57,19 @@ impl Step {
             AdamWOptions { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.01 },
             &student.parameters,
         );
-        let vocabulary = teacher.config.vocabulary_size as u64;
-        let row = |row: u64| -> Vec<u32> {
-            (0..options.sequence as u64).map(|at| ((row * 7_919 + at * 104_729 + at * at) % vocabulary) as u32).collect()
+        let mut noise = 1_u64;
+        let mut token = || {
+            // Zipf's law: in text, a few tokens are most of all tokens.
+            noise = noise.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            let uniform = (noise >> 11) as f64 / (1_u64 << 53) as f64;
+            (teacher.config.vocabulary_size as f64).powf(uniform) as u32 - 1
         };
-        let rows: Vec<Vec<u32>> = (0..options.batch as u64).map(row).collect();
-        let batch = TokenBatch::new(device, &rows, None)?;
+        let rows: Vec<Vec<u32>> =
+            (0..options.batch).map(|_| (0..options.sequence).map(|_| token()).collect()).collect();
+        let documents = options.documents.clamp(1, options.sequence);
+        let mut lengths = vec![options.sequence / documents; documents];
+        lengths[0] += options.sequence % documents;
+        let batch = TokenBatch::new(device, &rows, Some(&vec![lengths; options.batch]))?;
         Ok(Self { options, teacher, student, optimizer, batch })
     }
 

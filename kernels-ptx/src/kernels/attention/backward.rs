@@ -384,6 +384,8 @@ impl KernelSource for AttentionKeyGradients {
                 stage.set(stage.get() ^ 1);
             };
             k.for_(first_head, heads_end, 1, |_| k.for_(begin, end, count, one_tile));
+            k.comment("keys that no query sees are still on their way");
+            k.wait_copies(0);
             tiles.store(&key_sums, [scale; 2], of_key(key_gradient), first_key, problem.key_time);
             let one = k.constant(1.0f32);
             tiles.store(&value_sums, [one; 2], of_key(value_gradient), first_key, problem.key_time);

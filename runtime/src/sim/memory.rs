@@ -198,6 +198,26 @@ impl Written {
         Self::Some(bits)
     }
 
+    /// Those bytes that are marked.
+    pub(super) fn these(marked: &[bool]) -> Self {
+        let mut written = Self::nothing(marked.len());
+        if let Self::Some(bits) = &mut written {
+            for (byte, &marked) in marked.iter().enumerate() {
+                bits[byte / 64] |= u64::from(marked) << (byte % 64);
+            }
+        }
+        written.settle();
+        written
+    }
+
+    /// Whether a byte was written.
+    pub(super) fn has(&self, byte: usize) -> bool {
+        match self {
+            Self::All => true,
+            Self::Some(bits) => bits[byte / 64] >> (byte % 64) & 1 == 1,
+        }
+    }
+
     /// Forgets the bits when all are set: reads are faster then.
     pub(super) fn settle(&mut self) {
         if let Self::Some(bits) = self

@@ -19,6 +19,7 @@
 //! instructions.
 
 mod block;
+pub mod case;
 mod control_flow;
 mod decode;
 mod execute;
@@ -31,9 +32,12 @@ mod program;
 mod shadow;
 mod spaces;
 mod syntax;
+mod text;
 mod warp;
 
+pub use case::{Case, CaseParameter, CaseReport};
 pub use fault::Fault;
 pub(crate) use launch::Function;
 pub use launch::{Statistics, statistics};
 pub(crate) use memory::{Block, GlobalMemory};
+pub use text::{TextArgument, TextLaunch, TextMemory, run_text};

@@ -34,18 +34,25 @@ pub(crate) fn launch<K: KernelSource>(
 
 /// The kernel, loaded on the device. Its text is written once per configuration, not at every launch.
 fn function<K: KernelSource>(device: &Device, kernel: &K) -> Result<Function> {
-    type Loaded<K> = HashMap<(DeviceKind, K), Function>;
+    let key = (device.kind(), kernel.clone());
+    if let Some(function) = loaded(|functions| functions.get(&key).cloned()) {
+        return Ok(function);
+    }
+    // Others go on while a driver compiles. Two threads may load the same kernel; the first stays.
+    let function = device.load(&kernel.build())?;
+    Ok(loaded(|functions| functions.entry(key).or_insert(function).clone()))
+}
+
+/// Kernels of one source that were loaded, by device.
+type Loaded<K> = HashMap<(DeviceKind, K), Function>;
+
+/// Calls `function` with the kernels of one source that were loaded so far.
+fn loaded<K: KernelSource, R>(function: impl FnOnce(&mut Loaded<K>) -> R) -> R {
     static LOADED: OnceLock<Mutex<HashMap<TypeId, Box<dyn Any + Send>>>> = OnceLock::new();
     let mut all = LOADED.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
     let of_source = all.entry(TypeId::of::<K>()).or_insert_with(|| Box::new(Loaded::<K>::new()));
-    let Some(loaded) = of_source.downcast_mut::<Loaded<K>>() else { unreachable!("the entry is of this type") };
-    let key = (device.kind(), kernel.clone());
-    if let Some(function) = loaded.get(&key) {
-        return Ok(function.clone());
-    }
-    let function = device.load(&kernel.build())?;
-    loaded.insert(key, function.clone());
-    Ok(function)
+    let Some(functions) = of_source.downcast_mut() else { unreachable!("the entry is of this type") };
+    function(functions)
 }
 
 /// The kernels' name of an element type.

@@ -499,6 +499,11 @@ impl<'a> Value<'a, F32> {
         self.pack_bf16(self).low_bf16()
     }
 
+    /// `1 / (1 + e^-self)` in fewer instructions: results below 2⁻¹²⁶ are zero.
+    pub fn sigmoid_flushed(self) -> Self {
+        ((self * -std::f32::consts::LOG2_E).exp2_flushed() + 1.0).reciprocal_flushed()
+    }
+
     /// The absolute value.
     pub fn abs(self) -> Self {
         self.unary("abs.f32")

@@ -338,7 +338,7 @@ impl KernelSource for ConvolutionForward {
                     let visible = thread.visible(step);
                     let mut sums = thread.sum(&weights, &Thread::taps(&visible, form.width as usize, &window));
                     if form.silu {
-                        sums = sums.into_iter().map(|sum| sum * sum.sigmoid()).collect();
+                        sums = sums.into_iter().map(|sum| sum * sum.sigmoid_flushed()).collect();
                     }
                     thread.store_if(step.lt(thread.end), output, thread.row.mad(thread.time, step), &sums);
                 }
@@ -420,7 +420,7 @@ fn backward(k: &Assembler, form: Convolution) {
                     .map(|(lane, gradient)| {
                         let slope = match &convolved {
                             Some(convolved) => {
-                                let (q, s) = (convolved[lane], convolved[lane].sigmoid());
+                                let (q, s) = (convolved[lane], convolved[lane].sigmoid_flushed());
                                 gradient * s * q.fma(-s + 1.0, 1.0)
                             }
                             None => gradient,

@@ -3,7 +3,7 @@
 //! `dB = Σ λ Δ u`, `dC = Σ dy h`.
 
 use super::forward::{B, C, DRIVEN, Drive, SIZE, SIZES, advance};
-use super::lane::{Lane, QUAD, Stage, Steps, sigmoid};
+use super::lane::{Lane, QUAD, Stage, Steps};
 use super::{STAGE, Scan, THREADS};
 use crate::asm::{Assembler, Description, F32, Global, Pred, U32, U64, Value, Variable};
 use crate::{Element, Kernel, KernelSource, Target, Work};
@@ -112,7 +112,7 @@ fn gated<'a>(gradient: Value<'a, F32>, gate: Option<Value<'a, F32>>) -> (Value<'
     match gate {
         None => (gradient, None),
         Some(z) => {
-            let s = sigmoid(z);
+            let s = z.sigmoid_flushed();
             let through = gradient * s;
             (through * z, Some(through * z.fma(-s + 1.0, 1.0)))
         }

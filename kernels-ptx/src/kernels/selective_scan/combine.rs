@@ -6,7 +6,7 @@ use crate::{Element, Kernel, KernelSource, Target, Work};
 
 const BLOCK: u32 = 128;
 /// Spans that are read ahead together.
-const AHEAD: u32 = 4;
+const AHEAD: u32 = 16;
 
 /// Replaces what each span leaves behind by what reaches it, in the order of time or against it: `carry_k = exp(A ΣΔ_{k−1})
 /// carry_{k−1} + states_{k−1}` (`k + 1` for `k − 1` against it). A span in which a document begins lets nothing through.

@@ -1,6 +1,6 @@
 //! The scan forward: the states that spans leave behind, and the scan itself.
 
-use super::lane::{Lane, Spread, Stage, StepSize, Steps, sigmoid};
+use super::lane::{Lane, Spread, Stage, StepSize, Steps};
 use super::{STAGE, Scan, THREADS};
 use crate::asm::{Assembler, Description, F32, Global, Pred, Value, Variable};
 use crate::{Element, Kernel, KernelSource, Target, Work};
@@ -238,7 +238,7 @@ impl KernelSource for ScanForward {
                         let y = lane.over_quarters(std::array::from_fn(|channel| product(&state[channel], &c)));
                         let y = d.map_or(y, |d| d.fma(driven.u[step], y));
                         outputs.push(match &z {
-                            Some(z) => y * (z[step] * sigmoid(z[step])),
+                            Some(z) => y * (z[step] * z[step].sigmoid_flushed()),
                             None => y,
                         });
                     }

@@ -424,11 +424,6 @@ impl<'a> Stage<'a> {
 /// Values of B or C spread over a half warp: with each, whether shared memory has a place for it (`None`: it has).
 pub(super) type Spread<'a> = Vec<(Option<Value<'a, Pred>>, Value<'a, F32>)>;
 
-/// `1 / (1 + e^-x)`.
-pub(super) fn sigmoid<'a>(x: Value<'a, F32>) -> Value<'a, F32> {
-    ((x * -std::f32::consts::LOG2_E).exp2_flushed() + 1.0).reciprocal_flushed()
-}
-
 /// `ln(1 + e^x)` and its derivative.
 pub(super) fn softplus<'a>(k: &'a Assembler, x: Value<'a, F32>) -> StepSize<'a> {
     // softplus(x) = max(x, 0) + ln(1 + e) with e = exp(−|x|), and ln(1 + e) = 2 artanh(e / (2 + e)): accurate also where e

@@ -92,7 +92,7 @@ impl KernelSource for ScanStep {
             let y = match gate {
                 Some(gate) => {
                     let z = gate.at(index).load();
-                    y * (z * super::lane::sigmoid(z))
+                    y * (z * z.sigmoid_flushed())
                 }
                 None => y,
             };

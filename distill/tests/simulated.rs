@@ -33,7 +33,11 @@ fn ten_steps_of_the_demo_go_the_same_way_on_the_simulator() {
             &["--set", "evaluation.sequences=2"],
             more,
         ];
-        succeed(&arguments.concat());
+        let output = support::run(&arguments.concat());
+        assert!(output.status.success(), "{}", support::stderr(&output));
+        // Slower than it could be, and nothing else, would tell that the teacher computes in another type.
+        let said = if more.is_empty() { "in f32, the teacher in f32" } else { "in bf16, the teacher in bf16" };
+        assert!(support::stderr(&output).contains(said), "{}", support::stderr(&output));
         run
     };
     let (cpu, simulated) = (run("cpu", &[]), run("sim", &[]));

@@ -78,11 +78,13 @@ impl Models {
         };
         let config = &self.student.config;
         format!(
-            "model: {} attention and {} Mamba layers, {} parameters, {} of them trained",
+            "model: {} attention and {} Mamba layers, {} parameters, {} of them trained; computing in {}{}",
             config.count_mixers(MixerKind::Attention),
             config.count_mixers(MixerKind::Mamba),
             count(false),
-            count(true)
+            count(true),
+            self.student.activations,
+            self.teacher.as_ref().map_or(String::new(), |teacher| format!(", the teacher in {}", teacher.activations))
         )
     }
 
@@ -167,7 +169,11 @@ fn distillation(
     if let Some(student_folder) = &section.student {
         check_vocabularies(teacher_folder, student_folder)?;
     }
-    let teacher = load(teacher_folder, device, Precision::AsStored, "teacher", interruption)?;
+    let precision = match config.training.precision {
+        PrecisionKind::F32 => Precision::AsStored,
+        PrecisionKind::Bf16 => Precision::Bf16,
+    };
+    let teacher = load(teacher_folder, device, precision, "teacher", interruption)?;
     hashes.insert("teacher".to_owned(), model_hash(teacher_folder, interruption)?);
     interruption.check()?;
     let options = GraftOptions { seed: config.training.seed, align: section.mil_align };

@@ -283,6 +283,17 @@ fn a_masked_position_does_not_spoil_the_loss() {
 }
 
 #[test]
+fn scalars_are_stacked_in_order() {
+    let device = grafter_tests::device();
+    let scalars = [tensor(DType::F32, &[], &[1.5]), tensor(DType::Bf16, &[1], &[-2.0]), tensor(DType::F32, &[1, 1], &[3.0])];
+    let vector = ops::stack(&device, &scalars.each_ref()).unwrap();
+    assert_eq!((vector.shape(), vector.to_vec::<f32>().unwrap()), (&[3][..], vec![1.5, -2.0, 3.0]));
+    assert_eq!(ops::stack(&device, &[]).unwrap().shape(), [0]);
+    let pair = tensor(DType::F32, &[2], &[1.0, 2.0]);
+    assert!(ops::stack(&device, &[&pair]).unwrap_err().to_string().contains("[2]"));
+}
+
+#[test]
 fn arguments_that_make_no_sense_are_named() {
     let tape = Tape::inference();
     let logits = Var::constant(&tensor(DType::F32, &[2, 3], &[0.0; 6]));

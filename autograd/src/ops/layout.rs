@@ -2,7 +2,7 @@
 
 use kernels_ptx::kernels::layout::{CopyColumns, RepeatChunks, SumChunks, chunks_grid, takes_vectors};
 use rayon::prelude::*;
-use runtime::Argument;
+use runtime::{Argument, Device};
 
 use crate::gpu::{self, Output};
 use crate::{DType, Error, Result, Tape, Tensor, Var, check};
@@ -31,9 +31,40 @@ pub fn split(tape: &Tape<'_>, input: &Var, sizes: &[usize]) -> Result<Vec<Var>> 
     }))
 }
 
+/// Tensors of one element each as one vector, f32 `[count]`, outside any tape: several results that are read together make
+/// the host wait once.
+///
+/// # Errors
+/// [`Error::Shape`] for a tensor of another number of elements; element-type errors.
+pub fn stack(device: &Device, scalars: &[&Tensor]) -> Result<Tensor> {
+    const OPERATOR: &str = "stack";
+    for scalar in scalars {
+        check::is_float(OPERATOR, "scalars", scalar)?;
+        if scalar.count() != 1 {
+            let expected = "one element each".to_owned();
+            return Err(Error::Shape {
+                operator: OPERATOR,
+                argument: "scalars",
+                expected,
+                found: scalar.shape().to_vec(),
+            });
+        }
+    }
+    if device.is_cpu() {
+        let values: Vec<f32> = scalars.iter().map(|scalar| scalar.item()).collect::<Result<_>>()?;
+        return Tensor::from_slice(device, &[values.len()], &values);
+    }
+    let mut vector = Output::new(device, &[scalars.len()], DType::F32)?;
+    for (place, scalar) in scalars.iter().enumerate() {
+        let columns = Columns { rows: 1, count: 1, from: (0, 1), to: (place, scalars.len()) };
+        copy_columns(OPERATOR, vector.write(), &scalar.cast(DType::F32)?, &columns)?;
+    }
+    Ok(vector.tensor())
+}
+
 /// What a tensor's gradient looks like.
 struct Like {
-    device: runtime::Device,
+    device: Device,
     shape: Vec<usize>,
     dtype: DType,
 }

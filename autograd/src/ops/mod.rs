@@ -32,7 +32,7 @@ pub use divergence::{Divergence, DivergenceLoss, DivergenceOptions, divergence};
 pub use elementwise::{add, add_in_place, mul, negative_exp, scale, scale_in_place, silu, softplus, sub, sum};
 pub(crate) use elementwise::square_sum_gpu;
 pub use embedding::embedding;
-pub use layout::{repeat_chunks, split};
+pub use layout::{repeat_chunks, split, stack};
 pub use linear::{linear, linear_residual};
 pub use rms_norm::rms_norm;
 pub use rope::{RotaryScaling, RotaryTable, rope};

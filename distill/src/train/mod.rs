@@ -35,7 +35,7 @@ use checkpoint::{Checkpoint, DataState, State};
 use folder::RunFolder;
 use metrics::Log;
 use models::Models;
-use objective::{Loss, Objective, first_bad_gradient};
+use objective::{Loss, Objective, Unread, first_bad_gradient};
 
 /// How a run ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -329,9 +329,17 @@ impl Trainer<'_> {
         let rows: Vec<u64> = (first..first + training.batch_size as u64).map(|at| self.sampler.row(at)).collect();
         let positions = positions_that_count(&self.data.train, &rows, self.objective.positions)?;
         ensure!(positions > 0, "no position of its {} rows counts in the loss: use larger batches", rows.len());
-        let (mut gradients, loss) = self.gradients(&rows, positions)?;
+        let (mut gradients, unread) = self.gradients(&rows, positions)?;
+        let square_sum = optimizer::gradient_square_sum(&self.models.student.parameters, &gradients)?;
+        // Here, and nowhere else in a step, the host waits for the device.
+        let (losses, square_sum) = Loss::read(&unread, square_sum.as_ref())?;
+        let mut loss = Loss::default();
+        for (part, rows) in losses.into_iter().zip(rows.chunks(training.micro_batch)) {
+            self.check_finite(&part, &self.data.train, rows).context("nothing was updated or saved")?;
+            loss.add(part);
+        }
         let parameters = &mut self.models.student.parameters;
-        let gradient_norm = optimizer::gradient_norm(parameters, &gradients)?;
+        let gradient_norm = square_sum.unwrap_or_default().sqrt();
         if !gradient_norm.is_finite() {
             let culprit = first_bad_gradient(parameters, &gradients).unwrap_or_else(|| "their norm".to_owned());
             bail!("the gradients are not finite; the first tensor at fault: {culprit}. Nothing was updated or saved");
@@ -362,26 +370,38 @@ impl Trainer<'_> {
         Ok(())
     }
 
-    /// The whole batch's gradients: micro-batches summed, each divided by the whole batch's count of positions, so
-    /// that the result does not depend on how the batch is cut, up to rounding: sums are then in another order.
-    fn gradients(&self, rows: &[u64], positions: u64) -> Result<(Gradients, Loss)> {
-        let mut loss = Loss::default();
+    /// The whole batch's gradients and its micro-batches' losses: gradients are summed, each divided by the whole batch's
+    /// count of positions, so that the result does not depend on how the batch is cut, up to rounding: sums are then in
+    /// another order.
+    fn gradients(&self, rows: &[u64], positions: u64) -> Result<(Gradients, Vec<Unread>)> {
+        let mut losses = Vec::new();
         let mut sum: Option<Gradients> = None;
         for rows in rows.chunks(self.config.training.micro_batch) {
-            let batch = Batch::new(&self.device, &read_rows(&self.data.train, rows)?, self.objective.positions)?;
+            let batch = self.batch(&self.data.train, rows)?;
             let tape = Tape::new();
-            let (value, part) = self
-                .objective
-                .loss(&tape, &self.models.student, self.models.teacher.as_ref(), &batch, positions, false)
-                .context("nothing was updated or saved")?;
-            loss.add(part);
+            let (student, teacher) = (&self.models.student, self.models.teacher.as_ref());
+            let (value, loss) = self.objective.compute(&tape, student, teacher, &batch, positions, false)?;
+            losses.push(loss);
             let gradients = tape.backward(&value)?;
             match &mut sum {
                 Some(sum) => sum.merge(gradients)?,
                 None => sum = Some(gradients),
             }
         }
-        Ok((sum.unwrap_or_default(), loss))
+        Ok((sum.unwrap_or_default(), losses))
+    }
+
+    fn batch(&self, file: &TokenFile, rows: &[u64]) -> Result<Batch> {
+        Ok(Batch::new(&self.device, &read_rows(file, rows)?, self.objective.positions)?)
+    }
+
+    /// That the loss of these rows is a number.
+    fn check_finite(&self, loss: &Loss, file: &TokenFile, rows: &[u64]) -> Result<()> {
+        if loss.total.is_finite() {
+            return Ok(());
+        }
+        let batch = self.batch(file, rows)?;
+        self.objective.check_finite(loss, &self.models.student, self.models.teacher.as_ref(), &batch)
     }
 
     /// Looks at the first rows of the validation data, if there are any.
@@ -395,13 +415,15 @@ impl Trainer<'_> {
         let mut loss = Loss::default();
         for rows in rows.chunks(self.config.training.micro_batch) {
             interruption.check()?;
-            let batch = Batch::new(&self.device, &read_rows(file, rows)?, self.objective.positions)?;
-            let tape = Tape::inference();
-            let (_, part) = self
-                .objective
-                .loss(&tape, &self.models.student, self.models.teacher.as_ref(), &batch, positions, true)
-                .with_context(|| format!("validation after step {}", self.state.step))?;
-            loss.add(part);
+            let place = || format!("validation after step {}", self.state.step);
+            let (batch, tape) = (self.batch(file, rows)?, Tape::inference());
+            let (student, teacher) = (&self.models.student, self.models.teacher.as_ref());
+            let (_, unread) =
+                self.objective.compute(&tape, student, teacher, &batch, positions, true).with_context(place)?;
+            for part in Loss::read(&[unread], None)?.0 {
+                self.objective.check_finite(&part, student, teacher, &batch).with_context(place)?;
+                loss.add(part);
+            }
         }
         let record = ValidationRecord {
             step: self.state.step,

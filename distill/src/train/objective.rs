@@ -27,7 +27,39 @@ pub(super) struct Loss {
     pub cross_entropy: Option<f64>,
 }
 
+/// A loss that was computed but not yet read: the host has not waited for the device.
+pub(super) struct Unread {
+    total: Tensor,
+    divergence: Option<Tensor>,
+    cross_entropy: Option<Tensor>,
+}
+
 impl Loss {
+    /// Reads losses, and another number, if there is one: the host waits once.
+    ///
+    /// # Errors
+    /// Driver errors.
+    pub fn read(losses: &[Unread], other: Option<&Tensor>) -> Result<(Vec<Self>, Option<f64>)> {
+        let mut tensors = Vec::new();
+        for loss in losses {
+            tensors.push(&loss.total);
+            tensors.extend(loss.divergence.iter().chain(&loss.cross_entropy));
+        }
+        tensors.extend(other);
+        let Some(first) = tensors.first() else { return Ok((Vec::new(), None)) };
+        let values = ops::stack(first.device(), &tensors)?.to_vec::<f32>()?;
+        let mut values = values.into_iter().map(f64::from);
+        let losses = losses
+            .iter()
+            .map(|loss| Self {
+                total: values.next().unwrap_or(f64::NAN),
+                divergence: loss.divergence.as_ref().and_then(|_| values.next()),
+                cross_entropy: loss.cross_entropy.as_ref().and_then(|_| values.next()),
+            })
+            .collect();
+        Ok((losses, values.next()))
+    }
+
     /// Adds the share of another part of the batch.
     pub fn add(&mut self, other: Self) {
         self.total += other.total;
@@ -56,8 +88,8 @@ impl Objective {
     /// divergence is left out; the cross-entropy is computed when it has a weight or `with_cross_entropy` asks for it.
     ///
     /// # Errors
-    /// Those of the models; a loss that is not finite, naming the first tensor that is not.
-    pub fn loss<'a>(
+    /// Those of the models.
+    pub fn compute<'a>(
         &self,
         tape: &Tape<'a>,
         student: &'a Model,
@@ -65,16 +97,13 @@ impl Objective {
         batch: &'a Batch,
         positions: u64,
         with_cross_entropy: bool,
-    ) -> Result<(Var, Loss)> {
+    ) -> Result<(Var, Unread)> {
         let denominator = positions as f32;
         // The teacher first: what its layers need in passing is free again before the student's are kept.
-        let teacher_logits = match teacher.filter(|_| self.divergence_weight > 0.0) {
-            Some(teacher) => Some(teacher.logits(&Tape::inference(), &batch.tokens)?),
-            None => None,
-        };
+        let teacher_logits = self.teacher_logits(teacher, batch)?;
         let logits = student.logits(tape, &batch.tokens)?;
         let mut terms: Vec<Var> = Vec::new();
-        let mut loss = Loss::default();
+        let (mut divergence, mut cross_entropy) = (None, None);
         if let Some(teacher_logits) = &teacher_logits {
             let options = DivergenceOptions {
                 divergence: self.divergence,
@@ -83,15 +112,15 @@ impl Objective {
                 mask: Some(&batch.mask),
                 denominator,
             };
-            let divergence = ops::divergence(tape, &logits, teacher_logits.tensor(), options)?.loss;
-            loss.divergence = Some(f64::from(divergence.item()?));
-            terms.push(scaled(tape, divergence, self.divergence_weight)?);
+            let loss = ops::divergence(tape, &logits, teacher_logits, options)?.loss;
+            divergence = Some(loss.tensor().clone());
+            terms.push(scaled(tape, loss, self.divergence_weight)?);
         }
         if self.cross_entropy_weight > 0.0 || with_cross_entropy {
-            let cross_entropy = ops::cross_entropy(tape, &logits, &batch.labels, denominator)?.loss;
-            loss.cross_entropy = Some(f64::from(cross_entropy.item()?));
+            let loss = ops::cross_entropy(tape, &logits, &batch.labels, denominator)?.loss;
+            cross_entropy = Some(loss.tensor().clone());
             if self.cross_entropy_weight > 0.0 {
-                terms.push(scaled(tape, cross_entropy, self.cross_entropy_weight)?);
+                terms.push(scaled(tape, loss, self.cross_entropy_weight)?);
             }
         }
         let mut terms = terms.into_iter();
@@ -99,18 +128,35 @@ impl Objective {
         for term in terms {
             total = ops::add(tape, &total, &term)?;
         }
-        loss.total = f64::from(total.item()?);
-        if !loss.total.is_finite() {
-            let culprit = first_bad_parameter("weight", &student.parameters)
-                .or_else(|| teacher.and_then(|teacher| first_bad_parameter("teacher's weight", &teacher.parameters)))
-                .or_else(|| (!is_finite(&logits)).then(|| "the model's logits".to_owned()))
-                .or_else(|| {
-                    teacher_logits.is_some_and(|logits| !is_finite(&logits)).then(|| "the teacher's logits".to_owned())
-                })
-                .unwrap_or_else(|| "the loss itself".to_owned());
-            bail!("the loss is {}; the first tensor that is not finite: {culprit}", loss.total);
+        let unread = Unread { total: total.tensor().clone(), divergence, cross_entropy };
+        Ok((total, unread))
+    }
+
+    fn teacher_logits(&self, teacher: Option<&Model>, batch: &Batch) -> Result<Option<Tensor>> {
+        match teacher.filter(|_| self.divergence_weight > 0.0) {
+            Some(teacher) => Ok(Some(teacher.logits(&Tape::inference(), &batch.tokens)?.tensor().clone())),
+            None => Ok(None),
         }
-        Ok((total, loss))
+    }
+
+    /// That a loss which was computed from these rows is a number.
+    ///
+    /// # Errors
+    /// If it is not, naming the first tensor at fault: logits are computed once more to find it.
+    pub fn check_finite(&self, loss: &Loss, student: &Model, teacher: Option<&Model>, batch: &Batch) -> Result<()> {
+        if loss.total.is_finite() {
+            return Ok(());
+        }
+        let mut culprit = first_bad_parameter("weight", &student.parameters)
+            .or_else(|| teacher.and_then(|teacher| first_bad_parameter("teacher's weight", &teacher.parameters)));
+        if culprit.is_none() && !is_finite(student.logits(&Tape::inference(), &batch.tokens)?.tensor()) {
+            culprit = Some("the model's logits".to_owned());
+        }
+        if culprit.is_none() && self.teacher_logits(teacher, batch)?.is_some_and(|logits| !is_finite(&logits)) {
+            culprit = Some("the teacher's logits".to_owned());
+        }
+        let culprit = culprit.unwrap_or_else(|| "the loss itself".to_owned());
+        bail!("the loss is {}; the first tensor that is not finite: {culprit}", loss.total);
     }
 }
 
@@ -173,8 +219,10 @@ mod tests {
         section.cross_entropy_weight = 0.5;
         let batch = batch();
         let objective = Objective::new(&section);
-        let tape = Tape::inference();
-        objective.loss(&tape, student, Some(teacher), &batch, 4, false).map(|(_, loss)| loss)
+        let (_, unread) = objective.compute(&Tape::inference(), student, Some(teacher), &batch, 4, false)?;
+        let (losses, _) = Loss::read(&[unread], None)?;
+        objective.check_finite(&losses[0], student, Some(teacher), &batch)?;
+        Ok(losses[0])
     }
 
     fn poison(model: &mut Model, name: &str) {

@@ -170,6 +170,24 @@ fn large_weights() {
     }
 }
 
+/// The gradients of one id are added in the order of their tokens: in f32, 1 is lost beside 10⁸, so every other order of
+/// these shows.
+#[test]
+fn gradients_of_an_id_are_added_in_order() {
+    // More of the others than are added at a time, and tokens of another id between them.
+    let ids = [1, 0, 1, 1, 0, 1, 1, 1, 1, 1];
+    let values = [1.0, 5.0, 1e8, -1e8, 5.0, 1.0, 1e8, -1e8, 1.0, 0.5];
+    for width in [1, 8] {
+        let weight = tensor(DType::F32, &[2, width], &vec![0.0; 2 * width]);
+        let tape = Tape::new();
+        let output = ops::embedding(&tape, &indices(&[10], &ids), &tape.leaf(&weight), DType::F32).unwrap();
+        let seed: Vec<f64> = values.iter().flat_map(|value| vec![*value; width]).collect();
+        let gradients = tape.backward_from(vec![(output, tensor(DType::F32, &[10, width], &seed))]).unwrap();
+        let expected = [vec![10.0; width], vec![1.5; width]].concat();
+        assert_eq!(gradients.get(&weight).unwrap().to_f32_vec().unwrap(), expected);
+    }
+}
+
 /// On GPUs, where the host does not see the ids, such a row is NaN and its gradient goes nowhere.
 #[test]
 fn an_id_outside_the_vocabulary_is_named() {

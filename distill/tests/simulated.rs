@@ -30,7 +30,7 @@ fn ten_steps_of_the_demo_go_the_same_way_on_the_simulator() {
         let arguments = [
             &["distill", "--config", text(&config), "--run", text(&run), "--device", device, "--set", &teacher][..],
             &["--train", text(&train), "--validation", text(&validation), "--steps", "10"],
-            &["--set", "evaluation.sequences=2"],
+            &["--warmup-steps", "2", "--set", "evaluation.sequences=2"],
             more,
         ];
         let output = support::run(&arguments.concat());

@@ -192,16 +192,21 @@ fn allowed_samples(row: &[f64], uniform: f64, options: SamplingOptions) -> Vec<u
     order.sort_by(|&a, &b| row[b].total_cmp(&row[a]));
     order.truncate(options.top_k.unwrap_or(usize::MAX));
     let weight = |token: &usize| ((row[*token] - row[order[0]]) / f64::from(options.temperature)).exp();
-    let sums: Vec<f64> = order.iter().scan(0.0, |sum, token| {
-        *sum += weight(token);
-        Some(*sum)
-    }).collect();
+    let sums: Vec<f64> = order
+        .iter()
+        .scan(0.0, |sum, token| {
+            *sum += weight(token);
+            Some(*sum)
+        })
+        .collect();
     let before = |place: usize| if place == 0 { 0.0 } else { sums[place - 1] };
     let total = sums[sums.len() - 1];
     let needed = f64::from(options.top_p) * total;
     let mut allowed = Vec::new();
     for kept in 1..=order.len() {
-        if (kept > 1 && before(kept - 1) >= needed + NEAR * total) || (kept < order.len() && sums[kept - 1] < needed - NEAR * total) {
+        if (kept > 1 && before(kept - 1) >= needed + NEAR * total)
+            || (kept < order.len() && sums[kept - 1] < needed - NEAR * total)
+        {
             continue;
         }
         let target = uniform * sums[kept - 1];
@@ -285,7 +290,8 @@ fn a_masked_position_does_not_spoil_the_loss() {
 #[test]
 fn scalars_are_stacked_in_order() {
     let device = grafter_tests::device();
-    let scalars = [tensor(DType::F32, &[], &[1.5]), tensor(DType::Bf16, &[1], &[-2.0]), tensor(DType::F32, &[1, 1], &[3.0])];
+    let scalars =
+        [tensor(DType::F32, &[], &[1.5]), tensor(DType::Bf16, &[1], &[-2.0]), tensor(DType::F32, &[1, 1], &[3.0])];
     let vector = ops::stack(&device, &scalars.each_ref()).unwrap();
     assert_eq!((vector.shape(), vector.to_vec::<f32>().unwrap()), (&[3][..], vec![1.5, -2.0, 3.0]));
     assert_eq!(ops::stack(&device, &[]).unwrap().shape(), [0]);

@@ -392,7 +392,7 @@ impl Trainer<'_> {
     }
 
     fn batch(&self, file: &TokenFile, rows: &[u64]) -> Result<Batch> {
-        Ok(Batch::new(&self.device, &read_rows(file, rows)?, self.objective.positions)?)
+        Batch::new(&self.device, &read_rows(file, rows)?, self.objective.positions)
     }
 
     /// That the loss of these rows is a number.

@@ -79,7 +79,7 @@ impl<'x, 'r> Running<'x, 'r> {
         let mut barriers = [NOBODY; 16];
         loop {
             let mut progress = false;
-            for index in 0..self.warps.len() {
+            'warps: for index in 0..self.warps.len() {
                 while self.warps[index].state == State::Running {
                     progress = true;
                     let warp = &mut self.warps[index];
@@ -88,11 +88,15 @@ impl<'x, 'r> Running<'x, 'r> {
                     let stop = execution.run().map_err(|raised| (index, raised))?;
                     if let Stop::Barrier { id, count, waits } = stop {
                         let barrier = &mut barriers[id as usize];
-                        self.arrive(index, barrier, count, waits).map_err(|raised| (index, raised))?;
+                        if self.arrive(index, barrier, count, waits).map_err(|raised| (index, raised))? {
+                            // Those that waited go on from the first warp.
+                            break 'warps;
+                        }
                     }
                 }
             }
             if self.warps.iter().all(|warp| warp.state == State::Finished) {
+                self.end_copies();
                 return Ok(());
             }
             if !progress {
@@ -101,8 +105,17 @@ impl<'x, 'r> Running<'x, 'r> {
         }
     }
 
-    /// A warp arrives at a barrier; when it is the last, those that wait go on.
-    fn arrive(&mut self, index: usize, barrier: &mut Barrier, count: Option<u32>, waits: bool) -> Checked<()> {
+    /// Ends the copies that nothing waited for: the next block's shared memory is another.
+    fn end_copies(&mut self) {
+        for warp in &mut self.warps {
+            while let Some(copy) = warp.copies.pop_front() {
+                self.memory.shared.finish(&self.memory.clock, copy.who, copy.lanes, copy.bytes, &copy.places);
+            }
+        }
+    }
+
+    /// A warp arrives at a barrier; when it is the last, those that wait go on. Returns whether they do.
+    fn arrive(&mut self, index: usize, barrier: &mut Barrier, count: Option<u32>, waits: bool) -> Checked<bool> {
         let wanted = count.map_or(self.warps.len() as u32, |count| count / LANES as u32);
         let warp = &mut self.warps[index];
         if count.is_none() && warp.alive != warp.all {
@@ -139,8 +152,9 @@ impl<'x, 'r> Running<'x, 'r> {
                 }
             }
             *barrier = NOBODY;
+            return Ok(true);
         }
-        Ok(())
+        Ok(false)
     }
 
     /// The fault of warps that wait for others which never come.

@@ -87,7 +87,8 @@ impl<'s> Graph<'s> {
     /// early exit still meet where they would without it.
     pub fn meetings(&self) -> Vec<u32> {
         let count = self.blocks.len();
-        let main = (0..count).rev().find(|&block| self.blocks[block].exits);
+        let reachable = self.reachable();
+        let main = (0..count).rev().find(|&block| self.blocks[block].exits && reachable[block]);
         let mut meets = vec![None; count];
         let main_sinks: Vec<usize> = main.into_iter().collect();
         let to_main = self.reaching(&main_sinks);
@@ -103,6 +104,18 @@ impl<'s> Graph<'s> {
             }
         }
         meetings
+    }
+
+    /// Blocks that can be reached from the beginning.
+    fn reachable(&self) -> Vec<bool> {
+        let mut reached = vec![false; self.blocks.len()];
+        let mut queue = VecDeque::from([0]);
+        while let Some(block) = queue.pop_front() {
+            if !std::mem::replace(&mut reached[block], true) {
+                queue.extend(&self.blocks[block].successors);
+            }
+        }
+        reached
     }
 
     /// Blocks from which one of the `targets` can be reached.
@@ -400,8 +413,8 @@ mod tests {
 
     #[test]
     fn early_exits_do_not_keep_the_others_from_meeting() {
-        // 0: if → 4; 1: if → 3; 2: exit; 3: then; 4: both; 5: exit
-        let steps = [branch_if(4), branch_if(3), exit(), step(&[], &[]), step(&[], &[]), exit()];
+        // 0: if → 4; 1: if → 3; 2: exit; 3: then; 4: both; 5: exit; 6: nobody gets here
+        let steps = [branch_if(4), branch_if(3), exit(), step(&[], &[]), step(&[], &[]), exit(), exit()];
         let meetings = Graph::new(&steps).meetings();
         assert_eq!((meetings[0], meetings[1]), (4, 3));
         // 0: if → 2; 1: exit; 2: exit: both ways end.

@@ -180,7 +180,10 @@ impl Launch<'_> {
         let result = running.grid(self.grid, self.block);
         let Running { memory, counts, .. } = running;
         shadows.extend(memory.global.into_allocations().into_iter().map(|allocation| allocation.shadow));
-        Scratch { clock: memory.clock, shared: memory.shared, shadows }.put_back();
+        if result.is_ok() {
+            // After a fault, copies under way would look as if they were of the next launch.
+            Scratch { clock: memory.clock, shared: memory.shared, shadows }.put_back();
+        }
         Outcome { result, counts }
     }
 }

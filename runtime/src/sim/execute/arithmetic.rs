@@ -364,12 +364,12 @@ pub(super) fn float32(op: FloatOp, mode: FloatMode, a: &W, b: &W, c: &W, r: &mut
         let wide = |bits: u32| f64::from(f32_of(bits));
         // Sums of two numbers with many bits between them are kept exact enough for any rounding.
         let rounded = |value: f64| bits_of(round(value, F32, mode.rounding) as f32);
-        let exact_zero = |value: f64| {
-            // The sum of opposite numbers is +0, but -0 when rounding down.
-            if value == 0.0 && mode.rounding == Rounding::Down { (-0.0f32).to_bits() } else { rounded(value) }
-        };
         let sum = |x: f64, y: f64| {
-            if x == -y && x != 0.0 && x.is_finite() { exact_zero(0.0) } else { rounded(add_to_odd(x, y)) }
+            // The sum of opposite numbers is 0, or -0 when rounding down.
+            if x == -y && x.is_finite() && x.is_sign_negative() != y.is_sign_negative() {
+                return if mode.rounding == Rounding::Down { 0x8000_0000 } else { 0 };
+            }
+            rounded(add_to_odd(x, y))
         };
         let result = match op {
             FloatOp::Add => sum(wide(a), wide(b)),

@@ -1,13 +1,16 @@
 //! Prints the GPU kernels: `ptx list` their names, `ptx dump KERNEL` the text of one, `ptx write FOLDER` all texts.
+//! `ptx run FILE` runs a text on the simulator.
 
 #![forbid(unsafe_code)]
 
 use std::fs;
 use std::io::{self, Write as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 use clap::{Parser, Subcommand};
+use runtime::sim::Case;
 
 /// Lists grafter's GPU kernels and prints their PTX.
 #[derive(Parser)]
@@ -30,6 +33,18 @@ enum Command {
         /// The kernel's name as `ptx list` prints it.
         kernel: String,
     },
+    /// Runs a PTX file on the simulator, as the directives in it say, and prints what is in memory afterwards.
+    ///
+    /// Directives are comments: `//: block 32`, `//: parameter x read f32 = 1 2 3`, `//: parameter y write f32[3]`,
+    /// `//: expect y = 2 4 6`, `//: fault out of bounds`; the documentation of `runtime::sim::case` has them all, and
+    /// runtime/tests/ptx a hundred examples. Exit code 1: a fault, or other values than expected.
+    Run {
+        /// The file.
+        file: PathBuf,
+        /// Print how many instructions ran, too.
+        #[arg(long)]
+        instructions: bool,
+    },
     /// Writes the PTX text of every kernel, each to a file of its own, `KERNEL.ptx`.
     Write {
         /// Where to; it is made if it is not there.
@@ -37,7 +52,7 @@ enum Command {
     },
 }
 
-fn main() -> Result<()> {
+fn main() -> Result<ExitCode> {
     let kernels = kernels_ptx::catalogue();
     let mut output = io::stdout().lock();
     match Arguments::parse().command {
@@ -76,6 +91,28 @@ fn main() -> Result<()> {
                 fs::write(&path, &kernel.text).with_context(|| format!("writing {}", path.display()))?;
             }
         }
+        Command::Run { file, instructions } => return run(&file, instructions, &mut output),
     }
-    Ok(())
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run(file: &Path, instructions: bool, output: &mut impl io::Write) -> Result<ExitCode> {
+    let text = fs::read_to_string(file).with_context(|| format!("reading {}", file.display()))?;
+    let case = Case::parse(&text).map_err(|problem| anyhow!("{}: {problem}", file.display()))?;
+    let report = case.run(&text);
+    for (name, values) in &report.memory {
+        writeln!(output, "{name} = {}", values.join(" "))?;
+    }
+    if instructions {
+        for (name, count) in &report.instructions {
+            writeln!(output, "{count:>10} {name}")?;
+        }
+    }
+    if let Some(fault) = &report.fault {
+        writeln!(output, "fault: {fault}")?;
+    }
+    for difference in &report.differences {
+        writeln!(output, "not as expected: {difference}")?;
+    }
+    Ok(if report.differences.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

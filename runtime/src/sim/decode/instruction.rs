@@ -297,6 +297,10 @@ impl<'d, 'a> Decoder<'d, '_, 'a> {
             });
         }
         let bytes = if kind == "pred" { 0 } else { width(kind)? };
+        if let (4, Operand::Special(name)) = (bytes, a) {
+            let a = self.to.special(name)?;
+            return Ok(Op::Unary32 { op: U32::Move, d: self.to.word_result(d)?, a });
+        }
         match (bytes, d, a) {
             (0, _, _) => {
                 let (a, negated) = self.to.predicate(a)?;

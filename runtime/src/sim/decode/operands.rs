@@ -151,7 +151,8 @@ impl<'e, 'a> Operands<'e, 'a> {
         })
     }
 
-    fn special(&mut self, name: &str) -> Decoded<Slot> {
+    /// A special register of 32 bits.
+    pub fn special(&mut self, name: &str) -> Decoded<Slot> {
         let axis = match name.as_bytes().last() {
             Some(b'x') => 0,
             Some(b'y') => 1,
@@ -172,7 +173,7 @@ impl<'e, 'a> Operands<'e, 'a> {
             "%lanemask_ge" => Special::LaneMaskGreaterEqual,
             "%smid" => Special::Processor,
             "%nsmid" => Special::ProcessorCount,
-            _ => return Err(format!("{name} can only be read by a mov of its own")),
+            _ => return Err(format!("{name} cannot be read as a number of 32 bits")),
         };
         let sizes = &mut self.sizes;
         let presets = &mut self.presets;
@@ -198,7 +199,7 @@ impl<'e, 'a> Operands<'e, 'a> {
                 }
             }
             Operand::Number(Number::F32(bits)) => Ok(self.constant(*bits)),
-            Operand::Special(name) => self.special(name),
+            Operand::Special(name) => Err(format!("{name} can only be read by mov")),
             Operand::Shared(array) => Ok(self.constant(self.shared[*array])),
             _ => self.wants(operand, "a register of 32 bits or a number"),
         }

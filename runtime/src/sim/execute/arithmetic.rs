@@ -423,8 +423,8 @@ pub(super) fn bf16(op: FloatOp, packed: bool, relu: bool, a: &W, b: &W, c: &W, r
             FloatOp::Max => max_f32(x, y) >> 16,
             FloatOp::MinNan => or_nan(x, y, min_f32) >> 16,
             FloatOp::MaxNan => or_nan(x, y, max_f32) >> 16,
-            FloatOp::Negate => a ^ 0x8000,
-            FloatOp::Absolute => a & 0x7fff,
+            FloatOp::Negate => bf16_of(x ^ 0x8000_0000),
+            FloatOp::Absolute => bf16_of(x & 0x7fff_ffff),
             _ => unreachable!("the decoder makes no other operation of bf16"),
         };
         // .relu: negative results become 0, a NaN stays.

@@ -30,9 +30,7 @@ pub(crate) fn machine_bytes() -> Option<u64> {
 pub(crate) fn check(config: &RunConfig, model: &ModelConfig, device: &Device) -> Result<()> {
     let memory = match device.kind() {
         DeviceKind::Cuda(_) => Some(device.free_and_total_memory()?.1 as u64),
-        DeviceKind::Cpu | DeviceKind::Sim => {
-            machine_bytes().map(|memory| memory + meminfo("SwapTotal:").unwrap_or(0))
-        }
+        DeviceKind::Cpu | DeviceKind::Sim => machine_bytes().map(|memory| memory + meminfo("SwapTotal:").unwrap_or(0)),
     };
     match memory {
         Some(memory) => check_against(config, model, device, memory),

@@ -8,8 +8,8 @@ use kernels_ptx::Kernel;
 
 use crate::cuda::{self, CudaDevice, Graph, Stream};
 use crate::host::HostPool;
-use crate::sim::{self, GlobalMemory};
 use crate::record::{self, Recording};
+use crate::sim::{self, GlobalMemory};
 use crate::{Buffer, Error, Function, Result};
 
 /// What kind of device a [`Device`] is.

@@ -3,8 +3,8 @@
 use kernels_ptx::Kernel;
 
 use crate::cuda::{self, Stream};
-use crate::{record, sim};
 use crate::{Argument, Error, Result};
+use crate::{record, sim};
 
 /// A kernel that is loaded on a device. Clones are the same function.
 #[derive(Clone)]

@@ -21,12 +21,8 @@ fn ones(device: &Device, count: usize) -> Buffer {
 }
 
 fn axpy(device: &Device, y: &mut Buffer, x: &Buffer, count: u64) {
-    let arguments = [
-        Argument::Write(y, Element::F32),
-        Argument::Read(x, Element::F32),
-        Argument::F32(2.0),
-        Argument::U64(count),
-    ];
+    let arguments =
+        [Argument::Write(y, Element::F32), Argument::Read(x, Element::F32), Argument::F32(2.0), Argument::U64(count)];
     // The simulator and a lost context refuse; the sanitizer has seen the fault either way.
     let _ = device.load(&Axpy.build()).unwrap().launch(Axpy::grid(count).unwrap(), &arguments);
     let _ = device.synchronize();

@@ -101,8 +101,7 @@ fn steps(fast: u64, simulated: u64) -> u64 {
 fn losses_are_those_of_the_cpu_in_f32() {
     let _alone = alone();
     let device = grafter_tests::device();
-    let (mut reference, mut tested) =
-        (Training::new(&Device::cpu(), DType::F32), Training::new(&device, DType::F32));
+    let (mut reference, mut tested) = (Training::new(&Device::cpu(), DType::F32), Training::new(&device, DType::F32));
     let mut first = None;
     let mut last = 0.0;
     for index in 0..steps(50, 8) {
@@ -119,8 +118,7 @@ fn losses_are_those_of_the_cpu_in_f32() {
 fn losses_in_bf16_stay_near_those_in_f32() {
     let _alone = alone();
     let device = grafter_tests::device();
-    let (mut reference, mut tested) =
-        (Training::new(&Device::cpu(), DType::F32), Training::new(&device, DType::Bf16));
+    let (mut reference, mut tested) = (Training::new(&Device::cpu(), DType::F32), Training::new(&device, DType::Bf16));
     for index in 0..steps(50, 6) {
         let (expected, got) = (reference.step(index), tested.step(index));
         assert!((got / expected - 1.0).abs() < 0.05, "step {index}: {got}, in f32 {expected}");
@@ -148,11 +146,15 @@ fn a_thousand_steps_leave_memory_flat() {
     let device = grafter_tests::device();
     let mut training = Training::new(&device, DType::Bf16);
     let (warm_up, rest) = (steps(20, 2), steps(980, 3));
-    (0..warm_up).for_each(|index| drop(training.step(index)));
+    for index in 0..warm_up {
+        training.step(index);
+    }
     device.synchronize().unwrap();
     let before = device.memory_usage();
     device.reset_peak_memory();
-    (0..rest).for_each(|index| drop(training.step(index)));
+    for index in 0..rest {
+        training.step(index);
+    }
     device.synchronize().unwrap();
     let after = device.memory_usage();
     assert_eq!(after.in_use, before.in_use);

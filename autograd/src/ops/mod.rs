@@ -29,8 +29,8 @@ pub use causal_conv1d::{Activation, ConvolutionOptions, causal_conv1d, causal_co
 pub use cross_entropy::{CrossEntropy, IGNORED_LABEL, cross_entropy};
 pub use decoding::{attention_cached, convolution_state, last_step, with_room, write_time};
 pub use divergence::{Divergence, DivergenceLoss, DivergenceOptions, divergence};
-pub use elementwise::{add, add_in_place, mul, negative_exp, scale, scale_in_place, silu, softplus, sub, sum};
 pub(crate) use elementwise::square_sum_gpu;
+pub use elementwise::{add, add_in_place, mul, negative_exp, scale, scale_in_place, silu, softplus, sub, sum};
 pub use embedding::embedding;
 pub use layout::{repeat_chunks, split, stack};
 pub use linear::{linear, linear_residual};

@@ -1,6 +1,9 @@
 //! The gated activation of the MLP.
 
-use kernels_ptx::kernels::{self, swiglu::{SwigluBackward, SwigluForward}};
+use kernels_ptx::kernels::{
+    self,
+    swiglu::{SwigluBackward, SwigluForward},
+};
 use rayon::prelude::*;
 use runtime::Argument;
 

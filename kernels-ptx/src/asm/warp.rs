@@ -114,7 +114,10 @@ impl Assembler {
         combine: impl Fn(Value<'a, F32>, Value<'a, F32>) -> Value<'a, F32> + Copy,
     ) -> Value<'a, F32> {
         let warps = threads / LANES;
-        assert!(threads.is_multiple_of(LANES) && scratch.count() >= warps, "the scratch is shorter than the block's warps");
+        assert!(
+            threads.is_multiple_of(LANES) && scratch.count() >= warps,
+            "the scratch is shorter than the block's warps"
+        );
         let within = self.across(value, LANES, combine);
         if warps == 1 {
             return within;

@@ -191,7 +191,7 @@ impl Written {
         }
         let mut bits = vec![0; bytes.div_ceil(64)];
         if let Some(last) = bits.last_mut()
-            && bytes % 64 != 0
+            && !bytes.is_multiple_of(64)
         {
             *last = u64::MAX << (bytes % 64);
         }

@@ -343,7 +343,12 @@ fn read_trouble<const GLOBAL: bool>(clock: &Clock, write: u64, who: Who) -> Opti
         return Some(Trouble::Unwritten);
     }
     let harmless = if other_block { phase <= clock.acquired } else { other.same_thread(who) };
-    (!harmless && !(other.atomic() && who.atomic())).then_some(Trouble::Race { other, phase, wrote: true, other_block })
+    (!(harmless || (other.atomic() && who.atomic()))).then_some(Trouble::Race {
+        other,
+        phase,
+        wrote: true,
+        other_block,
+    })
 }
 
 #[cold]
@@ -364,7 +369,12 @@ fn write_after_write<const GLOBAL: bool>(
         let one_instruction = other.warp() == who.warp() && other.instruction() == who.instruction();
         other.same_thread(who) || one_instruction && phase == clock.phase && same()
     };
-    (!harmless && !(other.atomic() && who.atomic())).then_some(Trouble::Race { other, phase, wrote: true, other_block })
+    (!(harmless || (other.atomic() && who.atomic()))).then_some(Trouble::Race {
+        other,
+        phase,
+        wrote: true,
+        other_block,
+    })
 }
 
 #[cold]

@@ -273,7 +273,7 @@ impl<'r> Global<'r> {
         let size = u64::from(access.bytes());
         let valid = |lane: usize| {
             let offset = places[lane].wrapping_sub(allocation.address);
-            offset.checked_add(size).is_some_and(|end| end <= allocation.bytes) && offset % size == 0
+            offset.checked_add(size).is_some_and(|end| end <= allocation.bytes) && offset.is_multiple_of(size)
         };
         if !valid(first) || writes && matches!(allocation.contents, AllocationContents::Read(..)) {
             return Err(self.outside(access, first, places, writes));
@@ -299,7 +299,7 @@ impl<'r> Global<'r> {
                 let (name, length) = (&allocation.name, allocation.bytes);
                 if offset.checked_add(u64::from(bytes)).is_none_or(|end| end > length) {
                     format!("{does} {bytes} bytes at byte {offset} of {name}, which has {length} bytes: out of bounds")
-                } else if offset % u64::from(bytes) != 0 {
+                } else if !offset.is_multiple_of(u64::from(bytes)) {
                     let wanted = if access.count > 1 { " (all elements of a vector together)" } else { "" };
                     format!(
                         "{does} {bytes} bytes at byte {offset} of {name}: misaligned, the place must be a multiple of \
@@ -377,7 +377,7 @@ impl Shared {
         let size = u64::from(access.bytes());
         let at = places[lane];
         let inside = |&(start, end, _): &(u64, u64, String)| at >= start && at.wrapping_add(size) <= end && at < end;
-        if at % size == 0 && self.arrays.iter().any(inside) {
+        if at.is_multiple_of(size) && self.arrays.iter().any(inside) {
             return Ok(at as usize);
         }
         Err(self.outside(access, lane, places, does))

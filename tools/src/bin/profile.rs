@@ -19,13 +19,16 @@ const WARM_UP: usize = 3;
 
 /// Prints, per kernel: calls, median time, share, and speeds beside what the device reaches (measured first).
 #[derive(Parser)]
-#[command(name = "profile", after_help = "Examples:
+#[command(
+    name = "profile",
+    after_help = "Examples:
   profile step smollm2 --layers 10,15,20 --device cuda:0 --trace step.json
   profile step smollm2 --layers 10,15,20 --device cuda:0 --json new.json --compare old.json
   profile operator selective_scan attention --device cuda:0
   profile operator --list
 
-Exit codes: 0 measured; 1 an error, or with --compare something became slower.")]
+Exit codes: 0 measured; 1 an error, or with --compare something became slower."
+)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
@@ -135,9 +138,14 @@ fn main() -> Result<ExitCode> {
             let device: Device = common.device.parse()?;
             let ceilings = Ceilings::measure(&device)?;
             let dtype = common.precision.dtype();
-            let title = format!("distillation step of {} in {dtype}, {batch} x {sequence} tokens in {documents} documents each", teacher.display());
-            let mut step =
-                Step::new(StepOptions { teacher, layers, batch, sequence, documents, dtype, recompute_layers }, &device)?;
+            let title = format!(
+                "distillation step of {} in {dtype}, {batch} x {sequence} tokens in {documents} documents each",
+                teacher.display()
+            );
+            let mut step = Step::new(
+                StepOptions { teacher, layers, batch, sequence, documents, dtype, recompute_layers },
+                &device,
+            )?;
             let tokens = step.tokens();
             let summary = measure(&common, &device, ceilings, title, Some(tokens), || step.run().map(drop))?;
             let memory = device.memory_usage();

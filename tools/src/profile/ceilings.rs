@@ -60,7 +60,6 @@ fn product_seconds(device: &Device) -> Result<f64> {
     for _ in 0..REPEATS {
         ops::linear(&Tape::inference(), &x, &weight, None)?;
     }
-    let mut times: Vec<f64> =
-        recording.take_records()?.iter().map(|launch| launch.duration.as_secs_f64()).collect();
+    let mut times: Vec<f64> = recording.take_records()?.iter().map(|launch| launch.duration.as_secs_f64()).collect();
     Ok(super::summary::median(&mut times))
 }

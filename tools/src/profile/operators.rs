@@ -118,14 +118,10 @@ fn swiglu(make: &Inputs<'_>, rows: usize, width: usize) -> Result<()> {
 }
 
 fn causal_conv1d(make: &Inputs<'_>, batch: usize, time: usize, channels: usize) -> Result<()> {
-    let inputs = vec![
-        make.tensor(&[batch, time, channels], 0.7)?,
-        make.f32(&[channels, 4], 0.3)?,
-        make.f32(&[channels], 0.1)?,
-    ];
+    let inputs =
+        vec![make.tensor(&[batch, time, channels], 0.7)?, make.f32(&[channels, 4], 0.3)?, make.f32(&[channels], 0.1)?];
     make.both_ways(inputs, |tape, inputs| {
-        let options =
-            ConvolutionOptions { activation: Activation::Silu, document_start: None, initial_state: None };
+        let options = ConvolutionOptions { activation: Activation::Silu, document_start: None, initial_state: None };
         ops::causal_conv1d(tape, &inputs[0], &inputs[1], Some(&inputs[2]), options)
     })
 }
@@ -191,22 +187,14 @@ fn selective_scan(make: &Inputs<'_>, batch: usize, time: usize, channels: usize,
     })
 }
 
-fn attention(
-    make: &Inputs<'_>,
-    batch: usize,
-    time: usize,
-    heads: usize,
-    key_heads: usize,
-    size: usize,
-) -> Result<()> {
+fn attention(make: &Inputs<'_>, batch: usize, time: usize, heads: usize, key_heads: usize, size: usize) -> Result<()> {
     let inputs = vec![
         make.tensor(&[batch, time, heads, size], 0.3)?,
         make.tensor(&[batch, time, key_heads, size], 0.2)?,
         make.tensor(&[batch, time, key_heads, size], 0.7)?,
     ];
     make.both_ways(inputs, |tape, inputs| {
-        let options =
-            AttentionOptions { scale: (size as f32).powf(-0.5), document_start: None, window: None };
+        let options = AttentionOptions { scale: (size as f32).powf(-0.5), document_start: None, window: None };
         ops::attention(tape, &inputs[0], &inputs[1], &inputs[2], options)
     })
 }

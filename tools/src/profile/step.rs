@@ -44,7 +44,10 @@ impl Step {
     /// # Errors
     /// A teacher that does not load, layers that it does not have, out of memory.
     pub fn new(options: StepOptions, device: &Device) -> Result<Self> {
-        ensure!(options.batch > 0 && options.sequence > 0, "a batch of no tokens: give --batch and --sequence of at least 1");
+        ensure!(
+            options.batch > 0 && options.sequence > 0,
+            "a batch of no tokens: give --batch and --sequence of at least 1"
+        );
         let bf16 = options.dtype == DType::Bf16;
         let precision = if bf16 { Precision::Bf16 } else { Precision::F32 };
         let teacher = Model::load(&options.teacher, device, precision)?;

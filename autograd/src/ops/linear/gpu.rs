@@ -87,11 +87,7 @@ fn product(
         1 => None,
         _ => Some(Output::new(device, &[splits as usize, m as usize, n as usize], DType::F32)?),
     };
-    let mut arguments = vec![
-        parts.as_mut().unwrap_or(&mut whole).write(),
-        gpu::read(a.tensor),
-        gpu::read(b.tensor),
-    ];
+    let mut arguments = vec![parts.as_mut().unwrap_or(&mut whole).write(), gpu::read(a.tensor), gpu::read(b.tensor)];
     arguments.extend(bias.map(gpu::read));
     arguments.extend(residual.map(gpu::read));
     arguments.extend([m, n, k, split_depth].map(Argument::U32));

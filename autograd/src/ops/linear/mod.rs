@@ -42,23 +42,11 @@ pub fn linear(tape: &Tape<'_>, input: &Var, weight: &Var, bias: Option<&Var>) ->
 ///
 /// # Errors
 /// Shape errors that name the argument.
-pub fn linear_residual(
-    tape: &Tape<'_>,
-    residual: &Var,
-    input: &Var,
-    weight: &Var,
-    bias: Option<&Var>,
-) -> Result<Var> {
+pub fn linear_residual(tape: &Tape<'_>, residual: &Var, input: &Var, weight: &Var, bias: Option<&Var>) -> Result<Var> {
     record(tape, input, weight, bias, Some(residual))
 }
 
-fn record(
-    tape: &Tape<'_>,
-    input: &Var,
-    weight: &Var,
-    bias: Option<&Var>,
-    residual: Option<&Var>,
-) -> Result<Var> {
+fn record(tape: &Tape<'_>, input: &Var, weight: &Var, bias: Option<&Var>, residual: Option<&Var>) -> Result<Var> {
     check::is_float(OPERATOR, "input", input)?;
     check::is_float(OPERATOR, "weight", weight)?;
     check::rank(OPERATOR, "weight", weight, 2, "[out, in]")?;
@@ -120,12 +108,7 @@ fn output_shape(input: &Tensor, weight: &Tensor) -> Vec<usize> {
     shape
 }
 
-fn forward_cpu(
-    input: &Tensor,
-    weight: &Tensor,
-    bias: Option<&Tensor>,
-    residual: Option<&Tensor>,
-) -> Result<Tensor> {
+fn forward_cpu(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>, residual: Option<&Tensor>) -> Result<Tensor> {
     let (rows, inner, outer) = (input.rows(), input.last_dimension(), weight.shape()[0]);
     let values = input.host_f32()?;
     let bias = bias.map(Tensor::host_f32).transpose()?;

@@ -617,8 +617,9 @@ impl<'d, 'a> Decoder<'d, '_, 'a> {
         }
         let bytes = width(kind)?;
         let signed = kind.starts_with('s');
-        if !matches!(kind.as_bytes(), [b'b', ..]) && !(q.name == "shr" && matches!(kind.as_bytes(), [b'u' | b's', ..]))
-        {
+        let of_bits = kind.starts_with('b');
+        let of_numbers = kind.starts_with(['u', 's']);
+        if !(of_bits || (q.name == "shr" && of_numbers)) {
             return Err(format!("there is no {} of {kind}", q.name));
         }
         match (q.name, bytes) {

@@ -242,7 +242,7 @@ impl Execution<'_, '_> {
             let problem = format!("cp.async of {bytes} bytes is told to read {wanted}");
             return Err(Raised::new(lane, problem));
         }
-        if sources[lane] % u64::from(bytes) != 0 {
+        if !sources[lane].is_multiple_of(u64::from(bytes)) {
             let problem = format!("cp.async of {bytes} bytes reads from address {:#x}: misaligned", sources[lane]);
             return Err(Raised::new(lane, problem));
         }

@@ -103,8 +103,8 @@ pub(super) fn binary32(op: Binary32, a: &W, b: &W, r: &mut W) {
         O::Add => map2(a, b, r, u32::wrapping_add),
         O::Subtract => map2(a, b, r, u32::wrapping_sub),
         O::Multiply => map2(a, b, r, u32::wrapping_mul),
-        O::MultiplyHighU => map2(a, b, r, |a, b| (u64::from(a) * u64::from(b) >> 32) as u32),
-        O::MultiplyHighS => map2(a, b, r, |a, b| (i64::from(a as i32) * i64::from(b as i32) >> 32) as u32),
+        O::MultiplyHighU => map2(a, b, r, |a, b| ((u64::from(a) * u64::from(b)) >> 32) as u32),
+        O::MultiplyHighS => map2(a, b, r, |a, b| ((i64::from(a as i32) * i64::from(b as i32)) >> 32) as u32),
         // What a GPU gives for a division by zero is not specified; this is what they do.
         O::DivideU => map2(a, b, r, |a, b| a.checked_div(b).unwrap_or(u32::MAX)),
         O::DivideS => map2(a, b, r, |a, b| if b == 0 { u32::MAX } else { (a as i32).wrapping_div(b as i32) as u32 }),
@@ -123,8 +123,8 @@ pub(super) fn binary32(op: Binary32, a: &W, b: &W, r: &mut W) {
         O::Add16 => map2(a, b, r, |a, b| a.wrapping_add(b) & 0xffff),
         O::Subtract16 => map2(a, b, r, |a, b| a.wrapping_sub(b) & 0xffff),
         O::Multiply16 => map2(a, b, r, |a, b| a.wrapping_mul(b) & 0xffff),
-        O::MultiplyHighU16 => map2(a, b, r, |a, b| (a & 0xffff) * (b & 0xffff) >> 16),
-        O::MultiplyHighS16 => map2(a, b, r, |a, b| h(s16(a) * s16(b) >> 16)),
+        O::MultiplyHighU16 => map2(a, b, r, |a, b| ((a & 0xffff) * (b & 0xffff)) >> 16),
+        O::MultiplyHighS16 => map2(a, b, r, |a, b| h((s16(a) * s16(b)) >> 16)),
         O::DivideS16 => map2(a, b, r, |a, b| if b == 0 { 0xffff } else { h(s16(a).wrapping_div(s16(b))) }),
         O::RemainderS16 => map2(a, b, r, |a, b| if b == 0 { a } else { h(s16(a).wrapping_rem(s16(b))) }),
         O::MinS16 => map2(a, b, r, |a, b| h(s16(a).min(s16(b)))),
@@ -156,9 +156,11 @@ pub(super) fn ternary32(op: Ternary32, a: &W, b: &W, c: &W, r: &mut W) {
     use Ternary32 as O;
     match op {
         O::MultiplyAdd => map3(a, b, c, r, |a, b, c| a.wrapping_mul(b).wrapping_add(c)),
-        O::MultiplyAddHighU => map3(a, b, c, r, |a, b, c| ((u64::from(a) * u64::from(b) >> 32) as u32).wrapping_add(c)),
+        O::MultiplyAddHighU => {
+            map3(a, b, c, r, |a, b, c| (((u64::from(a) * u64::from(b)) >> 32) as u32).wrapping_add(c))
+        }
         O::MultiplyAddHighS => {
-            map3(a, b, c, r, |a, b, c| ((i64::from(a as i32) * i64::from(b as i32) >> 32) as u32).wrapping_add(c));
+            map3(a, b, c, r, |a, b, c| (((i64::from(a as i32) * i64::from(b as i32)) >> 32) as u32).wrapping_add(c));
         }
         O::MultiplyAdd16 => map3(a, b, c, r, |a, b, c| a.wrapping_mul(b).wrapping_add(c) & 0xffff),
         O::MultiplyAddWideU16 => map3(a, b, c, r, |a, b, c| ((a & 0xffff) * (b & 0xffff)).wrapping_add(c)),
@@ -224,8 +226,8 @@ pub(super) fn binary64(op: Binary64, a: &D, b: &D, r: &mut D) {
         O::Add => map2(a, b, r, u64::wrapping_add),
         O::Subtract => map2(a, b, r, u64::wrapping_sub),
         O::Multiply => map2(a, b, r, u64::wrapping_mul),
-        O::MultiplyHighU => map2(a, b, r, |a, b| (u128::from(a) * u128::from(b) >> 64) as u64),
-        O::MultiplyHighS => map2(a, b, r, |a, b| (i128::from(a as i64) * i128::from(b as i64) >> 64) as u64),
+        O::MultiplyHighU => map2(a, b, r, |a, b| ((u128::from(a) * u128::from(b)) >> 64) as u64),
+        O::MultiplyHighS => map2(a, b, r, |a, b| ((i128::from(a as i64) * i128::from(b as i64)) >> 64) as u64),
         O::DivideU => map2(a, b, r, |a, b| a.checked_div(b).unwrap_or(u64::MAX)),
         O::DivideS => map2(a, b, r, |a, b| if b == 0 { u64::MAX } else { (a as i64).wrapping_div(b as i64) as u64 }),
         O::RemainderU => map2(a, b, r, |a, b| a.checked_rem(b).unwrap_or(a)),
@@ -253,10 +255,10 @@ pub(super) fn ternary64(op: Ternary64, a: &D, b: &D, c: &D, r: &mut D) {
     match op {
         O::MultiplyAdd => map3(a, b, c, r, |a, b, c| a.wrapping_mul(b).wrapping_add(c)),
         O::MultiplyAddHighU => {
-            map3(a, b, c, r, |a, b, c| ((u128::from(a) * u128::from(b) >> 64) as u64).wrapping_add(c));
+            map3(a, b, c, r, |a, b, c| (((u128::from(a) * u128::from(b)) >> 64) as u64).wrapping_add(c));
         }
         O::MultiplyAddHighS => {
-            map3(a, b, c, r, |a, b, c| ((i128::from(a as i64) * i128::from(b as i64) >> 64) as u64).wrapping_add(c));
+            map3(a, b, c, r, |a, b, c| (((i128::from(a as i64) * i128::from(b as i64)) >> 64) as u64).wrapping_add(c));
         }
         O::FusedMultiplyAddF => map3(a, b, c, r, |a, b, c| bits_of_f64(f(a).mul_add(f(b), f(c)))),
     }

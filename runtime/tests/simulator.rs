@@ -4,6 +4,9 @@
 //! An H100 gives the same values, to the bit, in all files without a fault, except for `%smid`, `%warpid` and `%nwarpid`,
 //! which number what a GPU has, and for the approximations of sin, cos and tanh, which are coarser there.
 
+// Helpers of tests fail as tests do.
+#![allow(clippy::unwrap_used)]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 

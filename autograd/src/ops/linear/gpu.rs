@@ -3,7 +3,6 @@
 use kernels_ptx::kernels::column_sums::ColumnSums;
 use kernels_ptx::kernels::matrix_product::{MatrixProduct, Tile};
 use kernels_ptx::kernels::matrix_product_f32::MatrixProductF32;
-use kernels_ptx::kernels::sum_parts::SumParts;
 use runtime::Argument;
 
 use super::{OPERATOR, Ways, output_shape};
@@ -82,12 +81,11 @@ fn product(
         (DType::F32, None) => narrow.splits(m, n, k, BLOCKS),
         _ => (1, k.max(1).next_multiple_of(64)),
     };
-    let mut whole = Output::new(device, shape, output)?;
-    let mut parts = match splits {
-        1 => None,
-        _ => Some(Output::new(device, &[splits as usize, m as usize, n as usize], DType::F32)?),
+    let mut target = match splits {
+        1 => Output::new(device, shape, output)?,
+        _ => Output::new(device, &[splits as usize, m as usize, n as usize], DType::F32)?,
     };
-    let mut arguments = vec![parts.as_mut().unwrap_or(&mut whole).write(), gpu::read(a.tensor), gpu::read(b.tensor)];
+    let mut arguments = vec![target.write(), gpu::read(a.tensor), gpu::read(b.tensor)];
     arguments.extend(bias.map(gpu::read));
     arguments.extend(residual.map(gpu::read));
     arguments.extend([m, n, k, split_depth].map(Argument::U32));
@@ -103,9 +101,9 @@ fn product(
         gpu::launch(OPERATOR, device, &narrow, narrow.grid(m, n, splits), &sizes, &arguments)?;
     }
     drop(arguments);
-    match parts {
-        None => Ok(whole.tensor()),
-        Some(parts) => sum_parts(whole, &parts.tensor(), splits),
+    match splits {
+        1 => Ok(target.tensor()),
+        _ => gpu::sum_parts(OPERATOR, &target.tensor(), splits, shape),
     }
 }
 
@@ -125,18 +123,5 @@ fn bias_gradient(gradient: &Tensor) -> Result<Tensor> {
     let kernel = ColumnSums { element: gpu::element(gradient.dtype()) };
     let sizes = [rows as u64, columns as u64];
     gpu::launch(OPERATOR, device, &kernel, ColumnSums::grid(column_count, splits), &sizes, &arguments)?;
-    let parts = parts.tensor();
-    match splits {
-        1 => parts.reshape(&[columns]),
-        _ => sum_parts(Output::new(device, &[columns], DType::F32)?, &parts, splits),
-    }
-}
-
-/// Fills `whole` with the ordered sum of `parts` (f32 `[splits, elements of whole]`).
-fn sum_parts(mut whole: Output, parts: &Tensor, splits: u32) -> Result<Tensor> {
-    let count = gpu::size(OPERATOR, "the number of elements", parts.count() / splits as usize)?;
-    let arguments = [whole.write(), gpu::read(parts), Argument::U32(count), Argument::U32(splits)];
-    let sizes = [u64::from(count), u64::from(splits)];
-    gpu::launch(OPERATOR, parts.device(), &SumParts, SumParts::grid(count.into()), &sizes, &arguments)?;
-    Ok(whole.tensor())
+    gpu::sum_parts(OPERATOR, &parts.tensor(), splits, &[columns])
 }

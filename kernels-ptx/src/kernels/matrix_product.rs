@@ -8,7 +8,7 @@
 //! | weight gradient `dW = dYᵀ X` | dY, transposed | X, transposed |
 //!
 //! - Layout: a block computes one tile of C, each warp a part of it as 16 × 8 fragments of `mma.sync`. Tiles of A and B, 64
-//!   deep, stream through [`STAGES`] buffers in shared memory by `cp.async`. The 16-byte chunks of a row are stored at
+//!   deep, stream through `STAGES` buffers in shared memory by `cp.async`. The 16-byte chunks of a row are stored at
 //!   `chunk xor (row mod 8)`, so that both the copies and `ldmatrix` (plain for operands whose depth is contiguous,
 //!   transposing for the others) touch every bank once. Blocks walk C in groups of 8 tile rows, which keeps the tiles of
 //!   B that they share in the L2 cache.

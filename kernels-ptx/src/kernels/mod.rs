@@ -55,7 +55,7 @@ pub fn one_thread_per_element(count: u64, threads: u32) -> Option<[u32; 3]> {
 /// Neighbouring elements that one thread of an elementwise kernel takes: 16 bytes of bf16.
 pub const VECTOR: u32 = 8;
 
-/// The blocks of an elementwise kernel whose body is [`vectors`]; `None` when one launch cannot cover the elements.
+/// The blocks of an elementwise kernel whose body is `vectors`; `None` when one launch cannot cover the elements.
 pub fn vectors_grid(count: u64, threads: u32) -> Option<[u32; 3]> {
     // Indices are 32 bits wide.
     (count <= u64::from(u32::MAX) - u64::from(VECTOR * threads))

@@ -6,7 +6,7 @@
 //!   parts (Cody and Waite 1980) and the polynomials of Cephes' `sinf` and `cosf` (Moshier 1989): errors stay below 2⁻²³
 //!   for angles below 2²⁰.
 //! - Layout: one thread takes 8 neighbouring pairs of a token (one, where half the head size is no multiple of 8) in up to
-//!   [`HEADS`] heads, whose cosines and sines it computes once.
+//!   `HEADS` heads, whose cosines and sines it computes once.
 //! - Traffic: every element is read once and written once. Bound by memory.
 //! - Source: Su et al. 2021, "RoFormer".
 

@@ -186,6 +186,23 @@ impl Clock {
     }
 }
 
+impl Reads {
+    /// The first read of a phase.
+    #[inline(always)]
+    fn begin<const GLOBAL: bool>(&mut self, clock: &Clock, who: Who, bit: u32) {
+        let (phase, who) = (clock.phase, who.0);
+        if self.phase < clock.block_start {
+            let earlier = if GLOBAL && self.phase >= clock.launch_start { self.phase } else { 0 };
+            *self = Self { phase, who, warps: bit, earlier };
+        } else if self.phase < clock.least[Who(who).warp()] {
+            *self = Self { phase, who, warps: bit, earlier: self.earlier };
+        } else {
+            // Not ordered behind all of them: they stay, and this read counts as one of their phase.
+            self.warps |= bit;
+        }
+    }
+}
+
 /// Records of the accesses to one piece of memory.
 #[derive(Default)]
 pub(super) struct Shadow {
@@ -229,39 +246,56 @@ impl Shadow {
         self.reads.fill(Reads::default());
     }
 
-    /// A read of granule `at` by a lane of `who`'s warp. `GLOBAL`: memory that all blocks share, and that may hold values
-    /// from before the launch.
+    /// A read of granules `first` to `last` by a lane of `who`'s warp. `GLOBAL`: memory that all blocks share, and that may
+    /// hold values from before the launch.
     #[inline(always)]
-    pub fn read<const GLOBAL: bool>(&mut self, clock: &Clock, at: usize, who: Who, lane: usize) -> Option<Trouble> {
-        let write = self.writes[at];
-        let phase = (write >> 32) as u32;
+    pub fn read<const GLOBAL: bool>(
+        &mut self,
+        clock: &Clock,
+        first: usize,
+        last: usize,
+        who: Who,
+        lane: usize,
+    ) -> Option<Trouble> {
         let warp = who.warp();
-        let ordered = phase >= clock.block_start && phase < clock.known[warp][(write >> 5) as usize % WARPS];
-        if !(ordered || GLOBAL && phase < clock.launch_start)
-            && let Some(trouble) = read_trouble::<GLOBAL>(clock, write, who.of_lane(lane))
-        {
-            return Some(trouble);
+        let own = who.of_lane(lane);
+        let over = clock.least[warp] - clock.block_start;
+        for &write in &self.writes[first..=last] {
+            // Most writes are ones that a barrier of all warps has ended since.
+            let phase = (write >> 32) as u32;
+            let ordered = phase.wrapping_sub(clock.block_start) < over;
+            if !(ordered || GLOBAL && phase < clock.launch_start)
+                && let Some(trouble) = read_trouble::<GLOBAL>(clock, write, own)
+            {
+                return Some(trouble);
+            }
         }
         if who.atomic() {
             return None;
         }
         self.any_reads = true;
-        let reads = &mut self.reads[at];
         let bit = 1u32 << warp;
-        if reads.phase == clock.phase {
-            let other_lane = reads.who & THREAD != who.of_lane(lane).0 & THREAD;
-            reads.who |= if reads.warps & bit != 0 && other_lane { SEVERAL } else { 0 };
-            reads.warps |= bit;
-        } else if reads.phase < clock.block_start {
-            let earlier = if GLOBAL && reads.phase >= clock.launch_start { reads.phase } else { 0 };
-            *reads = Reads { phase: clock.phase, who: who.of_lane(lane).0, warps: bit, earlier };
-        } else if reads.phase < clock.least[warp] {
-            *reads = Reads { phase: clock.phase, who: who.of_lane(lane).0, warps: bit, earlier: reads.earlier };
-        } else {
-            // Not ordered behind all of them: they stay, and this read counts as one of their phase.
-            reads.warps |= bit;
+        for reads in &mut self.reads[first..=last] {
+            if reads.phase != clock.phase {
+                reads.begin::<GLOBAL>(clock, own, bit);
+            } else if reads.warps & bit == 0 {
+                reads.warps |= bit;
+            } else if reads.who & (SEVERAL | THREAD) != own.0 & THREAD {
+                reads.who |= SEVERAL;
+            }
         }
         None
+    }
+
+    /// As a read by a second lane of the warp whose read by a first lane was recorded just before.
+    #[inline(always)]
+    pub fn read_again(&mut self, first: usize, last: usize, who: Who) {
+        if who.atomic() {
+            return;
+        }
+        for reads in &mut self.reads[first..=last] {
+            reads.who |= SEVERAL;
+        }
     }
 
     /// Whether the launch has written granule `at`.
@@ -315,7 +349,8 @@ impl Shadow {
         let phase = (write >> 32) as u32;
         let warp = who.warp();
         let old = if GLOBAL { clock.launch_start } else { clock.block_start };
-        let ordered = phase >= clock.block_start && phase < clock.known[warp][(write >> 5) as usize % WARPS];
+        let over = clock.least[warp] - clock.block_start;
+        let ordered = phase.wrapping_sub(clock.block_start) < over;
         if !(ordered || phase < old)
             && let Some(trouble) = write_after_write::<GLOBAL>(clock, write, who.of_lane(lane), same)
         {
@@ -342,7 +377,8 @@ fn read_trouble<const GLOBAL: bool>(clock: &Clock, write: u64, who: Who) -> Opti
     if other_block && !GLOBAL {
         return Some(Trouble::Unwritten);
     }
-    let harmless = if other_block { phase <= clock.acquired } else { other.same_thread(who) };
+    let ordered = phase < clock.known[who.warp()][other.warp()];
+    let harmless = if other_block { phase <= clock.acquired } else { ordered || other.same_thread(who) };
     (!(harmless || (other.atomic() && who.atomic()))).then_some(Trouble::Race {
         other,
         phase,
@@ -367,7 +403,8 @@ fn write_after_write<const GLOBAL: bool>(
         phase <= clock.acquired
     } else {
         let one_instruction = other.warp() == who.warp() && other.instruction() == who.instruction();
-        other.same_thread(who) || one_instruction && phase == clock.phase && same()
+        let ordered = phase < clock.known[who.warp()][other.warp()];
+        ordered || other.same_thread(who) || one_instruction && phase == clock.phase && same()
     };
     (!(harmless || (other.atomic() && who.atomic()))).then_some(Trouble::Race {
         other,
@@ -427,7 +464,7 @@ mod tests {
     }
 
     fn read(shadow: &mut Shadow, clock: &Clock, warp: usize, lane: usize) -> Option<Trouble> {
-        shadow.read::<false>(clock, 3, who(warp), lane)
+        shadow.read::<false>(clock, 3, 3, who(warp), lane)
     }
 
     fn is_race(trouble: Option<Trouble>, wrote: bool) -> bool {
@@ -502,22 +539,22 @@ mod tests {
         let (mut shadow, mut clock) = block(1);
         let flag = Who::new(9, 0, true);
         assert_eq!(shadow.write::<true>(&clock, 3, who(0), 0, || false), None);
-        assert_eq!(shadow.read::<true>(&clock, 4, who(0), 0), None);
+        assert_eq!(shadow.read::<true>(&clock, 4, 4, who(0), 0), None);
         assert_eq!(shadow.write::<true>(&clock, 5, flag, 0, || false), None);
         clock.begin_block(1);
-        assert!(is_race(shadow.read::<true>(&clock, 3, who(0), 0), true));
+        assert!(is_race(shadow.read::<true>(&clock, 3, 3, who(0), 0), true));
         assert!(is_race(shadow.write::<true>(&clock, 4, who(0), 0, || false), false));
         assert_eq!(shadow.write::<true>(&clock, 5, flag, 0, || false), None, "both are atomic");
         clock.begin_launch();
         clock.begin_block(1);
-        assert_eq!(shadow.read::<true>(&clock, 3, who(0), 0), None, "another launch");
+        assert_eq!(shadow.read::<true>(&clock, 3, 3, who(0), 0), None, "another launch");
         assert_eq!(shadow.write::<true>(&clock, 3, who(0), 0, || false), None);
         clock.fence();
         clock.touch_atomic();
         clock.begin_block(1);
         clock.touch_atomic();
         clock.fence();
-        assert_eq!(shadow.read::<true>(&clock, 3, who(0), 0), None, "announced by the flag");
+        assert_eq!(shadow.read::<true>(&clock, 3, 3, who(0), 0), None, "announced by the flag");
     }
 
     #[test]

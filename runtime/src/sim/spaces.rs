@@ -144,18 +144,15 @@ impl<'r> Global<'r> {
                 for lane in each(lanes) {
                     let first = (offsets[lane] >> granule) as usize;
                     let last = ((offsets[lane] + u64::from(bytes) - 1) >> granule) as usize;
-                    for at in first..=last {
-                        if let Some(trouble) = allocation.shadow.read::<true>(clock, at, access.who, lane) {
-                            let place = describe(allocation, offsets[lane], bytes);
-                            return Err(raise(lane, format!("reads {place}"), trouble));
-                        }
-                        if access.read_only && allocation.shadow.written_since(clock, at) {
-                            let place = describe(allocation, offsets[lane], bytes);
-                            let problem = format!(
-                                "reads {place} as memory that nobody writes (.nc), but this kernel has written it"
-                            );
-                            return Err(Raised::new(lane, problem));
-                        }
+                    if let Some(trouble) = allocation.shadow.read::<true>(clock, first, last, access.who, lane) {
+                        let place = describe(allocation, offsets[lane], bytes);
+                        return Err(raise(lane, format!("reads {place}"), trouble));
+                    }
+                    if access.read_only && (first..=last).any(|at| allocation.shadow.written_since(clock, at)) {
+                        let place = describe(allocation, offsets[lane], bytes);
+                        let problem =
+                            format!("reads {place} as memory that nobody writes (.nc), but this kernel has written it");
+                        return Err(Raised::new(lane, problem));
                     }
                 }
             }
@@ -450,12 +447,18 @@ impl Shared {
                 self.check(access, lane, places, "reads")?;
             }
         }
+        let mut before = u64::MAX;
         for lane in each(access.lanes) {
-            for at in self.granules(places[lane] as usize, bytes) {
-                if let Some(trouble) = self.shadow.read::<false>(clock, at, access.who, lane) {
-                    let place = self.describe(places[lane], bytes);
-                    return Err(raise(lane, format!("reads {place}"), trouble));
-                }
+            let (first, last) = self.granules(places[lane] as usize, bytes).into_inner();
+            // Neighbouring lanes often read the same place.
+            if places[lane] == before {
+                self.shadow.read_again(first, last, access.who);
+                continue;
+            }
+            before = places[lane];
+            if let Some(trouble) = self.shadow.read::<false>(clock, first, last, access.who, lane) {
+                let place = self.describe(places[lane], bytes);
+                return Err(raise(lane, format!("reads {place}"), trouble));
             }
         }
         let first = places[access.lanes.trailing_zeros() as usize & 31];
@@ -526,7 +529,7 @@ impl Shared {
         let offset = self.check(access, lane, places, "changes")?;
         let bytes = access.bytes();
         for at in self.granules(offset, bytes) {
-            let trouble = self.shadow.read::<false>(clock, at, access.who, lane);
+            let trouble = self.shadow.read::<false>(clock, at, at, access.who, lane);
             let trouble = trouble.or_else(|| self.shadow.write::<false>(clock, at, access.who, lane, || false));
             if let Some(trouble) = trouble {
                 let place = self.describe(places[lane], bytes);

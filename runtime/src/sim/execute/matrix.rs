@@ -1,94 +1,94 @@
 //! Tensor-core products: `mma.sync` on fragments that a warp's registers hold (PTX ISA, "Matrix Fragments for mma").
 
-use super::super::numbers::{bits_of, f16_value, f32_of, f32_of_bf16};
+use super::super::numbers::{bits_of, f16_value, f32_of};
 use super::super::program::MatrixShape;
 use super::super::shadow::LANES;
 
 type W = [u32; LANES];
 
-const ROWS: usize = 16;
 const COLUMNS: usize = 8;
 
 /// `d = a b + c`: products and sums in f32, along k from the first to the last.
 #[inline(always)]
 pub(super) fn multiply(shape: MatrixShape, a: [&W; 4], b: [&W; 2], c: [&W; 4]) -> [W; 4] {
+    let bf16 = |pair: u32| [f32_of(pair << 16), f32_of(pair & 0xffff_0000)];
     match shape {
-        MatrixShape::Bf16K16 => halves::<16>(a, b, c, f32_of_bf16),
-        MatrixShape::Bf16K8 => halves::<8>(a, b, c, f32_of_bf16),
-        MatrixShape::F16K16 => halves::<16>(a, b, c, |bits| f16_value(bits) as f32),
-        MatrixShape::Tf32K8 => words::<8>(a, b, c),
-        MatrixShape::Tf32K4 => words::<4>(a, b, c),
+        MatrixShape::Bf16K16 => product::<2, 2>(a, b, c, bf16),
+        MatrixShape::Bf16K8 => product::<1, 2>(a, b, c, bf16),
+        MatrixShape::F16K16 => {
+            product::<2, 2>(a, b, c, |pair| [f16_value(pair & 0xffff) as f32, f16_value(pair >> 16) as f32])
+        }
+        // Of a tf32 the upper 19 bits count.
+        MatrixShape::Tf32K8 => product::<2, 1>(a, b, c, |bits| [f32_of(bits & 0xffff_e000)]),
+        MatrixShape::Tf32K4 => product::<1, 1>(a, b, c, |bits| [f32_of(bits & 0xffff_e000)]),
     }
 }
 
-/// Elements of 16 bits, two neighbours along k in a register. Lane `4 g + t` holds of A rows `g` (registers 0 and 2) and
-/// `g + 8` (1 and 3) at k = 2 t (0 and 1) and 2 t + 8 (2 and 3); of B column `g` at k = 2 t (0) and 2 t + 8 (1).
+/// The product for `PARTS` registers of B, whose words hold `N` elements, neighbours along k.
+///
+/// Lane `4 g + t` holds of A rows `g` (registers 0 and 2) and `g + 8` (1 and 3), of B column `g`: those elements that stand in
+/// word `t` of four, in register `2 p` or `2 p + 1` of A and `p` of B the four words of part `p`. Of C and D it holds rows `g`
+/// (registers 0 and 1) and `g + 8` (2 and 3), columns 2 t and 2 t + 1.
 #[inline(always)]
-fn halves<const K: usize>(a: [&W; 4], b: [&W; 2], c: [&W; 4], number: impl Fn(u32) -> f32) -> [W; 4] {
-    let mut left = [[0.0; ROWS]; K];
-    let mut right = [[0.0; COLUMNS]; K];
-    for lane in 0..LANES {
-        let (g, t) = (lane / 4, lane % 4);
-        for part in 0..K / 8 {
-            let k = 2 * t + 8 * part;
-            for half in 0..2 {
-                let pair = a[2 * part + half][lane];
-                left[k][g + 8 * half] = number(pair & 0xffff);
-                left[k + 1][g + 8 * half] = number(pair >> 16);
-            }
-            right[k][g] = number(b[part][lane] & 0xffff);
-            right[k + 1][g] = number(b[part][lane] >> 16);
-        }
-    }
-    product(&left, &right, c)
-}
-
-/// Elements of 32 bits of which the upper 19 count. Lane `4 g + t` holds of A rows `g` (registers 0 and 2) and `g + 8` (1
-/// and 3) at k = t (0 and 1) and t + 4 (2 and 3); of B column `g` at k = t (0) and t + 4 (1).
-#[inline(always)]
-fn words<const K: usize>(a: [&W; 4], b: [&W; 2], c: [&W; 4]) -> [W; 4] {
-    let number = |bits: u32| f32_of(bits & 0xffff_e000);
-    let mut left = [[0.0; ROWS]; K];
-    let mut right = [[0.0; COLUMNS]; K];
-    for lane in 0..LANES {
-        let (g, t) = (lane / 4, lane % 4);
-        for part in 0..K / 4 {
-            for half in 0..2 {
-                left[t + 4 * part][g + 8 * half] = number(a[2 * part + half][lane]);
-            }
-            right[t + 4 * part][g] = number(b[part][lane]);
-        }
-    }
-    product(&left, &right, c)
-}
-
-/// Lane `4 g + t` holds of C and D rows `g` (registers 0 and 1) and `g + 8` (2 and 3), columns 2 t and 2 t + 1.
-#[inline(always)]
-fn product<const K: usize>(left: &[[f32; ROWS]; K], right: &[[f32; COLUMNS]; K], c: [&W; 4]) -> [W; 4] {
-    let mut sums = [[0.0f32; COLUMNS]; ROWS];
-    for lane in 0..LANES {
-        let (g, t) = (lane / 4, lane % 4);
-        for register in 0..4 {
-            sums[g + 8 * (register / 2)][2 * t + register % 2] = f32_of(c[register][lane]);
-        }
-    }
-    for row in 0..ROWS {
-        let mut sum = sums[row];
-        for k in 0..K {
-            for column in 0..COLUMNS {
-                sum[column] = left[k][row].mul_add(right[k][column], sum[column]);
+fn product<const PARTS: usize, const N: usize>(
+    a: [&W; 4],
+    b: [&W; 2],
+    c: [&W; 4],
+    elements: impl Fn(u32) -> [f32; N],
+) -> [W; 4] {
+    // Rows of B: of part p, word t, element n.
+    let mut right = [[[[0.0f32; COLUMNS]; N]; 4]; PARTS];
+    for part in 0..PARTS {
+        let words = unpack(b[part], &elements);
+        for t in 0..4 {
+            for n in 0..N {
+                for g in 0..COLUMNS {
+                    right[part][t][n][g] = words[n][4 * g + t];
+                }
             }
         }
-        sums[row] = sum;
     }
     let mut d = [[0; LANES]; 4];
-    for lane in 0..LANES {
-        let (g, t) = (lane / 4, lane % 4);
-        for register in 0..4 {
-            d[register][lane] = bits_of(sums[g + 8 * (register / 2)][2 * t + register % 2]);
+    for half in 0..2 {
+        let (even, odd) = (c[2 * half], c[2 * half + 1]);
+        let left: [[[f32; LANES]; N]; PARTS] = std::array::from_fn(|part| unpack(a[2 * part + half], &elements));
+        for g in 0..8 {
+            let mut sums = [0.0f32; COLUMNS];
+            for t in 0..4 {
+                sums[2 * t] = f32_of(even[4 * g + t]);
+                sums[2 * t + 1] = f32_of(odd[4 * g + t]);
+            }
+            for part in 0..PARTS {
+                for t in 0..4 {
+                    for n in 0..N {
+                        let factor = left[part][n][4 * g + t];
+                        for column in 0..COLUMNS {
+                            sums[column] = factor.mul_add(right[part][t][n][column], sums[column]);
+                        }
+                    }
+                }
+            }
+            let bits = sums.map(bits_of);
+            for t in 0..4 {
+                d[2 * half][4 * g + t] = bits[2 * t];
+                d[2 * half + 1][4 * g + t] = bits[2 * t + 1];
+            }
         }
     }
     d
+}
+
+/// The elements of every lane's word.
+#[inline(always)]
+fn unpack<const N: usize>(words: &W, elements: &impl Fn(u32) -> [f32; N]) -> [[f32; LANES]; N] {
+    let mut unpacked = [[0.0; LANES]; N];
+    for lane in 0..LANES {
+        let elements = elements(words[lane]);
+        for n in 0..N {
+            unpacked[n][lane] = elements[n];
+        }
+    }
+    unpacked
 }
 
 #[cfg(test)]

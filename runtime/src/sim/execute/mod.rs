@@ -5,8 +5,13 @@ mod arithmetic;
 mod exchange;
 mod matrix;
 
+use arithmetic::each_lane;
+
 use super::control_flow::NEVER;
-use super::program::{Check, Combine, Instruction, NO_SLOT, Op, PredicateOp, Program, Slot};
+use super::numbers::{bit_field, insert_bits};
+use super::program::{
+    Check, Combine, CompareKind, Conversion, Instruction, NO_SLOT, Op, PredicateOp, Program, Slot, VoteOp,
+};
 use super::shadow::LANES;
 use super::spaces::{Checked, Memory, Raised};
 use super::warp::{FULL, Parted, State, Warp};
@@ -183,164 +188,103 @@ impl Execution<'_, '_> {
     /// An instruction that neither jumps nor stops the warp.
     #[inline(always)]
     fn operate(&mut self, op: Op, lanes: u32) -> Checked<()> {
-        let mut word = [0u32; LANES];
-        let mut double = [0u64; LANES];
         match op {
             Op::Unary32 { op, d, a } => {
-                arithmetic::unary32(op, self.word(a), &mut word);
-                self.put_word(d, lanes, &word);
+                self.put_word(d, lanes, &arithmetic::unary32(op, self.word(a)));
             }
             Op::Binary32 { op, d, a, b } => {
-                arithmetic::binary32(op, self.word(a), self.word(b), &mut word);
-                self.put_word(d, lanes, &word);
+                self.put_word(d, lanes, &arithmetic::binary32(op, self.word(a), self.word(b)));
             }
             Op::Ternary32 { op, d, a, b, c } => {
-                arithmetic::ternary32(op, self.word(a), self.word(b), self.word(c), &mut word);
-                self.put_word(d, lanes, &word);
+                self.put_word(d, lanes, &arithmetic::ternary32(op, self.word(a), self.word(b), self.word(c)));
             }
             Op::Lop3 { d, a, b, c, table } => {
-                arithmetic::lop3(table, self.word(a), self.word(b), self.word(c), &mut word);
-                self.put_word(d, lanes, &word);
+                self.put_word(d, lanes, &arithmetic::lop3(table, self.word(a), self.word(b), self.word(c)));
             }
             Op::BitFieldInsert32 { d, a, b, c, e } => {
                 let (a, b, c, e) = (self.word(a), self.word(b), self.word(c), self.word(e));
-                for lane in 0..LANES {
-                    word[lane] =
-                        super::numbers::insert_bits(u64::from(a[lane]), u64::from(b[lane]), c[lane], e[lane], 32)
-                            as u32;
-                }
-                self.put_word(d, lanes, &word);
+                let inserted = |lane: usize| insert_bits(a[lane].into(), b[lane].into(), c[lane], e[lane], 32) as u32;
+                self.put_word(d, lanes, &each_lane(inserted));
             }
             Op::Float32 { op, mode, d, a, b, c } => {
-                arithmetic::float32(op, mode, self.word(a), self.word(b), self.word(c), &mut word);
-                self.put_word(d, lanes, &word);
+                self.put_word(d, lanes, &arithmetic::float32(op, mode, self.word(a), self.word(b), self.word(c)));
             }
             Op::Bf16 { op, packed, relu, d, a, b, c } => {
-                arithmetic::bf16(op, packed, relu, self.word(a), self.word(b), self.word(c), &mut word);
-                self.put_word(d, lanes, &word);
+                let value = arithmetic::bf16(op, packed, relu, self.word(a), self.word(b), self.word(c));
+                self.put_word(d, lanes, &value);
             }
             Op::Unary64 { op, d, a } => {
-                arithmetic::unary64(op, self.double(a), &mut double);
-                self.put_double(d, lanes, &double);
+                self.put_double(d, lanes, &arithmetic::unary64(op, self.double(a)));
             }
             Op::Binary64 { op, d, a, b } => {
-                arithmetic::binary64(op, self.double(a), self.double(b), &mut double);
-                self.put_double(d, lanes, &double);
+                self.put_double(d, lanes, &arithmetic::binary64(op, self.double(a), self.double(b)));
             }
             Op::Ternary64 { op, d, a, b, c } => {
-                arithmetic::ternary64(op, self.double(a), self.double(b), self.double(c), &mut double);
-                self.put_double(d, lanes, &double);
+                self.put_double(d, lanes, &arithmetic::ternary64(op, self.double(a), self.double(b), self.double(c)));
             }
             Op::Shift64 { op, d, a, b } => {
-                arithmetic::shift64(op, self.double(a), self.word(b), &mut double);
-                self.put_double(d, lanes, &double);
+                self.put_double(d, lanes, &arithmetic::shift64(op, self.double(a), self.word(b)));
             }
             Op::BitFieldExtract64 { signed, d, a, b, c } => {
                 let (a, b, c) = (self.double(a), self.word(b), self.word(c));
-                for lane in 0..LANES {
-                    double[lane] = super::numbers::bit_field(a[lane], b[lane], c[lane], 64, signed);
-                }
-                self.put_double(d, lanes, &double);
+                self.put_double(d, lanes, &each_lane(|lane| bit_field(a[lane], b[lane], c[lane], 64, signed)));
             }
             Op::BitFieldInsert64 { d, a, b, c, e } => {
                 let (a, b, c, e) = (self.double(a), self.double(b), self.word(c), self.word(e));
-                for lane in 0..LANES {
-                    double[lane] = super::numbers::insert_bits(a[lane], b[lane], c[lane], e[lane], 64);
-                }
-                self.put_double(d, lanes, &double);
+                self.put_double(d, lanes, &each_lane(|lane| insert_bits(a[lane], b[lane], c[lane], e[lane], 64)));
             }
             Op::Widen { op, d, a } => {
-                arithmetic::widen(op, self.word(a), &mut double);
-                self.put_double(d, lanes, &double);
+                self.put_double(d, lanes, &arithmetic::widen(op, self.word(a)));
             }
             Op::Narrow { op, d, a } => {
-                arithmetic::narrow(op, self.double(a), &mut word);
-                self.put_word(d, lanes, &word);
+                self.put_word(d, lanes, &arithmetic::narrow(op, self.double(a)));
             }
             Op::MultiplyWide { signed, d, a, b } => {
-                arithmetic::multiply_wide(signed, self.word(a), self.word(b), &mut double);
-                self.put_double(d, lanes, &double);
+                self.put_double(d, lanes, &arithmetic::multiply_wide(signed, self.word(a), self.word(b)));
             }
             Op::MultiplyAddWide { signed, d, a, b, c } => {
-                arithmetic::multiply_wide(signed, self.word(a), self.word(b), &mut double);
+                let product = arithmetic::multiply_wide(signed, self.word(a), self.word(b));
                 let c = self.double(c);
-                for lane in 0..LANES {
-                    double[lane] = double[lane].wrapping_add(c[lane]);
-                }
-                self.put_double(d, lanes, &double);
+                self.put_double(d, lanes, &each_lane(|lane| product[lane].wrapping_add(c[lane])));
             }
             Op::Convert { conversion, wide_source, result, d, a } => {
-                for lane in 0..LANES {
-                    let bits = if wide_source { self.double(a)[lane] } else { u64::from(self.word(a)[lane]) };
-                    let value = arithmetic::convert(conversion, bits);
-                    let extended = match arithmetic::sign_extends(conversion.to) {
-                        Some(bits) => ((value << (64 - bits)) as i64 >> (64 - bits)) as u64,
-                        None => value,
-                    };
-                    double[lane] = if result < 8 { extended & ((1 << (8 * result)) - 1) } else { extended };
-                    word[lane] = double[lane] as u32;
-                }
-                if result == 8 {
-                    self.put_double(d, lanes, &double);
-                } else {
-                    self.put_word(d, lanes, &word);
-                }
+                self.convert(lanes, conversion, wide_source, result, d, a);
             }
             Op::PackHalves { d, low, high } => {
                 let (low, high) = (self.word(low), self.word(high));
-                for lane in 0..LANES {
-                    word[lane] = low[lane] & 0xffff | high[lane] << 16;
-                }
-                self.put_word(d, lanes, &word);
+                self.put_word(d, lanes, &each_lane(|lane| low[lane] & 0xffff | high[lane] << 16));
             }
             Op::UnpackHalves { low, high, a } => {
                 let a = *self.word(a);
-                for lane in 0..LANES {
-                    word[lane] = a[lane] & 0xffff;
-                }
-                self.put_word(low, lanes, &word);
-                for lane in 0..LANES {
-                    word[lane] = a[lane] >> 16;
-                }
-                self.put_word(high, lanes, &word);
+                self.put_word(low, lanes, &each_lane(|lane| a[lane] & 0xffff));
+                self.put_word(high, lanes, &each_lane(|lane| a[lane] >> 16));
             }
             Op::PackWords { d, low, high } => {
                 let (low, high) = (self.word(low), self.word(high));
-                for lane in 0..LANES {
-                    double[lane] = u64::from(low[lane]) | u64::from(high[lane]) << 32;
-                }
-                self.put_double(d, lanes, &double);
+                self.put_double(d, lanes, &each_lane(|lane| u64::from(low[lane]) | u64::from(high[lane]) << 32));
             }
             Op::UnpackWords { low, high, a } => {
                 let a = *self.double(a);
-                for lane in 0..LANES {
-                    word[lane] = a[lane] as u32;
-                }
-                self.put_word(low, lanes, &word);
-                for lane in 0..LANES {
-                    word[lane] = (a[lane] >> 32) as u32;
-                }
-                self.put_word(high, lanes, &word);
+                self.put_word(low, lanes, &each_lane(|lane| a[lane] as u32));
+                self.put_word(high, lanes, &each_lane(|lane| (a[lane] >> 32) as u32));
             }
             Op::PackQuarters { d, list } => {
+                let mut packed = [0; LANES];
                 for (part, &slot) in self.program.wide[list as usize][..4].iter().enumerate() {
                     for lane in 0..LANES {
-                        double[lane] |= u64::from(self.word(slot)[lane] & 0xffff) << (16 * part);
+                        packed[lane] |= u64::from(self.word(slot)[lane] & 0xffff) << (16 * part);
                     }
                 }
-                self.put_double(d, lanes, &double);
+                self.put_double(d, lanes, &packed);
             }
             Op::UnpackQuarters { a, list } => {
                 let a = *self.double(a);
                 for part in 0..4 {
-                    for lane in 0..LANES {
-                        word[lane] = (a[lane] >> (16 * part)) as u32 & 0xffff;
-                    }
-                    self.put_word(self.program.wide[list as usize][part], lanes, &word);
+                    let slot = self.program.wide[list as usize][part];
+                    self.put_word(slot, lanes, &each_lane(|lane| (a[lane] >> (16 * part)) as u32 & 0xffff));
                 }
             }
             Op::Compare { kind, comparison, combine, d, q, a, b, c } => {
-                use super::program::CompareKind;
                 let holds = match kind {
                     CompareKind::U64 | CompareKind::S64 | CompareKind::F64 => {
                         arithmetic::compare64(kind, comparison, self.double(a), self.double(b))
@@ -366,26 +310,19 @@ impl Execution<'_, '_> {
             Op::Select32 { d, a, b, p } => {
                 let choice = self.warp.predicates[usize::from(p)];
                 let (a, b) = (self.word(a), self.word(b));
-                for lane in 0..LANES {
-                    word[lane] = if choice >> lane & 1 == 1 { a[lane] } else { b[lane] };
-                }
-                self.put_word(d, lanes, &word);
+                let chosen = |lane: usize| if choice >> lane & 1 == 1 { a[lane] } else { b[lane] };
+                self.put_word(d, lanes, &each_lane(chosen));
             }
             Op::Select64 { d, a, b, p } => {
                 let choice = self.warp.predicates[usize::from(p)];
                 let (a, b) = (self.double(a), self.double(b));
-                for lane in 0..LANES {
-                    double[lane] = if choice >> lane & 1 == 1 { a[lane] } else { b[lane] };
-                }
-                self.put_double(d, lanes, &double);
+                let chosen = |lane: usize| if choice >> lane & 1 == 1 { a[lane] } else { b[lane] };
+                self.put_double(d, lanes, &each_lane(chosen));
             }
             Op::SelectBySign { float, d, a, b, c } => {
                 let (a, b, c) = (self.word(a), self.word(b), self.word(c));
-                for lane in 0..LANES {
-                    let first = if float { f32::from_bits(c[lane]) >= 0.0 } else { c[lane] as i32 >= 0 };
-                    word[lane] = if first { a[lane] } else { b[lane] };
-                }
-                self.put_word(d, lanes, &word);
+                let first = |bits: u32| if float { f32::from_bits(bits) >= 0.0 } else { bits as i32 >= 0 };
+                self.put_word(d, lanes, &each_lane(|lane| if first(c[lane]) { a[lane] } else { b[lane] }));
             }
             Op::Predicate { op, d, a, b } => {
                 let (a, b) = (self.warp.predicates[usize::from(a)], self.warp.predicates[usize::from(b)]);
@@ -446,7 +383,7 @@ impl Execution<'_, '_> {
                 exchange::check_members(self.word(members), lanes, "vote.sync")?;
                 let condition = self.warp.predicates[usize::from(a)];
                 let value = exchange::vote(op, if negated { !condition } else { condition }, lanes);
-                if op == super::program::VoteOp::Ballot {
+                if op == VoteOp::Ballot {
                     self.put_word(d, lanes, &[value; LANES]);
                 } else {
                     self.put_predicate(d, lanes, value);
@@ -482,6 +419,25 @@ impl Execution<'_, '_> {
             Op::Branch { .. } | Op::Exit | Op::Barrier { .. } => unreachable!("the loop above runs these"),
         }
         Ok(())
+    }
+
+    /// A conversion that is rare: one lane after the other.
+    #[inline(never)]
+    fn convert(&mut self, lanes: u32, conversion: Conversion, wide_source: bool, result: u8, d: Slot, a: Slot) {
+        let converted: [u64; LANES] = each_lane(|lane| {
+            let bits = if wide_source { self.double(a)[lane] } else { u64::from(self.word(a)[lane]) };
+            let value = arithmetic::convert(conversion, bits);
+            let extended = match arithmetic::sign_extends(conversion.to) {
+                Some(bits) => ((value << (64 - bits)) as i64 >> (64 - bits)) as u64,
+                None => value,
+            };
+            if result < 8 { extended & ((1 << (8 * result)) - 1) } else { extended }
+        });
+        if result == 8 {
+            self.put_double(d, lanes, &converted);
+        } else {
+            self.put_word(d, lanes, &converted.map(|value| value as u32));
+        }
     }
 
     fn clock(&self) -> u64 {

@@ -7,7 +7,9 @@ use std::num::NonZeroUsize;
 
 use autograd::ops::{self, Activation, ConvolutionOptions, ScanInputs, ScanStepInputs};
 use autograd::{DType, Tape, Tensor, Var};
-use grafter_tests::check::{Input, Precision, Tolerance, agree, cases, check_operator, indices, tensor, widened};
+use grafter_tests::check::{
+    Input, Precision, Tolerance, agree, cases, check_operator, indices, tensor, verdict, widened,
+};
 use grafter_tests::compare::Bounds;
 use grafter_tests::random::Random;
 use grafter_tests::reference::{self, Convolution, Scan, silu};
@@ -261,6 +263,44 @@ impl ScanCase {
         });
         vec![result.output, result.last_state]
     }
+
+    /// Sizes of the terms that the outputs and the last state are sums of: the reference over absolute values. Rounding
+    /// errors are relative to them, however much the terms cancel.
+    fn terms(&self, inputs: &[Tensor]) -> Vec<Vec<f64>> {
+        let values: Vec<Vec<f64>> = inputs.iter().map(|input| widened(input).unwrap()).collect();
+        let signed =
+            [1, 2].into_iter().chain(self.delta_bias.then_some(5 + usize::from(self.d) + usize::from(self.gate)));
+        let mut sizes: Vec<Vec<f64>> =
+            values.iter().map(|values| values.iter().map(|value| value.abs()).collect()).collect();
+        for index in signed {
+            sizes[index].clone_from(&values[index]);
+        }
+        let gate = self.gate.then(|| {
+            sizes.remove(5 + usize::from(self.d));
+            &values[5 + usize::from(self.d)]
+        });
+        let mut terms = Self { gate: false, ..self.clone() }.reference(&sizes);
+        for (output, gate) in terms[0].iter_mut().zip(gate.into_iter().flatten()) {
+            *output *= silu(*gate).abs();
+        }
+        terms
+    }
+}
+
+/// Bounds for two ways to compute one scan in f32, in units of the terms of each result.
+const WAYS: Bounds = Bounds { relative_l2: Some(2e-6), relative_max: Some(4e-6) };
+
+/// That results agree within [`WAYS`], in units of the `terms` that each is a sum of.
+fn agree_by_terms(what: &str, got: &[f64], expected: &[f64], terms: &[f64]) -> Result<(), TestCaseError> {
+    // A result whose terms are all zero must be zero.
+    let scaled = |values: &[f64]| -> Vec<f64> {
+        values.iter().zip(terms).map(|(value, size)| value / size.max(f64::from(f32::MIN_POSITIVE))).collect()
+    };
+    prop_assert_eq!(got.len(), terms.len());
+    // Differences of numbers of at most size 1, beside 1.
+    let differences: Vec<f64> =
+        scaled(got).iter().zip(scaled(expected)).map(|(got, expected)| 1.0 + got - expected).collect();
+    verdict(what, &[got.len()], &differences, &vec![1.0; got.len()], WAYS).map_err(TestCaseError::fail)
 }
 
 /// Steps `start..end` of a `[batch, time, …]` tensor.
@@ -359,6 +399,7 @@ proptest! {
         let tape = Tape::inference();
         let whole = case.operator(&tape, &variables, None).unwrap();
         let expected = (widened(&whole[0]).unwrap(), widened(&whole[1]).unwrap());
+        let terms = case.terms(&inputs);
         let ScanCase { batch, time, channels, states, .. } = case;
 
         // Parameters have no time.
@@ -384,9 +425,8 @@ proptest! {
         second.push(first[1].clone());
         let second = with_state.operator(&tape, &second, None).unwrap();
         let halves = joined_or_empty(&[first[0].tensor().clone(), second[0].tensor().clone()]);
-        agree("halves", whole[0].shape(), &halves, &expected.0, Bounds::new(2e-6, 4e-6)).map_err(TestCaseError::fail)?;
-        agree("state", whole[1].shape(), &widened(&second[1]).unwrap(), &expected.1, Bounds::new(2e-6, 4e-6))
-            .map_err(TestCaseError::fail)?;
+        agree_by_terms("halves", &halves, &expected.0, &terms[0])?;
+        agree_by_terms("state", &widened(&second[1]).unwrap(), &expected.1, &terms[1])?;
 
         let mut state = initial;
         let mut outputs = Vec::new();
@@ -410,10 +450,9 @@ proptest! {
         }
         if !outputs.is_empty() {
             let got = joined_or_empty(&outputs);
-            agree("steps", whole[0].shape(), &got, &expected.0, Bounds::new(2e-6, 4e-6)).map_err(TestCaseError::fail)?;
+            agree_by_terms("steps", &got, &expected.0, &terms[0])?;
         }
-        agree("state after steps", whole[1].shape(), &widened(&state).unwrap(), &expected.1, Bounds::new(2e-6, 4e-6))
-            .map_err(TestCaseError::fail)?;
+        agree_by_terms("state after steps", &widened(&state).unwrap(), &expected.1, &terms[1])?;
     }
 
     /// The length of the chunks, which devices may take in parallel, changes neither results nor gradients.

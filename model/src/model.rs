@@ -223,20 +223,24 @@ impl Model {
         let tape = Tape::inference();
         let mut hidden = self.embed(&tape, &batch.tokens)?;
         let mut layers = Vec::with_capacity(self.layers.len());
-        for layer in &self.layers {
-            layers.push(match layer {
-                Some(layer) => {
-                    let normed = layer.norm(&tape, &self.parameters, layer.input_norm, &hidden)?;
-                    let (mixed, cache) = layer.mixer.prefill(&self.parameters, &normed, batch)?;
-                    hidden = ops::add(&tape, &hidden, &Var::constant(&mixed))?;
-                    hidden = layer.mlp_block(&tape, &self.parameters, &hidden)?;
-                    Some(cache)
-                }
-                None => None,
-            });
+        for (index, layer) in self.layers.iter().enumerate() {
+            let mut cache = None;
+            if let Some(layer) = layer {
+                let normed = layer.norm(&tape, &self.parameters, layer.input_norm, &hidden)?;
+                let (mixed, filled) = layer.mixer.prefill(&self.parameters, &normed, batch)?;
+                hidden = ops::add(&tape, &hidden, &Var::constant(&mixed))?;
+                cache = Some(filled);
+            }
+            // Nothing reads the last layer's other steps.
+            if index + 1 == self.layers.len() {
+                hidden = Var::constant(&ops::last_step(&hidden)?);
+            }
+            if let Some(layer) = layer {
+                hidden = layer.mlp_block(&tape, &self.parameters, &hidden)?;
+            }
+            layers.push(cache);
         }
-        let last = ops::last_step(&hidden)?;
-        let normed = self.final_norm(&tape, &Var::constant(&last))?;
+        let normed = self.final_norm(&tape, &hidden)?;
         let logits = self.head(&tape, &normed)?.cast(DType::F32)?;
         Ok((logits, Cache { layers, length: batch.time() }))
     }

@@ -182,25 +182,65 @@ impl Model {
         mut observe: impl FnMut(usize, &Var),
     ) -> Result<Var> {
         let mut hidden = self.embed(tape, &batch.tokens)?;
-        for (index, layer) in self.layers.iter().enumerate() {
-            if let Some(layer) = layer {
-                let _range = runtime::range(&format!("layer {index}"));
-                hidden = if self.checkpoint_layers {
-                    let parameters = &self.parameters;
-                    let mut outputs = tape.checkpoint(&[&hidden], move |tape, inputs| {
-                        layer
-                            .forward(tape, parameters, &inputs[0], batch)
-                            .map(|output| vec![output])
-                            .map_err(Error::into_autograd)
-                    })?;
-                    outputs.swap_remove(0)
-                } else {
-                    layer.forward(tape, &self.parameters, &hidden, batch)?
-                };
-            }
+        for index in 0..self.layers.len() {
+            hidden = self.layer(tape, index, hidden, batch)?;
             observe(index, &hidden);
         }
         self.final_norm(tape, &hidden)
+    }
+
+    /// The residual stream that enters the first layer, `[batch, time, hidden]`.
+    ///
+    /// # Errors
+    /// Those of the operator; a token id outside the vocabulary.
+    pub fn embedded(&self, tape: &Tape<'_>, batch: &TokenBatch) -> Result<Var> {
+        self.embed(tape, &batch.tokens)
+    }
+
+    /// The residual stream after some of the layers in order, from what enters the first of them: `[batch, time,
+    /// hidden]` to the same. [`Model::embedded`], all layers and [`Model::logits_of`] make [`Model::logits`]; whoever
+    /// compares models that differ in one layer computes what lies below it once.
+    ///
+    /// # Errors
+    /// Those of the operators.
+    pub fn through<'a>(
+        &'a self,
+        tape: &Tape<'a>,
+        hidden: &Var,
+        batch: &'a TokenBatch,
+        layers: std::ops::Range<usize>,
+    ) -> Result<Var> {
+        let mut hidden = hidden.clone();
+        for index in layers {
+            hidden = self.layer(tape, index, hidden, batch)?;
+        }
+        Ok(hidden)
+    }
+
+    /// Next-token logits, `[batch, time, vocabulary]`, from the residual stream after the last layer.
+    ///
+    /// # Errors
+    /// Those of the operators.
+    pub fn logits_of(&self, tape: &Tape<'_>, hidden: &Var) -> Result<Var> {
+        let normed = self.final_norm(tape, hidden)?;
+        self.head(tape, &normed)
+    }
+
+    /// What the mixer of one layer adds to the residual stream that enters the layer, `[batch, time, hidden]`; `None`
+    /// where the layer is the identity.
+    ///
+    /// # Errors
+    /// Those of the operators.
+    pub fn mixer_output(
+        &self,
+        tape: &Tape<'_>,
+        layer: usize,
+        hidden: &Var,
+        batch: &TokenBatch,
+    ) -> Result<Option<Var>> {
+        let Some(layer) = &self.layers[layer] else { return Ok(None) };
+        let normed = layer.norm(tape, &self.parameters, layer.input_norm, hidden)?;
+        layer.mixer.forward(tape, &self.parameters, &normed, batch).map(Some)
     }
 
     /// From the final norm's output to logits: `[…, hidden]` to `[…, vocabulary]`.
@@ -266,6 +306,23 @@ impl Model {
         cache.length += 1;
         let normed = self.final_norm(&tape, &hidden)?;
         Ok(self.head(&tape, &normed)?.cast(DType::F32)?.reshape(&[batch, self.config.vocabulary_size])?)
+    }
+
+    /// The residual stream after one layer.
+    fn layer<'a>(&'a self, tape: &Tape<'a>, index: usize, hidden: Var, batch: &'a TokenBatch) -> Result<Var> {
+        let Some(layer) = &self.layers[index] else { return Ok(hidden) };
+        let _range = runtime::range(&format!("layer {index}"));
+        if !self.checkpoint_layers {
+            return layer.forward(tape, &self.parameters, &hidden, batch);
+        }
+        let parameters = &self.parameters;
+        let mut outputs = tape.checkpoint(&[&hidden], move |tape, inputs| {
+            layer
+                .forward(tape, parameters, &inputs[0], batch)
+                .map(|output| vec![output])
+                .map_err(Error::into_autograd)
+        })?;
+        Ok(outputs.swap_remove(0))
     }
 
     fn embed(&self, tape: &Tape<'_>, tokens: &Tensor) -> Result<Var> {

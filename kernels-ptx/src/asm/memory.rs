@@ -265,6 +265,19 @@ impl<'a> Address<'a> {
             .collect()
     }
 
+    /// As [`Address::load_words`] where the condition holds, zeros elsewhere; memory is not touched there.
+    pub fn load_words_if(self, condition: Value<'a, Pred>, count: usize) -> Vec<Value<'a, U32>> {
+        self.parts(count)
+            .flat_map(|(address, width)| {
+                let words: Vec<Value<'a, U32>> = (0..width).map(|_| self.assembler.constant(0u32)).collect();
+                let opcode = address.opcode("ld", &vector("b32", width));
+                let line = Line::instruction(opcode, vec![words_piece(&words), address.piece()]);
+                self.assembler.push(line.when(condition.id, true));
+                words
+            })
+            .collect()
+    }
+
     /// Writes the element, rounded to its type.
     pub fn store(self, value: impl Operand<'a, F32>) {
         self.assembler.push(self.store_line(value));

@@ -31,6 +31,7 @@ kernels! {
     divergence: DivergenceForward, DivergenceBackward;
     elementwise: Elementwise;
     embedding: EmbeddingForward, EmbeddingOrder, EmbeddingBackward;
+    few_rows_product: FewRowsProduct;
     fill: Fill;
     layout: CopyColumns, RepeatChunks, SumChunks;
     loss_total: LossTotal;

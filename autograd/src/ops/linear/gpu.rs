@@ -1,6 +1,7 @@
 //! The GPU ways of [`linear`](super::linear()).
 
 use kernels_ptx::kernels::column_sums::ColumnSums;
+use kernels_ptx::kernels::few_rows_product::FewRowsProduct;
 use kernels_ptx::kernels::matrix_product::{MatrixProduct, Tile};
 use kernels_ptx::kernels::matrix_product_f32::MatrixProductF32;
 use runtime::Argument;
@@ -32,7 +33,39 @@ fn forward(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>, residual: Opt
     let a = Operand { tensor: input, width: inner, transposed: false };
     let b = Operand { tensor: &weight, width: inner, transposed: false };
     let shape = output_shape(input, &weight);
+    if let Some(product) = few_rows(input, &weight, bias.as_ref(), residual.as_ref(), &shape)? {
+        return Ok(product);
+    }
     product(a, b, [rows, outer, inner], (bias.as_ref(), residual.as_ref()), &shape, input.dtype())
+}
+
+/// The way for the few rows of a decoding step; `None` where it does not suit.
+fn few_rows(
+    input: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    residual: Option<&Tensor>,
+    shape: &[usize],
+) -> Result<Option<Tensor>> {
+    let (rows, depth, outer) = (input.rows(), input.last_dimension(), weight.shape()[0]);
+    let room = u32::try_from(rows).ok().filter(|&rows| rows > 0).and_then(FewRowsProduct::room);
+    let Some(room) = room.filter(|_| input.dtype() == DType::Bf16 && depth.is_multiple_of(8)) else { return Ok(None) };
+    let sizes = [rows as u64, outer as u64, depth as u64];
+    let [rows, outer, depth] = [
+        gpu::size(OPERATOR, "rows", rows)?,
+        gpu::size(OPERATOR, "columns", outer)?,
+        gpu::size(OPERATOR, "the depth", depth)?,
+    ];
+    let kernel =
+        FewRowsProduct { output: gpu::element(DType::Bf16), bias: bias.is_some(), residual: residual.is_some(), room };
+    let mut output = Output::new(input.device(), shape, DType::Bf16)?;
+    let mut arguments = vec![output.write(), gpu::read(input), gpu::read(weight)];
+    arguments.extend(bias.map(gpu::read));
+    arguments.extend(residual.map(gpu::read));
+    arguments.extend([rows, outer, depth].map(Argument::U32));
+    gpu::launch(OPERATOR, input.device(), &kernel, FewRowsProduct::grid(outer), &sizes, &arguments)?;
+    drop(arguments);
+    Ok(Some(output.tensor()))
 }
 
 fn input_gradient(gradient: &Tensor, input: &Tensor, weight: &Tensor) -> Result<Tensor> {

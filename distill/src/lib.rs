@@ -3,6 +3,7 @@
 //! - [`config`]: what a run does, from a TOML file and flags.
 //! - [`data`]: jsonl documents, packed token files, the order of training.
 //! - [`train`]: the loop behind `grafter distill` and `grafter train`, exactly resumable.
+//! - [`rank`]: which layers a model can do without.
 //! - [`perplexity`]: how well a model predicts documents.
 //! - [`mod@bench`], [`report`]: timings, and pages with tables and curves.
 //! - [`commands`]: the command line.
@@ -18,5 +19,6 @@ pub mod files;
 pub mod interruption;
 mod memory;
 pub mod perplexity;
+pub mod rank;
 pub mod report;
 pub mod train;

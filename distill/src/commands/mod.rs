@@ -10,6 +10,7 @@ mod generate;
 mod import;
 mod inspect;
 mod output;
+mod rank;
 mod run_flags;
 mod train;
 
@@ -45,6 +46,7 @@ enum Command {
     Import(import::Arguments),
     Inspect(inspect::Arguments),
     Devices(devices::Arguments),
+    Rank(rank::Arguments),
     Distill(distill::Arguments),
     Train(train::Arguments),
     Generate(generate::Arguments),
@@ -81,6 +83,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Import(arguments) => import::run(arguments),
         Command::Inspect(arguments) => inspect::run(arguments),
         Command::Devices(arguments) => devices::run(arguments),
+        Command::Rank(arguments) => rank::run(arguments),
         Command::Distill(arguments) => distill::run(arguments),
         Command::Train(arguments) => train::run(arguments),
         Command::Generate(arguments) => generate::run(arguments),

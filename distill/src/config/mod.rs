@@ -11,6 +11,7 @@ use std::path::PathBuf;
 
 use autograd::ops::Divergence;
 use autograd::optimizer::{AdamWOptions, Decay, Schedule};
+use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 pub use resolve::{Override, differences, read, resolve, to_toml};
@@ -110,7 +111,7 @@ pub enum Trainable {
 }
 
 /// In which element type models compute.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum PrecisionKind {
     /// Matrices and activations in f32.

@@ -88,7 +88,7 @@ fn check_is_run(path: &Path) -> Result<()> {
 }
 
 /// Locks the folder itself, so that no lock file lies about. Where folders cannot be opened nothing is locked.
-fn lock(path: &Path) -> Result<Option<File>> {
+pub(crate) fn lock(path: &Path) -> Result<Option<File>> {
     if !cfg!(unix) {
         return Ok(None);
     }

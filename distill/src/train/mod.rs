@@ -33,6 +33,7 @@ use crate::interruption::Interrupted;
 pub use crate::interruption::Interruption;
 use checkpoint::{Checkpoint, DataState, State};
 use folder::RunFolder;
+pub(crate) use folder::lock as lock_folder;
 use metrics::Log;
 use models::Models;
 use objective::{Loss, Objective, Unread, first_bad_gradient};

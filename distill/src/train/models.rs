@@ -301,7 +301,10 @@ fn share_frozen(student: &mut Model, teacher: &Model) -> Result<()> {
 }
 
 /// SHA-256 of a model's configuration and weights.
-fn model_hash(folder: &Path, interruption: &Interruption) -> Result<String> {
+///
+/// # Errors
+/// When a file cannot be read; an interruption.
+pub(crate) fn model_hash(folder: &Path, interruption: &Interruption) -> Result<String> {
     let mut names: Vec<String> = fs::read_dir(folder)
         .with_context(|| format!("reading {}", folder.display()))?
         .filter_map(|entry| entry.ok()?.file_name().into_string().ok())

@@ -41,7 +41,7 @@ fn rows() -> impl Strategy<Value = usize> {
 fn vocabularies() -> impl Strategy<Value = usize> {
     prop_oneof![
         1 => Just(1usize), 4 => 2..40usize, 1 => 63..=65usize, 1 => 127..=129usize, 1 => 1023..=1025usize,
-        1 => Just(2056usize)
+        1 => Just(2056usize), 2 => (1..80usize).prop_map(|vectors| 8 * vectors)
     ]
 }
 
@@ -122,6 +122,76 @@ proptest! {
                 close(got, if *mask == 0.0 { 0.0 } else { expected })?;
             }
         }
+    }
+}
+
+/// Rows that GPUs keep in shared memory alone, in registers too, and that exceed both; in bf16, whose losses and gradients one
+/// kernel computes. More rows than blocks, some of which do not count.
+#[test]
+fn long_rows_of_bf16() {
+    // (rows, vocabulary): with 2 KiB to a round of 256 threads, 8 rounds are held in registers and 14 in shared memory.
+    for (rows, vocabulary) in
+        [(531, 8), (3, 16_376), (3, 16_384), (2, 28_680), (3, 45_064), (2, 53_248), (2, 65_544), (2, 131_072)]
+    {
+        let mut random = Random::new(vocabulary as u64);
+        let student = tensor(DType::Bf16, &[rows, vocabulary], &random.normals(rows * vocabulary, 2.0));
+        let teacher = tensor(DType::Bf16, &[rows, vocabulary], &random.normals(rows * vocabulary, 2.0));
+        let mask: Vec<f64> = (0..rows).map(|row| if row % 3 == 1 { 0.0 } else { 0.5 }).collect();
+        let labels: Vec<Option<usize>> =
+            (0..rows).map(|row| (row % 3 != 0 || rows == 2).then(|| random.below(vocabulary))).collect();
+        let [s, t] = [&student, &teacher].map(|logits| widened(logits).unwrap());
+        let log_softmax = |row: &[f64]| {
+            let greatest = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let sum: f64 = row.iter().map(|logit| (logit - greatest).exp()).sum();
+            row.iter().map(|logit| logit - greatest - sum.ln()).collect::<Vec<f64>>()
+        };
+
+        let mask_tensor = tensor(DType::F32, &[rows], &mask);
+        let options = DivergenceOptions {
+            divergence: Divergence::ReverseKl,
+            student_temperature: 1.0,
+            teacher_temperature: 1.0,
+            mask: Some(&mask_tensor),
+            denominator: 4.0,
+        };
+        let tape = Tape::new();
+        let result = ops::divergence(&tape, &tape.leaf(&student), &teacher, options).unwrap();
+        let per_token = reference::divergence(Kind::ReverseKl, &s, &t, vocabulary, 1.0, 1.0);
+        for (row, got) in widened(&result.per_token).unwrap().into_iter().enumerate() {
+            close(got, if mask[row] == 0.0 { 0.0 } else { per_token[row] }).unwrap();
+        }
+        let expected: Vec<f64> = (0..rows)
+            .flat_map(|row| {
+                let range = row * vocabulary..(row + 1) * vocabulary;
+                let (a, b) = (log_softmax(&s[range.clone()]), log_softmax(&t[range]));
+                let weight = mask[row] / 4.0;
+                let mean = per_token[row];
+                a.into_iter().zip(b).map(move |(a, b)| weight * a.exp() * (a - b - mean))
+            })
+            .collect();
+        let gradient = tape.backward(&result.loss).unwrap().take(&student).unwrap();
+        let shape = [rows, vocabulary];
+        // One rounding to bf16: at most 2^-8 of each value.
+        verdict("divergence", &shape, &widened(&gradient).unwrap(), &expected, Bounds::new(4e-3, 4e-3)).unwrap();
+
+        let tape = Tape::new();
+        let result = ops::cross_entropy(&tape, &tape.leaf(&student), &tensor_of_labels(&labels), 4.0).unwrap();
+        let expected = reference::cross_entropy(&s, &labels, vocabulary);
+        for (got, expected) in widened(&result.per_token).unwrap().into_iter().zip(expected) {
+            close(got, expected).unwrap();
+        }
+        let expected: Vec<f64> = (0..rows)
+            .flat_map(|row| {
+                let label = labels[row];
+                let log_q = log_softmax(&s[row * vocabulary..(row + 1) * vocabulary]);
+                log_q.into_iter().enumerate().map(move |(token, log_q)| match label {
+                    None => 0.0,
+                    Some(label) => (log_q.exp() - if token == label { 1.0 } else { 0.0 }) / 4.0,
+                })
+            })
+            .collect();
+        let gradient = tape.backward(&result.loss).unwrap().take(&student).unwrap();
+        verdict("cross-entropy", &shape, &widened(&gradient).unwrap(), &expected, Bounds::new(4e-3, 4e-3)).unwrap();
     }
 }
 

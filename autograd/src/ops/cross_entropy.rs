@@ -5,6 +5,7 @@ use kernels_ptx::kernels::loss_total::LossTotal;
 use rayon::prelude::*;
 use runtime::Argument;
 
+use super::vocabulary_loss::{FromLabels, Losses, Results, scale_by};
 use crate::cpu::{self, LogSumExp};
 use crate::gpu::{self, Output};
 use crate::{DType, Error, Result, Tape, Tensor, Var, check};
@@ -52,6 +53,9 @@ pub fn cross_entropy(tape: &Tape<'_>, logits: &Var, labels: &Tensor, denominator
         });
         return Ok(CrossEntropy { loss, per_token });
     }
+    if let Some(loss) = record_fused(tape, logits, labels, denominator)? {
+        return Ok(loss);
+    }
     let (per_token, statistics) = forward_gpu(logits, labels)?;
     let loss = total_gpu(OPERATOR, &per_token, None, denominator)?;
     let loss = tape.record_one(&[logits], loss, move |gradient, _| {
@@ -79,6 +83,31 @@ fn check_labels(labels: &Tensor, vocabulary: usize) -> Result<()> {
 pub(super) fn sizes(operator: &'static str, logits: &Tensor) -> Result<(u32, u32)> {
     let rows = gpu::size(operator, "the number of rows", logits.rows())?;
     Ok((rows, gpu::size(operator, "the vocabulary", logits.last_dimension())?))
+}
+
+/// By the kernel that computes the gradient together with the loss, where there is one.
+fn record_fused(tape: &Tape<'_>, logits: &Var, labels: &Tensor, denominator: f32) -> Result<Option<CrossEntropy>> {
+    let losses = Losses { teacher: None, labels: Some(FromLabels { labels, denominator, weight: 1.0 }) };
+    let with_gradient = tape.is_recording() && logits.needs_gradient();
+    let Some(kernel) = losses.kernel(logits, with_gradient) else { return Ok(None) };
+    let mut per_token = Output::new(logits.device(), labels.shape(), DType::F32)?;
+    let mut gradient = with_gradient.then(|| Output::like(logits)).transpose()?;
+    let results = Results {
+        divergences: None,
+        cross_entropies: Some(&mut per_token),
+        gradient: gradient.as_mut().map(|gradient| (gradient, 0)),
+    };
+    losses.launch(OPERATOR, &kernel, logits, 0, results)?;
+    let per_token = per_token.tensor();
+    let loss = total_gpu(OPERATOR, &per_token, None, denominator)?;
+    let loss = match gradient.map(Output::tensor) {
+        None => Var::constant(&loss),
+        Some(mut gradient) => tape.record_one(&[logits], loss, move |factor, _| {
+            scale_by(OPERATOR, &mut gradient, factor)?;
+            Ok(vec![Some(gradient)])
+        }),
+    };
+    Ok(Some(CrossEntropy { loss, per_token }))
 }
 
 /// The loss of every row, and the two parts of its log-sum-exp.

@@ -7,6 +7,7 @@ use rayon::prelude::*;
 use runtime::Argument;
 
 use super::cross_entropy::{sizes, total_gpu};
+use super::vocabulary_loss::{FromTeacher, Losses, Results, scale_by};
 use crate::cpu::{self, LogSumExp};
 use crate::gpu::{self, Output};
 use crate::{DType, Result, Tape, Tensor, Var, check};
@@ -108,6 +109,9 @@ impl Rows {
         mask: Tensor,
         denominator: f32,
     ) -> Result<DivergenceLoss> {
+        if let Some(loss) = self.record_fused(tape, student, teacher, &mask, denominator)? {
+            return Ok(loss);
+        }
         // Where the types differ, what bf16 would lose is kept.
         let dtype = student.dtype();
         let common = if dtype == teacher.dtype() { dtype } else { DType::F32 };
@@ -122,6 +126,46 @@ impl Rows {
             Ok(vec![Some(student_gradient.cast(dtype)?)])
         });
         Ok(DivergenceLoss { loss, per_token })
+    }
+
+    /// By the kernel that computes the gradient together with the loss, where there is one.
+    fn record_fused(
+        self,
+        tape: &Tape<'_>,
+        student: &Var,
+        teacher: &Tensor,
+        mask: &Tensor,
+        denominator: f32,
+    ) -> Result<Option<DivergenceLoss>> {
+        let teacher = FromTeacher {
+            logits: teacher,
+            weights: mask,
+            factors: [self.student_factor, self.teacher_factor],
+            denominator,
+            weight: 1.0,
+        };
+        let losses = Losses { teacher: Some(teacher), labels: None };
+        let with_gradient = tape.is_recording() && student.needs_gradient();
+        let kernel = losses.kernel(student, with_gradient).filter(|_| self.divergence == Divergence::ReverseKl);
+        let Some(kernel) = kernel else { return Ok(None) };
+        let mut per_token = Output::new(student.device(), mask.shape(), DType::F32)?;
+        let mut gradient = with_gradient.then(|| Output::like(student)).transpose()?;
+        let results = Results {
+            divergences: Some(&mut per_token),
+            cross_entropies: None,
+            gradient: gradient.as_mut().map(|gradient| (gradient, 0)),
+        };
+        losses.launch(OPERATOR, &kernel, student, 0, results)?;
+        let per_token = per_token.tensor();
+        let loss = total_gpu(OPERATOR, &per_token, Some(mask), denominator)?;
+        let loss = match gradient.map(Output::tensor) {
+            None => Var::constant(&loss),
+            Some(mut gradient) => tape.record_one(&[student], loss, move |factor, _| {
+                scale_by(OPERATOR, &mut gradient, factor)?;
+                Ok(vec![Some(gradient)])
+            }),
+        };
+        Ok(Some(DivergenceLoss { loss, per_token }))
     }
 
     /// The divergence of every row, and its statistics as the kernels define them.

@@ -23,6 +23,7 @@ mod rope;
 mod sampling;
 mod selective_scan;
 mod swiglu;
+mod vocabulary_loss;
 
 pub use attention::{AttentionOptions, attention};
 pub use causal_conv1d::{Activation, ConvolutionOptions, causal_conv1d, causal_conv1d_step};

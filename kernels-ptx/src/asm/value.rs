@@ -371,6 +371,11 @@ impl<'a> Value<'a, U32> {
         [self.low_bf16(), self.assembler.emit("and.b32", vec![self.piece(), upper])]
     }
 
+    /// The greater of the two bf16 in the lower halves beside that of the upper halves; of a NaN and a number, the number.
+    pub fn max_bf16_pairs(self, other: Self) -> Self {
+        self.binary("max.bf16x2", other)
+    }
+
     /// The bf16 in the lower half as f32.
     pub fn low_bf16(self) -> Value<'a, F32> {
         self.assembler.emit("shl.b32", vec![self.piece(), Piece::text("16")])

@@ -40,10 +40,12 @@ kernels! {
     rms_norm: RmsNormForward, RmsNormInputGradient, RmsNormWeightGradient;
     rope: Rope;
     sampling: ArgMax, Sample;
+    scale_by: ScaleBy;
     sum: Sum, Broadcast;
     selective_scan: SpanStates, ScanForward, SpanCarries, ScanBackward, CombineSpans, GroupSums, ScanStep;
     sum_parts: SumParts;
     swiglu: SwigluForward, SwigluBackward;
+    vocabulary_loss: VocabularyLoss;
 }
 
 /// Blocks of `threads` threads in x so that each of `count` elements has its own; `None` beyond the 2³¹ − 1 blocks that

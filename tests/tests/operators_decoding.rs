@@ -4,7 +4,8 @@
 // Helpers of tests fail as tests do.
 #![allow(clippy::unwrap_used)]
 
-use autograd::{DType, Tape, Tensor, Var, ops};
+use autograd::ops::{self, MambaStepInputs};
+use autograd::{DType, Tape, Tensor, Var};
 use grafter_tests::check::{agree, cases, tensor, widened};
 use grafter_tests::random::Random;
 use grafter_tests::reference;
@@ -82,4 +83,103 @@ proptest! {
             prop_assert_eq!(widened(&alone).unwrap(), values[(rows - 1) * outer..].to_vec());
         }
     }
+}
+
+/// The inputs of a step of a Mamba mixer.
+#[derive(Clone)]
+struct MambaCase {
+    window: Tensor,
+    state: Tensor,
+    projected: Tensor,
+    delta: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Option<Tensor>,
+    a_log: Tensor,
+    d: Tensor,
+    delta_bias: Option<Tensor>,
+}
+
+impl MambaCase {
+    fn inputs(&self) -> MambaStepInputs<'_> {
+        MambaStepInputs {
+            projected: &self.projected,
+            delta: &self.delta,
+            conv_weight: &self.conv_weight,
+            conv_bias: self.conv_bias.as_ref(),
+            a_log: &self.a_log,
+            d: &self.d,
+            delta_bias: self.delta_bias.as_ref(),
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(cases(128))]
+
+    #[test]
+    fn steps_of_a_mamba_mixer_equal_their_operators(
+        batch in prop_oneof![Just(0usize), 1..=3usize, 15..=17usize], chunks in 1..=3usize, repeats in 1..=4usize,
+        states in prop_oneof![4 => Just(16usize), 1 => Just(4usize), 1 => Just(8usize), 1 => Just(32usize), 1 => Just(5usize)],
+        taps in prop_oneof![3 => Just(4usize), 1 => 1..=6usize], repeated: bool, conv_bias: bool, delta_bias: bool, seed: u64,
+    ) {
+        let mut random = Random::new(seed);
+        let (xb, channels) = (chunks * states, chunks * states * repeats);
+        let convolved = if repeated { channels } else { xb };
+        let mut normal = |dtype, shape: &[usize]| tensor(dtype, shape, &random.normals(shape.iter().product(), 1.0));
+        for dtype in [DType::F32, DType::Bf16] {
+            let mut case = MambaCase {
+                window: normal(DType::F32, &[batch, convolved, taps]),
+                state: normal(DType::F32, &[batch, channels, states]),
+                projected: normal(dtype, &[batch, 2 * (channels + xb)]),
+                delta: normal(dtype, &[batch, channels]),
+                conv_weight: normal(DType::F32, &[convolved, taps]),
+                conv_bias: conv_bias.then(|| normal(DType::F32, &[convolved])),
+                a_log: normal(DType::F32, &[channels, states]),
+                d: normal(DType::F32, &[channels]),
+                delta_bias: delta_bias.then(|| normal(DType::F32, &[channels])),
+            };
+            let mut simple = case.clone();
+            for step in 0..2 {
+                let (mut window, mut state) = (case.window.clone(), case.state.clone());
+                let output = ops::mamba_step(&mut window, &mut state, case.inputs()).unwrap();
+                let (mut simple_window, mut simple_state) = (simple.window.clone(), simple.state.clone());
+                let expected =
+                    ops::mamba_step_by_operators(&mut simple_window, &mut simple_state, simple.inputs()).unwrap();
+                prop_assert_eq!(output.dtype(), dtype);
+                // The state is f32 in both; the same formulas in another order of a few operations. An output of bf16 may
+                // be rounded to the other neighbour.
+                let close = Bounds { relative_l2: Some(2e-6), relative_max: Some(4e-6) };
+                let bounds = if dtype == DType::Bf16 { ROUNDED } else { close };
+                for (name, found, expected, bounds) in [
+                    ("output", &output, &expected, bounds),
+                    ("window", &window, &simple_window, Bounds { relative_l2: Some(0.0), relative_max: Some(0.0) }),
+                    ("state", &state, &simple_state, if dtype == DType::Bf16 { ROUNDED } else { close }),
+                ] {
+                    let (values, expected) = (widened(found).unwrap(), widened(expected).unwrap());
+                    agree(name, found.shape(), &values, &expected, bounds)
+                        .map_err(|message| TestCaseError::fail(format!("{dtype} step {step}: {message}")))?;
+                }
+                (case.window, case.state, simple.window, simple.state) = (window, state, simple_window, simple_state);
+            }
+        }
+    }
+}
+
+#[test]
+fn sizes_that_leave_nothing_for_x_are_refused() {
+    let zeros = |shape: &[usize]| tensor(DType::F32, shape, &vec![0.0; shape.iter().product()]);
+    let case = MambaCase {
+        window: zeros(&[1, 32, 4]),
+        state: zeros(&[1, 32, 16]),
+        projected: zeros(&[1, 64]),
+        delta: zeros(&[1, 32]),
+        conv_weight: zeros(&[32, 4]),
+        conv_bias: None,
+        a_log: zeros(&[32, 16]),
+        d: zeros(&[32]),
+        delta_bias: None,
+    };
+    let (mut window, mut state) = (case.window.clone(), case.state.clone());
+    let message = ops::mamba_step(&mut window, &mut state, case.inputs()).unwrap_err().to_string();
+    assert!(message.contains("rows of 64 in `projected` leave 0 elements for x"), "{message}");
 }

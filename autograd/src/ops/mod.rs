@@ -18,6 +18,7 @@ mod elementwise;
 mod embedding;
 mod layout;
 mod linear;
+mod mamba_step;
 mod rms_norm;
 mod rope;
 mod sampling;
@@ -35,6 +36,7 @@ pub use elementwise::{add, add_in_place, mul, negative_exp, scale, scale_in_plac
 pub use embedding::embedding;
 pub use layout::{repeat_chunks, split, stack};
 pub use linear::{linear, linear_residual};
+pub use mamba_step::{MambaStepInputs, mamba_step, mamba_step_by_operators};
 pub use rms_norm::rms_norm;
 pub use rope::{RotaryScaling, RotaryTable, rope};
 pub use sampling::{NO_TOKEN, SamplingOptions, argmax, sample};

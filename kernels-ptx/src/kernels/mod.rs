@@ -35,6 +35,7 @@ kernels! {
     fill: Fill;
     layout: CopyColumns, RepeatChunks, SumChunks;
     loss_total: LossTotal;
+    mamba_step: MambaStep;
     matrix_product: MatrixProduct;
     matrix_product_f32: MatrixProductF32;
     rms_norm: RmsNormForward, RmsNormInputGradient, RmsNormWeightGradient;

@@ -1,0 +1,325 @@
+//! One decoding step of the M1-style Mamba mixer between its projections, in one launch: convolution and its state, SiLU,
+//! softplus, state-space update, skip and gate.
+//!
+//! - Of every row, `projected` holds z (`channels`), x, B (`xb` each) and C (`channels`). Chunks of `states` elements of x and B
+//!   serve `repeats` chunks of channels each, `channels = repeats · xb`. x is convolved with `taps` taps, before its repetition or
+//!   after it (`repeated`: every channel then has taps of its own).
+//! - `u = silu(convolution)`, `Δ = softplus(delta + bias)`, `h = e^(−Δ e^a_log) h + Δ u B`, `y = (C · h + D u) · silu(z)`. In bf16, u
+//!   is rounded as the operators on whole sequences do.
+//! - Layout: a block has the channels of one chunk of x, in up to `rows` rows of the batch, which share e^a_log. A channel's
+//!   states lie on neighbouring lanes, eight each. Every lane forms its channel's u; the convolution's state moves on when all
+//!   have read it.
+//! - Traffic: both states are read and written once; the rest is small beside them. Bound by memory.
+//! - Source: Gu and Dao 2023, "Mamba"; Wang et al. 2025, "M1", for the repetition.
+
+use crate::asm::{Address, Assembler, Description, F32, Global, Pred, U32, Value};
+use crate::{Element, Kernel, KernelSource, Target, Work};
+
+const THREADS: u32 = 128;
+/// States that are moved in one access.
+const VECTOR: u32 = 4;
+/// States of a lane.
+const LANE_STATES: u32 = 8;
+/// The most states of a channel: a warp's.
+const MOST_STATES: u32 = 256;
+/// The most taps.
+const MOST_TAPS: u32 = 8;
+/// Batches from which blocks take two rows each.
+const LARGE_BATCH: u32 = 16;
+
+/// One step of the mixer.
+///
+/// Parameters: `output` (`[batch, channels]`), `window` (f32 `[batch, convolved channels, taps]`), `state` (f32 `[batch, channels,
+/// states]`; all three written), `projected` (`[batch, 2 channels + 2 xb]`), `delta` (`[batch, channels]`, like the output),
+/// `taps` (f32 `[convolved channels, taps]`), `taps_bias` (f32 `[convolved channels]`, with one), `a_log` (f32 `[channels,
+/// states]`), `d` (f32 `[channels]`), `delta_bias` (f32 `[channels]`, with one), `batch`, `xb`, `repeats` (u32).
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct MambaStep {
+    /// Type of projections and output.
+    pub element: Element,
+    /// States of a channel, elements of a chunk: a power of two from 4 to 256.
+    pub states: u32,
+    /// Taps of the convolution, which its state holds too; 1 to 8.
+    pub taps: u32,
+    /// The convolution has a bias.
+    pub taps_bias: bool,
+    /// The step size has a bias.
+    pub delta_bias: bool,
+    /// x is repeated before the convolution.
+    pub repeated: bool,
+    /// Rows of a block: 1 or 2.
+    pub rows: u32,
+}
+
+impl MambaStep {
+    /// Whether there is a kernel for so many states and taps.
+    pub fn takes(states: u32, taps: u32) -> bool {
+        states.is_power_of_two() && (VECTOR..=MOST_STATES).contains(&states) && (1..=MOST_TAPS).contains(&taps)
+    }
+
+    /// Rows that a block best has.
+    pub fn best_rows(batch: u32) -> u32 {
+        if batch >= LARGE_BATCH { 2 } else { 1 }
+    }
+
+    /// Blocks; `None` when one launch cannot cover them.
+    pub fn grid(&self, batch: u32, xb: u32) -> Option<[u32; 3]> {
+        let parts = batch.div_ceil(self.rows);
+        (parts <= 65_535).then_some([xb / self.states, parts, 1])
+    }
+}
+
+impl KernelSource for MambaStep {
+    fn build(&self) -> Kernel {
+        let form = *self;
+        let Self { element, states, taps, taps_bias, delta_bias, repeated, rows } = form;
+        let flag = |set: bool, name: &'static str| if set { name } else { "" };
+        let bytes = element.bytes() as u64;
+        let (state_bytes, tap_bytes) = (8 * u64::from(states), 8 * u64::from(taps));
+        let description = Description {
+            name: format!(
+                "mamba_step_{element}_n{states}_w{taps}_r{rows}{}{}{}",
+                flag(taps_bias, "_taps_bias"),
+                flag(delta_bias, "_delta_bias"),
+                flag(repeated, "_repeated"),
+            ),
+            summary: format!(
+                "a decoding step of a Mamba mixer; a block has one chunk of x in {rows} rows, a lane {LANE_STATES} states"
+            ),
+            block: [THREADS, 1, 1],
+            target: Target::Sm80,
+            sizes: &["batch", "channels", "xb"],
+            work: move |sizes: &[u64]| {
+                let convolved = if repeated { sizes[1] } else { sizes[2] };
+                let of_row = sizes[1] * (state_bytes + 4 * bytes) + 2 * bytes * sizes[2] + tap_bytes * convolved;
+                let shared = sizes[1] * (4 * u64::from(states) + 8) + convolved * 4 * u64::from(taps + 1);
+                Work { bytes: sizes[0] * of_row + shared, operations: sizes[0] * sizes[1] * u64::from(6 * states + 40) }
+            },
+        };
+        Assembler::assemble(description, |k| {
+            let step = Step::new(k, form);
+            let lanes = (states / LANE_STATES).max(1);
+            let parts: Vec<u32> = (0..states / (lanes * VECTOR)).map(|part| part * lanes * VECTOR).collect();
+            let local = (step.repeats * states).named("channels_of_block");
+            k.for_(0, local * lanes, THREADS, |first| {
+                let index = first + k.thread();
+                let active = index.lt(local * lanes);
+                // Lanes without a channel repeat the last one, so that all take part in the sums.
+                let item = (index >> lanes.ilog2()).min(local - 1);
+                let first_state = (index & (lanes - 1)) * VECTOR;
+                let channel = step.first_channel + item;
+                let convolved = step.convolved(item);
+
+                k.comment("what all rows share");
+                let a_log = step.a_log.from_row(channel, states).at(first_state);
+                let rates: Vec<_> = of_parts(a_log, &parts)
+                    .into_iter()
+                    .map(|a_log| a_log.exp_precise() * -std::f32::consts::LOG2_E)
+                    .collect();
+                let taps = step.load_taps(convolved);
+                let bias = step.taps_bias.map(|bias| bias.at(convolved).load());
+                let delta_bias = step.delta_bias.map(|bias| bias.at(channel).load());
+                let skip = step.d.at(channel).load();
+
+                k.comment("what is loaded of each row, all at once");
+                let loaded: Vec<_> = step
+                    .rows
+                    .iter()
+                    .map(|row| {
+                        let state = step.state.from_row(row.index * step.channels + channel, states).at(first_state);
+                        // A lane that repeats another's channel must not read what that one writes.
+                        let owned = active & row.exists;
+                        let words = parts.iter().flat_map(|part| state.plus(i64::from(*part)).load_words_if(owned, 4));
+                        let values: Vec<_> = words.map(Value::as_f32).collect();
+                        let group = step.channels + step.xb + step.first_of_chunk;
+                        let b = of_parts(row.projected.at(group + first_state), &parts);
+                        let chunk = item & !(states - 1);
+                        let group = step.channels + step.xb * 2 + step.first_channel + chunk;
+                        let c = of_parts(row.projected.at(group + first_state), &parts);
+                        let window = step.load_window(row, convolved);
+                        let x = row.projected.at(step.channels + step.first_of_chunk + (item & (states - 1))).load();
+                        let z = row.projected.at(channel).load();
+                        let delta = step.delta.at(row.index * step.channels + channel).load();
+                        (state, values, b, c, window, x, z, delta)
+                    })
+                    .collect();
+
+                for (row, (state, values, b, c, window, x, z, delta)) in step.rows.iter().zip(loaded) {
+                    k.comment("convolution, step size");
+                    let mut sum = bias.unwrap_or_else(|| k.constant(0.0f32));
+                    for (tap, value) in taps.iter().zip(window.into_iter().skip(1).chain([x])) {
+                        sum = tap.fma(value, sum);
+                    }
+                    let u = sum * sum.sigmoid();
+                    let u = if element == Element::Bf16 { u.round_to_bf16() } else { u };
+                    let size = delta_bias.map_or(delta, |bias| delta + bias).softplus();
+                    let driven = size * u;
+
+                    k.comment("the states, the output");
+                    let mut new = Vec::new();
+                    let mut sum = k.constant(0.0f32);
+                    for (((rate, value), b), c) in rates.iter().zip(values).zip(b).zip(c) {
+                        let next = (size * *rate).exp2_flushed().fma(value, driven * b);
+                        sum = c.fma(next, sum);
+                        new.push(next);
+                    }
+                    let y = skip.fma(u, k.lanes_sum(sum, lanes));
+                    let y = y * (z * z.sigmoid());
+                    let place = step.output.at(row.index * step.channels + channel);
+                    k.if_(active & row.exists, || {
+                        for (part, new) in parts.iter().zip(new.chunks_exact(VECTOR as usize)) {
+                            state.plus((*part).into()).store_vector(new);
+                        }
+                    });
+                    place.store_if(active & row.exists & first_state.eq(0), y);
+                }
+            });
+
+            k.comment("when all have read it, the convolution's state moves by one column");
+            k.barrier();
+            let convolved_count = if repeated { local } else { k.constant(states) };
+            k.for_(k.thread(), convolved_count, THREADS, |item| {
+                for row in &step.rows {
+                    k.if_(row.exists, || {
+                        let convolved = step.convolved(item);
+                        let window = step.load_window(row, convolved);
+                        let x = row.projected.at(step.channels + step.first_of_chunk + (item & (states - 1))).load();
+                        let place = step.window_place(row, convolved);
+                        let moved: Vec<_> = window.into_iter().skip(1).chain([x]).collect();
+                        if form.taps == VECTOR {
+                            place.store_vector(&moved);
+                        } else {
+                            (0..).zip(moved).for_each(|(column, value)| place.plus(column).store(value));
+                        }
+                    });
+                }
+            });
+        })
+    }
+
+    fn configurations() -> Vec<Self> {
+        let of = |element, rows, repeated| Self {
+            element,
+            states: 16,
+            taps: 4,
+            taps_bias: true,
+            delta_bias: true,
+            repeated,
+            rows,
+        };
+        let mut all = super::float_elements(|element| of(element, 1, true));
+        all.extend(super::float_elements(|element| of(element, 2, true)));
+        all.extend(super::float_elements(|element| of(element, 1, false)));
+        all.extend(super::float_elements(|element| of(element, 2, false)));
+        all
+    }
+}
+
+/// A row of the batch.
+struct Row<'a> {
+    index: Value<'a, U32>,
+    /// Blocks of several rows repeat the last one.
+    exists: Value<'a, Pred>,
+    projected: Global<'a>,
+}
+
+/// The parameters, and the block's part of them.
+struct Step<'a> {
+    form: MambaStep,
+    output: Global<'a>,
+    window: Global<'a>,
+    state: Global<'a>,
+    delta: Global<'a>,
+    taps: Global<'a>,
+    taps_bias: Option<Global<'a>>,
+    a_log: Global<'a>,
+    d: Global<'a>,
+    delta_bias: Option<Global<'a>>,
+    xb: Value<'a, U32>,
+    repeats: Value<'a, U32>,
+    channels: Value<'a, U32>,
+    convolved_channels: Value<'a, U32>,
+    /// The chunk's first element of x and B.
+    first_of_chunk: Value<'a, U32>,
+    first_channel: Value<'a, U32>,
+    rows: Vec<Row<'a>>,
+}
+
+impl<'a> Step<'a> {
+    fn new(k: &'a Assembler, form: MambaStep) -> Self {
+        let output = k.write("output", form.element);
+        let (window, state) = (k.write("window", Element::F32), k.write("state", Element::F32));
+        let (projected, delta) = (k.read("projected", form.element), k.read("delta", form.element));
+        let taps = k.read("taps", Element::F32);
+        let taps_bias = form.taps_bias.then(|| k.read("taps_bias", Element::F32));
+        let (a_log, d) = (k.read("a_log", Element::F32), k.read("d", Element::F32));
+        let delta_bias = form.delta_bias.then(|| k.read("delta_bias", Element::F32));
+        let (batch, xb, repeats) = (k.u32("batch"), k.u32("xb"), k.u32("repeats"));
+        let channels = (xb * repeats).named("channels");
+        let first_of_chunk = (k.block() * form.states).named("first_of_chunk");
+        let first_channel = (first_of_chunk * repeats).named("first_channel");
+        let width = ((channels + xb) * 2).named("row_width");
+        let rows = (0..form.rows)
+            .map(|row| {
+                let index = k.block_y() * form.rows + row;
+                let exists = index.lt(batch);
+                let index = index.min(batch - 1);
+                Row { index, exists, projected: projected.from_row(index, width) }
+            })
+            .collect();
+        let convolved_channels = if form.repeated { channels } else { xb };
+        Self {
+            form,
+            output,
+            window,
+            state,
+            delta,
+            taps,
+            taps_bias,
+            a_log,
+            d,
+            delta_bias,
+            xb,
+            repeats,
+            channels,
+            convolved_channels,
+            first_of_chunk,
+            first_channel,
+            rows,
+        }
+    }
+
+    /// The convolved channel that belongs to a channel of the block.
+    fn convolved(&self, item: Value<'a, U32>) -> Value<'a, U32> {
+        match self.form.repeated {
+            true => self.first_channel + item,
+            false => self.first_of_chunk + (item & (self.form.states - 1)),
+        }
+    }
+
+    fn load_taps(&self, convolved: Value<'a, U32>) -> Vec<Value<'a, F32>> {
+        self.columns(self.taps.from_row(convolved, self.form.taps).first())
+    }
+
+    fn window_place(&self, row: &Row<'a>, convolved: Value<'a, U32>) -> Address<'a> {
+        self.window.from_row(row.index * self.convolved_channels + convolved, self.form.taps).first()
+    }
+
+    fn load_window(&self, row: &Row<'a>, convolved: Value<'a, U32>) -> Vec<Value<'a, F32>> {
+        self.columns(self.window_place(row, convolved))
+    }
+
+    /// As many values as there are taps.
+    fn columns(&self, place: Address<'a>) -> Vec<Value<'a, F32>> {
+        match self.form.taps {
+            VECTOR => place.load_vector::<{ VECTOR as usize }>().to_vec(),
+            taps => (0..taps).map(|column| place.plus(column.into()).load()).collect(),
+        }
+    }
+}
+
+/// Neighbouring values from each of these places on.
+fn of_parts<'a>(place: Address<'a>, parts: &[u32]) -> Vec<Value<'a, F32>> {
+    let load = |part: &u32| place.plus(i64::from(*part)).load_vector::<{ VECTOR as usize }>();
+    parts.iter().flat_map(load).collect()
+}

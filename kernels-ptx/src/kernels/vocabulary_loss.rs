@@ -629,8 +629,11 @@ impl<'a> Parts<'a> {
         }
         if let Some(student) = self.student {
             k.comment("over the part in shared memory");
-            k.wait_copies(0);
-            self.for_shared(|column| online.take(&self.kept(student, column)));
+            self.for_shared(|column| {
+                // In the loop, since assemblers move a wait before it up to the loads of the registers.
+                k.wait_copies(0);
+                online.take(&self.kept(student, column));
+            });
         }
         k.comment("over the rest");
         self.for_rest(|column, count| {

@@ -345,6 +345,15 @@ impl Tensor {
         Ok(self.make_unique()?.as_mut_slice()?)
     }
 
+    /// Overwrites the values with as many from host memory, in place unless anything else shares them.
+    ///
+    /// # Errors
+    /// [`Error::ElementType`] when `T` is not the element type; a runtime error for another number of values; driver errors.
+    pub fn overwrite<T: Element>(&mut self, values: &[T]) -> Result<()> {
+        self.expect_dtype(T::DTYPE)?;
+        Ok(self.make_unique()?.copy_from_host(bytemuck::cast_slice(values))?)
+    }
+
     /// Whether anything else holds the memory, so that it must not be written.
     pub(crate) fn is_shared(&self) -> bool {
         Arc::strong_count(&self.0) > 1 || Arc::strong_count(&self.0.storage) > 1

@@ -132,6 +132,12 @@ pub enum Error {
     },
 }
 
+impl From<runtime::Error> for Error {
+    fn from(error: runtime::Error) -> Self {
+        Self::Autograd(error.into())
+    }
+}
+
 impl Error {
     /// A refusal of the operating system: `action` is a verb ("read", "write", …).
     pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {

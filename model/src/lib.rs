@@ -13,6 +13,7 @@ pub mod batch;
 pub mod chat;
 pub mod checkpoint;
 pub mod config;
+pub mod decoder;
 mod error;
 pub mod generate;
 pub mod gguf;
@@ -24,5 +25,6 @@ mod model;
 pub mod tokenizer;
 
 pub use batch::TokenBatch;
+pub use decoder::Decoder;
 pub use error::{Error, Result};
 pub use model::{Cache, Model, Precision};

@@ -291,21 +291,33 @@ impl Model {
     /// Those of the operators; a batch of another size than the cache's.
     pub fn step(&self, tokens: &[u32], cache: &mut Cache) -> Result<Tensor> {
         let batch = tokens.len();
-        let device = self.parameters.get(self.embedding).value.device().clone();
+        let device = self.device();
+        let positions = Tensor::from_slice(device, &[batch, 1], &vec![cache.length as u32; batch])?;
+        cache.reserve(cache.length + 1)?;
+        let logits = self.step_on_device(&Tensor::from_slice(device, &[batch, 1], tokens)?, &positions, cache)?;
+        cache.length += 1;
+        Ok(logits.cast(DType::F32)?)
+    }
+
+    /// As [`Model::step`], with nothing that depends on values: tokens and positions are u32 `[batch, 1]` on the device, the cache
+    /// has room for them, and its length stays. The logits, `[batch, vocabulary]`, are in the activations' type.
+    pub(crate) fn step_on_device(&self, tokens: &Tensor, positions: &Tensor, cache: &mut Cache) -> Result<Tensor> {
         let tape = Tape::inference();
-        let positions = Tensor::from_slice(&device, &[batch, 1], &vec![cache.length as u32; batch])?;
-        let mut hidden = self.embed(&tape, &Tensor::from_slice(&device, &[batch, 1], tokens)?)?;
+        let mut hidden = self.embed(&tape, tokens)?;
         for (layer, cache) in self.layers.iter().zip(&mut cache.layers) {
             if let (Some(layer), Some(cache)) = (layer, cache) {
                 let normed = layer.norm(&tape, &self.parameters, layer.input_norm, &hidden)?;
-                let mixed = layer.mixer.step(&self.parameters, &normed, &positions, cache)?;
-                hidden = ops::add(&tape, &hidden, &Var::constant(&mixed))?;
-                hidden = layer.mlp_block(&tape, &self.parameters, &hidden)?;
+                let mixed = layer.mixer.step(&self.parameters, &normed, Some(&hidden), positions, cache)?;
+                hidden = layer.mlp_block(&tape, &self.parameters, &Var::constant(&mixed))?;
             }
         }
-        cache.length += 1;
         let normed = self.final_norm(&tape, &hidden)?;
-        Ok(self.head(&tape, &normed)?.cast(DType::F32)?.reshape(&[batch, self.config.vocabulary_size])?)
+        Ok(self.head(&tape, &normed)?.reshape(&tape, &[tokens.count(), self.config.vocabulary_size])?.tensor().clone())
+    }
+
+    /// The device that holds the weights.
+    pub fn device(&self) -> &Device {
+        self.parameters.get(self.embedding).value.device()
     }
 
     /// The residual stream after one layer.
@@ -342,7 +354,24 @@ impl Cache {
 
     /// Bytes of all layers' states.
     pub fn bytes(&self) -> usize {
-        self.layers.iter().flatten().map(MixerCache::bytes).sum()
+        self.layers.iter().flatten().map(|cache| cache.bytes(self.length)).sum()
+    }
+
+    /// Makes room for `length` tokens; whether that moved any layer's cache.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub(crate) fn reserve(&mut self, length: usize) -> Result<bool> {
+        let mut moved = false;
+        for cache in self.layers.iter_mut().flatten() {
+            moved |= cache.reserve(length)?;
+        }
+        Ok(moved)
+    }
+
+    /// Counts a token that was read by [`Model::step_on_device`].
+    pub(crate) fn advance(&mut self) {
+        self.length += 1;
     }
 }
 

@@ -1,14 +1,15 @@
 //! Operators on the caches of decoding. None is recorded: decoding has no backward.
 
-use kernels_ptx::kernels::decoding::ConvolutionState;
+use kernels_ptx::kernels::decoding::{Advance, ConvolutionState, ExtendCache};
 use rayon::prelude::*;
 use runtime::Argument;
 use runtime::matrix::{Matrix, MatrixMut, Threads, multiply};
 
-use super::attention::softmax;
+use super::attention::{Last, softmax};
 use super::layout::{Columns, copy_columns};
+use super::rope::{RotaryTable, frequencies_on, rope};
 use crate::gpu::{self, Output};
-use crate::{DType, Error, Result, Tensor, check};
+use crate::{DType, Error, Result, Tape, Tensor, Var, check};
 
 /// A copy of `cache` (f32 `[batch, room, …]`) with room for `room` steps of time; the new steps are unspecified.
 ///
@@ -141,10 +142,133 @@ pub fn convolution_state(input: &Tensor, width: usize) -> Result<Tensor> {
     })
 }
 
+/// One token per row on its way into the caches of attention.
+#[derive(Clone, Copy, Debug)]
+pub struct CacheStep<'a> {
+    /// `[batch, 1, query heads, head size]`.
+    pub query: &'a Tensor,
+    /// `[batch, 1, key heads, head size]`.
+    pub key: &'a Tensor,
+    /// Like `key`.
+    pub value: &'a Tensor,
+    /// u32 `[batch, 1]`: where each row's token stands, below the caches' room.
+    pub positions: &'a Tensor,
+    /// The rotation of query and key.
+    pub rotary: &'a RotaryTable,
+}
+
+/// Writes the rotated keys and the values of one token per row into their caches (`[batch, room, key heads, head size]`, of the
+/// step's element type) in place, and returns the rotated queries.
+///
+/// On GPUs, where reading the positions would make the host wait, a position beyond the room writes nothing.
+///
+/// # Errors
+/// Shape errors that name the argument; a table of another head size; on the CPU, a position beyond the room.
+pub fn extend_cache(keys: &mut Tensor, values: &mut Tensor, step: CacheStep<'_>) -> Result<Tensor> {
+    const OPERATOR: &str = "extend_cache";
+    let CacheStep { query, key, value, positions, rotary } = step;
+    check::is_float(OPERATOR, "query", query)?;
+    check::rank(OPERATOR, "query", query, 4, "[batch, 1, query heads, head size]")?;
+    check::rank(OPERATOR, "key", key, 4, "[batch, 1, key heads, head size]")?;
+    check::rank(OPERATOR, "keys", keys, 4, "[batch, room, key heads, head size]")?;
+    let ([batch, _, heads, size], [_, _, key_heads, _]) = (four(query), four(key));
+    let room = keys.shape()[1];
+    check::shape(OPERATOR, "query", query, &[batch, 1, heads, size])?;
+    for (name, tensor) in [("key", key), ("value", value)] {
+        check::shape(OPERATOR, name, tensor, &[batch, 1, key_heads, size])?;
+    }
+    for (name, cache) in [("keys", &*keys), ("values", &*values)] {
+        check::is_float(OPERATOR, name, cache)?;
+        check::shape(OPERATOR, name, cache, &[batch, room, key_heads, size])?;
+    }
+    check::is_u32(OPERATOR, "positions", positions)?;
+    check::shape(OPERATOR, "positions", positions, &[batch, 1])?;
+    if rotary.inverse_frequencies.len() * 2 != size {
+        let message = format!(
+            "heads of {size} dimensions and a table of {} frequencies: expected one for each pair",
+            rotary.inverse_frequencies.len()
+        );
+        return Err(Error::Invalid { operator: OPERATOR, message });
+    }
+    if !query.device().is_cpu() {
+        return extend_cache_gpu(OPERATOR, keys, values, step);
+    }
+    let tape = Tape::inference();
+    let rotate = |tensor: &Tensor| rope(&tape, &Var::constant(tensor), positions, rotary);
+    let (query, key) = (rotate(query)?, rotate(key)?);
+    let width = key_heads * size;
+    for (cache, new) in [(keys, key.tensor()), (values, value)] {
+        let new = new.host_f32()?;
+        let target = cache.make_mut::<f32>()?;
+        for (row, &position) in positions.host_slice::<u32>()?.iter().enumerate() {
+            let position = position as usize;
+            if position >= room {
+                let message = format!("position {position} in a cache with room for {room}");
+                return Err(Error::Invalid { operator: OPERATOR, message });
+            }
+            target[(row * room + position) * width..][..width].copy_from_slice(&new[row * width..][..width]);
+        }
+    }
+    Ok(query.tensor().clone())
+}
+
+fn extend_cache_gpu(
+    operator: &'static str,
+    keys: &mut Tensor,
+    values: &mut Tensor,
+    step: CacheStep<'_>,
+) -> Result<Tensor> {
+    let CacheStep { query, key, value, positions, rotary } = step;
+    let (device, dtype) = (query.device(), query.dtype());
+    let ([batch, _, heads, size], [_, room, key_heads, _]) = (four(query), four(keys));
+    let pairs = (batch * (heads + 2 * key_heads) * size / 2) as u64;
+    let number = |what, size| gpu::size(operator, what, size);
+    number("the number of steps of all caches", batch * room * key_heads)?;
+    let [batch, room, heads] = [number("the batch", batch)?, number("the room", room)?, number("the heads", heads)?];
+    let [key_heads, half] = [number("the key heads", key_heads)?, number("half the head size", size / 2)?];
+    let (key, value) = (key.cast(dtype)?, value.cast(dtype)?);
+    for cache in [&mut *keys, &mut *values] {
+        if cache.dtype() != dtype {
+            *cache = cache.cast(dtype)?;
+        }
+    }
+    let (element, frequencies) = (gpu::element(dtype), frequencies_on(device, rotary)?);
+    let mut rotated = Output::like(query)?;
+    let mut arguments = vec![
+        rotated.write(),
+        Argument::Write(keys.make_unique()?, element),
+        Argument::Write(values.make_unique()?, element),
+    ];
+    arguments.extend([query, &key, &value, positions, &frequencies].map(gpu::read));
+    arguments.push(Argument::F32(rotary.attention_factor));
+    arguments.extend([batch, room, heads, key_heads, half].map(Argument::U32));
+    gpu::launch(operator, device, &ExtendCache { element }, ExtendCache::grid(pairs), &[pairs], &arguments)?;
+    drop(arguments);
+    Ok(rotated.tensor())
+}
+
+/// Adds 1 to every position (u32), in place.
+///
+/// # Errors
+/// Element-type errors; driver errors.
+pub fn advance(positions: &mut Tensor) -> Result<()> {
+    const OPERATOR: &str = "advance";
+    check::is_u32(OPERATOR, "positions", positions)?;
+    if positions.device().is_cpu() {
+        positions.make_mut::<u32>()?.iter_mut().for_each(|position| *position += 1);
+        return Ok(());
+    }
+    let (device, count) = (positions.device().clone(), positions.count());
+    let sizes = [count as u64];
+    let count = gpu::size(OPERATOR, "the number of positions", count)?;
+    let target = Argument::Write(positions.make_unique()?, kernels_ptx::Element::U32);
+    gpu::launch(OPERATOR, &device, &Advance, Advance::grid(count.into()), &sizes, &[target, Argument::U32(count)])
+}
+
 /// Attention of the last `query time` positions over the first `length` positions of a cache.
 ///
-/// - `query` f32 `[batch, query time, query heads, head size]`
-/// - `keys`, `values` f32 `[batch, room, key heads, head size]`, `length` of `room` filled, the queries' own included
+/// - `query` `[batch, query time, query heads, head size]`
+/// - `keys`, `values` `[batch, room, key heads, head size]` (f32 on the CPU), `length` of `room` filled, the queries' own included
 /// - `scale` and `window` as in [`super::AttentionOptions`]; result like `query`
 ///
 /// # Errors
@@ -158,16 +282,9 @@ pub fn attention_cached(
     window: Option<usize>,
 ) -> Result<Tensor> {
     const OPERATOR: &str = "attention_cached";
-    check::is_float(OPERATOR, "query", query)?;
-    check::is_f32(OPERATOR, "keys", keys)?;
-    check::is_f32(OPERATOR, "values", values)?;
-    check::rank(OPERATOR, "query", query, 4, "[batch, query time, query heads, head size]")?;
-    check::rank(OPERATOR, "keys", keys, 4, "[batch, room, key heads, head size]")?;
-    check::shape(OPERATOR, "values", values, keys.shape())?;
-    let [batch, query_time, heads, head_size] = *query.shape() else { unreachable!("the rank was checked") };
-    let [_, room, key_heads, _] = *keys.shape() else { unreachable!("the rank was checked") };
-    check::shape(OPERATOR, "keys", keys, &[batch, room, key_heads, head_size])?;
-    if length > room || query_time > length || key_heads == 0 || !heads.is_multiple_of(key_heads) {
+    let [_, query_time, heads, _] = check_cached(OPERATOR, query, keys, values, window)?;
+    let (room, key_heads) = (keys.shape()[1], keys.shape()[2]);
+    if length > room || query_time > length {
         return Err(Error::Invalid {
             operator: OPERATOR,
             message: format!(
@@ -176,15 +293,85 @@ pub fn attention_cached(
             ),
         });
     }
-    if window == Some(0) {
-        let message = "a window of 0 keys: a query sees at least itself".to_owned();
+    if !query.device().is_cpu() {
+        return super::attention::cached(OPERATOR, query, keys, values, Last::Length(length), scale, window);
+    }
+    attention_cpu(query, keys, values, scale, window, |_, step| length - query_time + step + 1)
+}
+
+/// Attention of one token per row over a cache: each sees the positions up to its own.
+///
+/// As [`attention_cached`] with a query time of 1; `positions` u32 `[batch, 1]`, below the room (greater ones count as the last on
+/// GPUs, where reading them would make the host wait).
+///
+/// # Errors
+/// As [`attention_cached`]; on the CPU, a position beyond the room.
+pub fn attention_step(
+    query: &Tensor,
+    keys: &Tensor,
+    values: &Tensor,
+    positions: &Tensor,
+    scale: f32,
+    window: Option<usize>,
+) -> Result<Tensor> {
+    const OPERATOR: &str = "attention_step";
+    let [batch, query_time, ..] = check_cached(OPERATOR, query, keys, values, window)?;
+    check::is_u32(OPERATOR, "positions", positions)?;
+    check::shape(OPERATOR, "positions", positions, &[batch, 1])?;
+    if query_time != 1 {
+        let message = format!("{query_time} queries of each row: expected one");
         return Err(Error::Invalid { operator: OPERATOR, message });
     }
     if !query.device().is_cpu() {
-        return super::attention::cached(OPERATOR, query, keys, values, length, scale, window);
+        return super::attention::cached(OPERATOR, query, keys, values, Last::Positions(positions), scale, window);
     }
-    let (query_values, key_values) = (query.host_f32()?, keys.host_slice::<f32>()?);
-    let value_values = values.host_slice::<f32>()?;
+    let (positions, room) = (positions.host_slice::<u32>()?, keys.shape()[1]);
+    if let Some(position) = positions.iter().find(|&&position| position as usize >= room) {
+        let message = format!("position {position} in a cache with room for {room}");
+        return Err(Error::Invalid { operator: OPERATOR, message });
+    }
+    attention_cpu(query, keys, values, scale, window, |row, _| positions[row] as usize + 1)
+}
+
+/// The query's shape, which fits those of the caches.
+fn check_cached(
+    operator: &'static str,
+    query: &Tensor,
+    keys: &Tensor,
+    values: &Tensor,
+    window: Option<usize>,
+) -> Result<[usize; 4]> {
+    check::is_float(operator, "query", query)?;
+    check::is_float(operator, "keys", keys)?;
+    check::is_float(operator, "values", values)?;
+    check::rank(operator, "query", query, 4, "[batch, query time, query heads, head size]")?;
+    check::rank(operator, "keys", keys, 4, "[batch, room, key heads, head size]")?;
+    check::shape(operator, "values", values, keys.shape())?;
+    let ([batch, query_time, heads, head_size], [_, room, key_heads, _]) = (four(query), four(keys));
+    check::shape(operator, "keys", keys, &[batch, room, key_heads, head_size])?;
+    if key_heads == 0 || !heads.is_multiple_of(key_heads) {
+        let message = format!("{heads} query heads and {key_heads} key heads: key heads must divide query heads");
+        return Err(Error::Invalid { operator, message });
+    }
+    if window == Some(0) {
+        let message = "a window of 0 keys: a query sees at least itself".to_owned();
+        return Err(Error::Invalid { operator, message });
+    }
+    Ok([batch, query_time, heads, head_size])
+}
+
+/// `end` gives, for a row and a step of its queries, where the keys that the query sees end.
+fn attention_cpu(
+    query: &Tensor,
+    keys: &Tensor,
+    values: &Tensor,
+    scale: f32,
+    window: Option<usize>,
+    end: impl Fn(usize, usize) -> usize + Sync,
+) -> Result<Tensor> {
+    let ([_, query_time, heads, head_size], [_, room, key_heads, _]) = (four(query), four(keys));
+    let (query_values, key_values) = (query.host_f32()?, keys.host_f32()?);
+    let value_values = values.host_f32()?;
     // The query heads of one key head lie side by side: together they read its keys and values once.
     let group = heads / key_heads;
     let (group_width, stride) = (group * head_size, key_heads * head_size);
@@ -192,10 +379,11 @@ pub fn attention_cached(
         let queries = query_values.par_chunks(group_width.max(1));
         output.par_chunks_mut(group_width.max(1)).zip(queries).enumerate().for_each(|(index, (output, query))| {
             let (key_head, step) = (index % key_heads, index / key_heads % query_time);
-            let end = length - query_time + step + 1;
+            let row = index / key_heads / query_time;
+            let end = end(row, step);
             let first = window.map_or(0, |window| end.saturating_sub(window));
             let count = end - first;
-            let start = (index / key_heads / query_time * room + first) * stride + key_head * head_size;
+            let start = (row * room + first) * stride + key_head * head_size;
             let keys = Matrix::strided(&key_values[start..], count, head_size, stride);
             let values = Matrix::strided(&value_values[start..], count, head_size, stride);
             let mut scores = vec![0.0; group * count];
@@ -210,6 +398,12 @@ pub fn attention_cached(
         });
         Ok(())
     })
+}
+
+/// The dimensions of a tensor of rank 4.
+fn four(tensor: &Tensor) -> [usize; 4] {
+    let [a, b, c, d] = *tensor.shape() else { unreachable!("the rank was checked") };
+    [a, b, c, d]
 }
 
 fn batch_time_width(operator: &'static str, argument: &'static str, tensor: &Tensor) -> Result<(usize, usize, usize)> {

@@ -29,7 +29,9 @@ mod vocabulary_loss;
 pub use attention::{AttentionOptions, attention};
 pub use causal_conv1d::{Activation, ConvolutionOptions, causal_conv1d, causal_conv1d_step};
 pub use cross_entropy::{CrossEntropy, IGNORED_LABEL, cross_entropy};
-pub use decoding::{attention_cached, convolution_state, last_step, with_room, write_time};
+pub use decoding::{
+    CacheStep, advance, attention_cached, attention_step, convolution_state, extend_cache, last_step, with_room, write_time,
+};
 pub use divergence::{Divergence, DivergenceLoss, DivergenceOptions, divergence};
 pub(crate) use elementwise::square_sum_gpu;
 pub use elementwise::{add, add_in_place, mul, negative_exp, scale, scale_in_place, silu, softplus, sub, sum};
@@ -39,7 +41,7 @@ pub use linear::{linear, linear_residual};
 pub use mamba_step::{MambaStepInputs, mamba_step, mamba_step_by_operators};
 pub use rms_norm::rms_norm;
 pub use rope::{RotaryScaling, RotaryTable, rope};
-pub use sampling::{NO_TOKEN, SamplingOptions, argmax, sample};
+pub use sampling::{NO_TOKEN, SamplingOptions, argmax, argmax_into, sample, sample_into};
 pub use selective_scan::{
     ScanInputs, ScanOutput, ScanStepInputs, selective_scan, selective_scan_in_chunks, selective_scan_step,
 };

@@ -191,7 +191,7 @@ fn rotate_gpu(input: &Tensor, positions: &Tensor, table: &RotaryTable, direction
 
 /// The table's frequencies on the device. They are copied there once: a model has one or two geometries, and a copy at
 /// every call would make the host wait.
-fn frequencies_on(device: &Device, table: &RotaryTable) -> Result<Tensor> {
+pub(super) fn frequencies_on(device: &Device, table: &RotaryTable) -> Result<Tensor> {
     type Copies = HashMap<(DeviceKind, Vec<u32>), Tensor>;
     static COPIES: OnceLock<Mutex<Copies>> = OnceLock::new();
     let mut copies = COPIES.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);

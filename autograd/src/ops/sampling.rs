@@ -29,18 +29,28 @@ pub struct SamplingOptions {
 /// # Errors
 /// An empty vocabulary; element-type errors.
 pub fn argmax(logits: &Tensor) -> Result<Tensor> {
+    let mut tokens = Output::new(logits.device(), choices(logits), DType::U32)?.tensor();
+    argmax_into(&mut tokens, logits)?;
+    Ok(tokens)
+}
+
+/// As [`argmax`], into a u32 tensor with an element for each row of logits, in place.
+///
+/// # Errors
+/// As [`argmax`]; another number of elements.
+pub fn argmax_into(tokens: &mut Tensor, logits: &Tensor) -> Result<()> {
     const OPERATOR: &str = "argmax";
     check_logits(OPERATOR, logits)?;
+    check_tokens(OPERATOR, tokens, logits)?;
     if logits.device().is_cpu() {
-        return choose_cpu(logits, |_, row| greatest(row));
+        return choose_cpu(tokens, logits, |_, row| greatest(row));
     }
     let (rows, vocabulary) = sizes(OPERATOR, logits)?;
     let kernel = ArgMax { element: gpu::element(logits.dtype()), vector: takes_vectors(vocabulary) };
-    let mut tokens = Output::new(logits.device(), choices(logits), DType::U32)?;
-    let arguments = [tokens.write(), gpu::read(logits), Argument::U32(vocabulary)];
+    let target = Argument::Write(tokens.make_unique()?, kernels_ptx::Element::U32);
+    let arguments = [target, gpu::read(logits), Argument::U32(vocabulary)];
     let sizes = [rows.into(), vocabulary.into()];
-    gpu::launch(OPERATOR, logits.device(), &kernel, Some([rows, 1, 1]), &sizes, &arguments)?;
-    Ok(tokens.tensor())
+    gpu::launch(OPERATOR, logits.device(), &kernel, Some([rows, 1, 1]), &sizes, &arguments)
 }
 
 /// A random index for each row, with the probabilities that the options leave; [`NO_TOKEN`] where a logit is NaN.
@@ -54,8 +64,19 @@ pub fn argmax(logits: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// Options out of their ranges; an empty vocabulary; shape and element-type errors.
 pub fn sample(logits: &Tensor, uniforms: &Tensor, options: SamplingOptions) -> Result<Tensor> {
+    let mut tokens = Output::new(logits.device(), choices(logits), DType::U32)?.tensor();
+    sample_into(&mut tokens, logits, uniforms, options)?;
+    Ok(tokens)
+}
+
+/// As [`sample`], into a u32 tensor with an element for each row of logits, in place.
+///
+/// # Errors
+/// As [`sample`]; another number of elements.
+pub fn sample_into(tokens: &mut Tensor, logits: &Tensor, uniforms: &Tensor, options: SamplingOptions) -> Result<()> {
     const OPERATOR: &str = "sample";
     check_logits(OPERATOR, logits)?;
+    check_tokens(OPERATOR, tokens, logits)?;
     check::shape(OPERATOR, "uniforms", uniforms, choices(logits))?;
     check::is_f32(OPERATOR, "uniforms", uniforms)?;
     check::positive(OPERATOR, "temperature", options.temperature)?;
@@ -68,14 +89,14 @@ pub fn sample(logits: &Tensor, uniforms: &Tensor, options: SamplingOptions) -> R
     }
     if logits.device().is_cpu() {
         let uniforms = uniforms.host_slice::<f32>()?;
-        return choose_cpu(logits, |index, row| draw(row, uniforms[index], options));
+        return choose_cpu(tokens, logits, |index, row| draw(row, uniforms[index], options));
     }
     let (rows, vocabulary) = sizes(OPERATOR, logits)?;
     let top_k = options.top_k.map_or(vocabulary, |top_k| u32::try_from(top_k).unwrap_or(vocabulary));
     let kernel = Sample { element: gpu::element(logits.dtype()), vector: takes_vectors(vocabulary) };
-    let mut tokens = Output::new(logits.device(), choices(logits), DType::U32)?;
+    let target = Argument::Write(tokens.make_unique()?, kernels_ptx::Element::U32);
     let arguments = [
-        tokens.write(),
+        target,
         gpu::read(logits),
         gpu::read(uniforms),
         Argument::U32(vocabulary),
@@ -84,8 +105,7 @@ pub fn sample(logits: &Tensor, uniforms: &Tensor, options: SamplingOptions) -> R
         Argument::F32(options.top_p),
     ];
     let sizes = [rows.into(), vocabulary.into()];
-    gpu::launch(OPERATOR, logits.device(), &kernel, Some([rows, 1, 1]), &sizes, &arguments)?;
-    Ok(tokens.tensor())
+    gpu::launch(OPERATOR, logits.device(), &kernel, Some([rows, 1, 1]), &sizes, &arguments)
 }
 
 fn check_logits(operator: &'static str, logits: &Tensor) -> Result<()> {
@@ -97,20 +117,29 @@ fn check_logits(operator: &'static str, logits: &Tensor) -> Result<()> {
     Ok(())
 }
 
+fn check_tokens(operator: &'static str, tokens: &Tensor, logits: &Tensor) -> Result<()> {
+    check::is_u32(operator, "tokens", tokens)?;
+    if tokens.count() != logits.rows() {
+        let expected = format!("{} elements, one for each row of logits", logits.rows());
+        return Err(Error::Shape { operator, argument: "tokens", expected, found: tokens.shape().to_vec() });
+    }
+    Ok(())
+}
+
 /// The shape of the choices.
 fn choices(logits: &Tensor) -> &[usize] {
     &logits.shape()[..logits.shape().len().saturating_sub(1)]
 }
 
 /// A choice for every row that has no NaN, from the row's index and its logits.
-fn choose_cpu(logits: &Tensor, choose: impl Fn(usize, &[f32]) -> usize + Sync) -> Result<Tensor> {
-    let values = logits.host_f32()?;
-    let tokens: Vec<u32> = values
-        .par_chunks(logits.last_dimension())
-        .enumerate()
-        .map(|(index, row)| if row.iter().any(|logit| logit.is_nan()) { NO_TOKEN } else { choose(index, row) as u32 })
-        .collect();
-    Tensor::from_slice(logits.device(), choices(logits), &tokens)
+fn choose_cpu(tokens: &mut Tensor, logits: &Tensor, choose: impl Fn(usize, &[f32]) -> usize + Sync) -> Result<()> {
+    let (values, vocabulary) = (logits.host_f32()?, logits.last_dimension());
+    let rows = values.par_chunks(vocabulary).enumerate();
+    tokens.make_mut::<u32>()?.par_iter_mut().zip(rows).for_each(|(token, (index, row))| {
+        let any_nan = row.iter().any(|logit| logit.is_nan());
+        *token = if any_nan { NO_TOKEN } else { choose(index, row) as u32 };
+    });
+    Ok(())
 }
 
 fn greatest(row: &[f32]) -> usize {

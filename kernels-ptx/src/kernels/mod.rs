@@ -27,7 +27,7 @@ kernels! {
     causal_conv1d: ConvolutionForward, ConvolutionBackward, ConvolutionStep;
     column_sums: ColumnSums;
     cross_entropy: CrossEntropyForward, CrossEntropyBackward;
-    decoding: ConvolutionState;
+    decoding: ConvolutionState, ExtendCache, Advance;
     divergence: DivergenceForward, DivergenceBackward;
     elementwise: Elementwise;
     embedding: EmbeddingForward, EmbeddingOrder, EmbeddingBackward;

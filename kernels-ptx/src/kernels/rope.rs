@@ -116,7 +116,7 @@ impl KernelSource for Rope {
 }
 
 /// Cosine and sine of an angle of at most 2²⁰ radians.
-fn cosine_sine<'a>(angle: Value<'a, F32>) -> (Value<'a, F32>, Value<'a, F32>) {
+pub(super) fn cosine_sine<'a>(angle: Value<'a, F32>) -> (Value<'a, F32>, Value<'a, F32>) {
     /// Adding it leaves the nearest whole number in the lowest bits.
     const WHOLE: f32 = 12_582_912.0;
     /// π/2, and what its nearest f32 lacks.

@@ -1,7 +1,7 @@
 //! Grouped-query attention with rotary positions, and its cache of keys and values.
 
-use autograd::ops::{self, AttentionOptions, RotaryTable};
-use autograd::{ParameterId, Parameters, Tape, Tensor, Var};
+use autograd::ops::{self, AttentionOptions, CacheStep, RotaryTable};
+use autograd::{DType, ParameterId, Parameters, Tape, Tensor, Var};
 
 use super::find;
 use crate::Result;
@@ -47,7 +47,6 @@ pub struct AttentionCache {
     keys: Tensor,
     /// `[batch, room, key heads, head size]`.
     values: Tensor,
-    length: usize,
 }
 
 impl Projection {
@@ -80,6 +79,20 @@ impl Projection {
         let weight = parameters.var(tape, self.weight);
         let bias = self.bias.map(|bias| parameters.var(tape, bias));
         Ok(ops::linear_residual(tape, residual, input, &weight, bias.as_ref())?)
+    }
+
+    /// [`Projection::apply_onto`] where there is a residual, [`Projection::apply`] elsewhere.
+    pub(super) fn apply_after(
+        &self,
+        tape: &Tape<'_>,
+        parameters: &Parameters,
+        residual: Option<&Var>,
+        input: &Var,
+    ) -> Result<Var> {
+        match residual {
+            Some(residual) => self.apply_onto(tape, parameters, residual, input),
+            None => self.apply(tape, parameters, input),
+        }
     }
 }
 
@@ -124,11 +137,14 @@ impl Attention {
         let tape = Tape::inference();
         let (query, key, value) = self.project(&tape, parameters, &Var::constant(input), &batch.positions)?;
         let output = self.attend(&tape, parameters, &query, &key, &value, batch)?;
-        let cache = AttentionCache { keys: key.tensor().clone(), values: value.tensor().clone(), length: batch.time() };
+        // The CPU's way reads caches in place, in f32.
+        let dtype = if input.device().is_cpu() { DType::F32 } else { key.dtype() };
+        let cache = AttentionCache { keys: key.cast(dtype)?, values: value.cast(dtype)? };
         Ok((output.tensor().clone(), cache))
     }
 
-    /// One token per row: `[batch, 1, hidden]` to the same; `positions` u32 `[batch, 1]`.
+    /// One token per row: `[batch, 1, hidden]` to the same, added to `residual` where there is one; `positions` u32 `[batch, 1]`,
+    /// for which the cache has room.
     ///
     /// # Errors
     /// Those of the operators.
@@ -136,15 +152,26 @@ impl Attention {
         &self,
         parameters: &Parameters,
         input: &Tensor,
+        residual: Option<&Var>,
         positions: &Tensor,
         cache: &mut AttentionCache,
     ) -> Result<Tensor> {
         let tape = Tape::inference();
-        let (query, key, value) = self.project(&tape, parameters, &Var::constant(input), positions)?;
-        cache.append(&key, &value)?;
-        let mixed = ops::attention_cached(&query, &cache.keys, &cache.values, cache.length, self.scale(), self.window)?;
-        let merged = Var::constant(&mixed.reshape(&[input.shape()[0], 1, self.heads * self.head_size])?);
-        Ok(self.output.apply(&tape, parameters, &merged)?.tensor().clone())
+        let (input, batch) = (Var::constant(input), input.shape()[0]);
+        let heads = |projection: &Projection, heads: usize| -> Result<Tensor> {
+            Ok(projection.apply(&tape, parameters, &input)?.tensor().reshape(&[batch, 1, heads, self.head_size])?)
+        };
+        let step = CacheStep {
+            query: &heads(&self.query, self.heads)?,
+            key: &heads(&self.key, self.key_value_heads)?,
+            value: &heads(&self.value, self.key_value_heads)?,
+            positions,
+            rotary: &self.rotary,
+        };
+        let query = ops::extend_cache(&mut cache.keys, &mut cache.values, step)?;
+        let mixed = ops::attention_step(&query, &cache.keys, &cache.values, positions, self.scale(), self.window)?;
+        let merged = Var::constant(&mixed.reshape(&[batch, 1, self.heads * self.head_size])?);
+        Ok(self.output.apply_after(&tape, parameters, residual, &merged)?.tensor().clone())
     }
 
     /// Rotated queries and keys, and values: `[batch, time, heads, head size]` each.
@@ -190,26 +217,23 @@ impl Attention {
 }
 
 impl AttentionCache {
-    /// Positions held.
-    pub fn length(&self) -> usize {
-        self.length
-    }
-
-    /// Bytes of the keys and values held (room to grow not counted).
-    pub fn bytes(&self) -> usize {
+    /// Bytes of the keys and values of `length` positions (room to grow not counted).
+    pub fn bytes(&self, length: usize) -> usize {
         let shape = self.keys.shape();
-        2 * shape[0] * self.length * shape[2] * shape[3] * self.keys.dtype().size()
+        2 * shape[0] * length * shape[2] * shape[3] * self.keys.dtype().size()
     }
 
-    fn append(&mut self, key: &Tensor, value: &Tensor) -> Result<()> {
-        if self.length == self.keys.shape()[1] {
-            let room = (self.length * 2).max(64);
-            self.keys = ops::with_room(&self.keys, room)?;
-            self.values = ops::with_room(&self.values, room)?;
+    /// Makes room for `length` positions; whether that moved the cache.
+    pub(super) fn reserve(&mut self, length: usize) -> Result<bool> {
+        /// The least room to grow to.
+        const LEAST: usize = 64;
+        let room = self.keys.shape()[1];
+        if length <= room {
+            return Ok(false);
         }
-        ops::write_time(&mut self.keys, key, self.length)?;
-        ops::write_time(&mut self.values, value, self.length)?;
-        self.length += 1;
-        Ok(())
+        let room = length.max(2 * room).max(LEAST);
+        self.keys = ops::with_room(&self.keys, room)?;
+        self.values = ops::with_room(&self.values, room)?;
+        Ok(true)
     }
 }

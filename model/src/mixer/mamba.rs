@@ -4,7 +4,7 @@
 //! - dt_proj's bias enters twice, once in the projection and once as the scan's bias on the step size.
 //! - x and B are repeated in chunks of `d_state` channels, not in attention heads.
 
-use autograd::ops::{self, Activation, ConvolutionOptions, ScanInputs, ScanStepInputs};
+use autograd::ops::{self, Activation, ConvolutionOptions, MambaStepInputs, ScanInputs};
 use autograd::{ParameterId, Parameters, Tape, Tensor, Var};
 
 use super::attention::Projection;
@@ -91,50 +91,37 @@ impl Mamba {
         Ok((pass.output.tensor().clone(), MambaCache { conv, state: pass.last_state.tensor().clone() }))
     }
 
-    /// One token per row: `[batch, 1, hidden]` to the same.
+    /// One token per row: `[batch, 1, hidden]` to the same, added to `residual` where there is one.
     ///
     /// # Errors
     /// Those of the operators.
-    pub fn step(&self, parameters: &Parameters, input: &Tensor, cache: &mut MambaCache) -> Result<Tensor> {
-        let sizes = &self.geometry;
+    pub fn step(
+        &self,
+        parameters: &Parameters,
+        input: &Tensor,
+        residual: Option<&Var>,
+        cache: &mut MambaCache,
+    ) -> Result<Tensor> {
         let tape = Tape::inference();
-        let batch = input.shape()[0];
-        let input = Var::constant(&input.reshape(&[batch, input.last_dimension()])?);
-        let [gate, x, b, c, delta] = self.project(&tape, parameters, &input)?;
+        let [batch, time, _] = *input.shape() else { unreachable!("layers pass [batch, time, hidden] on") };
+        let (projected, delta) = self.project_whole(&tape, parameters, &Var::constant(input))?;
+        let flat = |tensor: &Tensor| tensor.reshape(&[batch, tensor.last_dimension()]);
         let value = |id: ParameterId| &parameters.get(id).value;
-        let convolve = |state: &mut Tensor, x: &Tensor| {
-            ops::causal_conv1d_step(
-                state,
-                x,
-                self.conv_matrix(&tape, parameters)?.tensor(),
-                self.conv_bias.map(value),
-                Activation::Silu,
-            )
-        };
-        let x = if sizes.repeat_before_conv {
-            let repeated = ops::repeat_chunks(&tape, &x, sizes.d_state, self.repeats())?;
-            convolve(&mut cache.conv, &repeated)?
-        } else {
-            let convolved = Var::constant(&convolve(&mut cache.conv, &x)?);
-            ops::repeat_chunks(&tape, &convolved, sizes.d_state, self.repeats())?.tensor().clone()
-        };
-        let a = ops::negative_exp(&tape, &Var::constant(value(self.a_log)))?;
-        let scanned = ops::selective_scan_step(
+        let scanned = ops::mamba_step(
+            &mut cache.conv,
             &mut cache.state,
-            ScanStepInputs {
-                input: &x,
-                delta: &delta,
-                a: &a,
-                b: &b.tensor().reshape(&[batch, sizes.d_xb / sizes.d_state, sizes.d_state])?,
-                c: &c.tensor().reshape(&[batch, sizes.d_inner / sizes.d_state, sizes.d_state])?,
-                d: Some(value(self.d)),
-                gate: Some(&gate),
+            MambaStepInputs {
+                projected: &flat(&projected)?,
+                delta: &flat(&delta)?,
+                conv_weight: self.conv_matrix(&tape, parameters)?.tensor(),
+                conv_bias: self.conv_bias.map(value),
+                a_log: value(self.a_log),
+                d: value(self.d),
                 delta_bias: self.dt_proj.bias.map(value),
-                delta_softplus: true,
             },
         )?;
-        let output = self.out_proj.apply(&tape, parameters, &Var::constant(&scanned))?;
-        Ok(output.tensor().reshape(&[batch, 1, output.last_dimension()])?)
+        let scanned = Var::constant(&scanned.reshape(&[batch, time, self.geometry.d_inner])?);
+        Ok(self.out_proj.apply_after(&tape, parameters, residual, &scanned)?.tensor().clone())
     }
 
     fn pass(
@@ -186,12 +173,17 @@ impl Mamba {
     /// z, x, B, C and the step size with its bias once.
     fn project(&self, tape: &Tape<'_>, parameters: &Parameters, input: &Var) -> Result<[Var; 5]> {
         let sizes = &self.geometry;
-        let projected = self.in_proj.apply(tape, parameters, input)?;
+        let (projected, delta) = self.project_whole(tape, parameters, input)?;
         let parts = ops::split(tape, &projected, &[sizes.d_inner, sizes.d_xb, sizes.d_xb, sizes.d_inner])?;
-        let low_rank = self.dt_in_proj.apply(tape, parameters, input)?;
-        let delta = self.dt_proj.apply(tape, parameters, &low_rank)?;
         let [gate, x, b, c] = <[Var; 4]>::try_from(parts).unwrap_or_else(|_| unreachable!("split into four sizes"));
         Ok([gate, x, b, c, delta])
+    }
+
+    /// z, x, B and C side by side, and the step size with its bias once.
+    fn project_whole(&self, tape: &Tape<'_>, parameters: &Parameters, input: &Var) -> Result<(Var, Var)> {
+        let projected = self.in_proj.apply(tape, parameters, input)?;
+        let low_rank = self.dt_in_proj.apply(tape, parameters, input)?;
+        Ok((projected, self.dt_proj.apply(tape, parameters, &low_rank)?))
     }
 
     /// The convolution's weight without its middle dimension: `[conv channels, d_conv]`.

@@ -82,7 +82,8 @@ impl Mixer {
         })
     }
 
-    /// One token per row: `[batch, 1, hidden]` to the same; `positions` u32 `[batch, 1]`.
+    /// One token per row: `[batch, 1, hidden]` to the same, added to `residual` where there is one; `positions` u32 `[batch, 1]`,
+    /// for which the cache has room.
     ///
     /// # Errors
     /// Those of the operators; [`Error::Batch`] when the cache belongs to another kind of mixer.
@@ -90,25 +91,37 @@ impl Mixer {
         &self,
         parameters: &Parameters,
         input: &Tensor,
+        residual: Option<&Var>,
         positions: &Tensor,
         cache: &mut MixerCache,
     ) -> Result<Tensor> {
         match (self, cache) {
             (Self::Attention(attention), MixerCache::Attention(cache)) => {
-                attention.step(parameters, input, positions, cache)
+                attention.step(parameters, input, residual, positions, cache)
             }
-            (Self::Mamba(mamba), MixerCache::Mamba(cache)) => mamba.step(parameters, input, cache),
+            (Self::Mamba(mamba), MixerCache::Mamba(cache)) => mamba.step(parameters, input, residual, cache),
             _ => Err(Error::Batch { message: "the cache was made by another kind of mixer".to_owned() }),
         }
     }
 }
 
 impl MixerCache {
-    /// Bytes of the cache's contents.
-    pub fn bytes(&self) -> usize {
+    /// Bytes of the cache's contents after `length` tokens.
+    pub fn bytes(&self, length: usize) -> usize {
         match self {
-            Self::Attention(cache) => cache.bytes(),
+            Self::Attention(cache) => cache.bytes(length),
             Self::Mamba(cache) => cache.bytes(),
+        }
+    }
+
+    /// Makes room for `length` tokens; whether that moved the cache.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub fn reserve(&mut self, length: usize) -> Result<bool> {
+        match self {
+            Self::Attention(cache) => cache.reserve(length),
+            Self::Mamba(_) => Ok(false),
         }
     }
 }

@@ -174,7 +174,7 @@ fn decode(case: &Case<'_>, mamba: &Mamba, parameters: &Parameters) -> Result<Dec
     let (mut outputs, mut conv_states, mut states) = (Vec::new(), Vec::new(), Vec::new());
     for step in 0..steps.shape[1] {
         let input = case.upload("in.decode", &steps.slice(1, step, step + 1)?)?;
-        outputs.push(Array::read(&mamba.step(parameters, &input, &mut cache)?)?);
+        outputs.push(Array::read(&mamba.step(parameters, &input, None, &mut cache)?)?);
         conv_states.push(Array::read(&cache.conv)?);
         states.push(state(&cache)?);
     }

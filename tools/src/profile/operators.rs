@@ -2,8 +2,8 @@
 
 use anyhow::Result;
 use autograd::ops::{
-    self, Activation, AttentionOptions, ConvolutionOptions, Divergence, DivergenceOptions, RotaryScaling, RotaryTable,
-    ScanInputs,
+    self, Activation, AttentionOptions, ConvolutionOptions, Divergence, DivergenceOptions, MambaStepInputs,
+    RotaryScaling, RotaryTable, ScanInputs,
 };
 use autograd::{DType, Tape, Tensor, Var};
 use runtime::Device;
@@ -53,6 +53,13 @@ pub const CASES: &[Case] = &[
     },
     Case { name: "linear", sizes: "8192 x 5120 x 14336", run: |make| linear(make, 8192, 5120, 14_336) },
     Case { name: "linear_smollm2", sizes: "16384 x 576 x 1536", run: |make| linear(make, 16_384, 576, 1536) },
+    Case { name: "linear_row", sizes: "1 x 5120 x 14336, forward", run: |make| few_rows(make, 1, 5120, 14_336) },
+    Case { name: "linear_row_square", sizes: "1 x 5120 x 5120, forward", run: |make| few_rows(make, 1, 5120, 5120) },
+    Case { name: "linear_row_head", sizes: "1 x 5120 x 131072, forward", run: |make| few_rows(make, 1, 5120, 131_072) },
+    Case { name: "linear_64_rows", sizes: "64 x 5120 x 14336, forward", run: |make| few_rows(make, 64, 5120, 14_336) },
+    Case { name: "mamba_step", sizes: "1 x 4096, 16 states", run: |make| mamba_step(make, 1) },
+    Case { name: "mamba_step_32", sizes: "32 x 4096, 16 states", run: |make| mamba_step(make, 32) },
+    Case { name: "mamba_step_64", sizes: "64 x 4096, 16 states", run: |make| mamba_step(make, 64) },
     Case { name: "linear_head_smollm2", sizes: "16384 x 576 x 49152", run: |make| linear(make, 16_384, 576, 49_152) },
 ];
 
@@ -83,6 +90,11 @@ impl Inputs<'_> {
         let count: usize = shape.iter().product();
         let values: Vec<u32> = (0..count as u64).map(|at| (at * 2_654_435_761 % below as u64) as u32).collect();
         Ok(Tensor::from_slice(self.device, shape, &values)?)
+    }
+
+    /// Writes so much that nothing made before is left in a GPU's cache.
+    fn empty_cache(&self) -> Result<()> {
+        self.f32(&[64 << 20], 1.0).map(drop)
     }
 
     /// Runs an operator on leaves and walks back from its output with a gradient of ones.
@@ -202,4 +214,40 @@ fn attention(make: &Inputs<'_>, batch: usize, time: usize, heads: usize, key_hea
 fn linear(make: &Inputs<'_>, rows: usize, inner: usize, outer: usize) -> Result<()> {
     let inputs = vec![make.tensor(&[rows, inner], 0.3)?, make.tensor(&[outer, inner], 0.02)?];
     make.both_ways(inputs, |tape, inputs| ops::linear(tape, &inputs[0], &inputs[1], None))
+}
+
+/// A product of few rows as decoding has it: without a way back.
+fn few_rows(make: &Inputs<'_>, rows: usize, inner: usize, outer: usize) -> Result<()> {
+    let input = Var::constant(&make.tensor(&[rows, inner], 0.3)?);
+    let weight = Var::constant(&make.tensor(&[outer, inner], 0.02)?);
+    make.empty_cache()?;
+    ops::linear(&Tape::inference(), &input, &weight, None)?;
+    Ok(())
+}
+
+/// The decoding step of a 15B hybrid's Mamba mixer.
+fn mamba_step(make: &Inputs<'_>, batch: usize) -> Result<()> {
+    const CHANNELS: usize = 4096;
+    const XB: usize = 1024;
+    const STATES: usize = 16;
+    const TAPS: usize = 4;
+    let projected = make.tensor(&[batch, 2 * (CHANNELS + XB)], 0.3)?;
+    let delta = make.tensor(&[batch, CHANNELS], -2.0)?;
+    let (conv_weight, conv_bias) = (make.f32(&[CHANNELS, TAPS], 0.3)?, make.f32(&[CHANNELS], 0.1)?);
+    let (a_log, d) = (make.f32(&[CHANNELS, STATES], 0.5)?, make.f32(&[CHANNELS], 1.0)?);
+    let delta_bias = make.f32(&[CHANNELS], -1.0)?;
+    let (mut window, mut state) =
+        (make.f32(&[batch, CHANNELS, TAPS], 0.2)?, make.f32(&[batch, CHANNELS, STATES], 0.1)?);
+    make.empty_cache()?;
+    let inputs = MambaStepInputs {
+        projected: &projected,
+        delta: &delta,
+        conv_weight: &conv_weight,
+        conv_bias: Some(&conv_bias),
+        a_log: &a_log,
+        d: &d,
+        delta_bias: Some(&delta_bias),
+    };
+    ops::mamba_step(&mut window, &mut state, inputs)?;
+    Ok(())
 }

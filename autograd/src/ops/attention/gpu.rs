@@ -194,7 +194,16 @@ impl Launcher {
     }
 }
 
-/// Attention of a few queries over `length` positions of a cache, whose shapes were checked; result like `query`.
+/// The last key that each query of a cache sees.
+#[derive(Clone, Copy)]
+pub(in crate::ops) enum Last<'a> {
+    /// Queries are the last positions of so many.
+    Length(usize),
+    /// u32 `[batch, query time]`, on the device.
+    Positions(&'a Tensor),
+}
+
+/// Attention of a few queries over a cache, whose shapes were checked; result like `query`.
 ///
 /// # Errors
 /// Sizes beyond 32 bits; driver errors.
@@ -203,7 +212,7 @@ pub(in crate::ops) fn cached(
     query: &Tensor,
     keys: &Tensor,
     values: &Tensor,
-    length: usize,
+    last: Last<'_>,
     scale: f32,
     window: Option<usize>,
 ) -> Result<Tensor> {
@@ -217,29 +226,46 @@ pub(in crate::ops) fn cached(
     let [query_time, heads, size] =
         [number("the queries' time", query_time)?, number("the heads", heads)?, number("the head size", size)?];
     let [room, key_heads] = [number("the room", keys.shape()[1])?, number("the key heads", keys.shape()[2])?];
-    let window = window.map_or(0, |window| window.min(length) as u32);
-    let length = number("the length", length)?;
+    let length = match last {
+        Last::Length(length) => number("the length", length)?,
+        Last::Positions(_) => room,
+    };
+    // A window as long as the length is none.
+    let window = window.map_or(0, |window| window.min(length as usize) as u32);
     let parts = CachedAttention::parts(length);
 
-    let wide_query = query.cast(DType::F32)?;
+    let (keys, values) = (keys.cast(query.dtype())?, values.cast(query.dtype())?);
+    let element = gpu::element(query.dtype());
+    let kernel = CachedAttention::new(element, size, parts, matches!(last, Last::Positions(_)));
     let part_shape = [rows as usize, parts as usize, size as usize];
-    let mut outputs = Output::new(device, &part_shape, DType::F32)?;
-    let mut log_sums = Output::new(device, &part_shape[..2], DType::F32)?;
-    let mut arguments = vec![outputs.write(), log_sums.write()];
-    arguments.extend([&wide_query, keys, values].map(gpu::read));
-    arguments.extend([query_time, room, length, heads, key_heads, size, window].map(Argument::U32));
+    let mut outputs = match kernel.whole {
+        true => Output::like(query)?,
+        false => Output::new(device, &part_shape, DType::F32)?,
+    };
+    let mut log_sums = (!kernel.whole).then(|| Output::new(device, &part_shape[..2], DType::F32)).transpose()?;
+    let mut arguments = vec![outputs.write()];
+    arguments.extend(log_sums.as_mut().map(Output::write));
+    arguments.extend([query, &keys, &values].map(gpu::read));
+    if let Last::Positions(positions) = last {
+        arguments.push(gpu::read(positions));
+    }
+    arguments.extend([query_time, room].map(Argument::U32));
+    if let Last::Length(_) = last {
+        arguments.push(Argument::U32(length));
+    }
+    arguments.extend([heads, key_heads, size, window].map(Argument::U32));
     arguments.push(Argument::F32(scale));
     let sizes = [query_shape[0] as u64, query_time.into(), length.into(), heads.into(), key_heads.into(), size.into()];
     let grid = CachedAttention::grid(rows, length, size);
-    gpu::launch(operator, device, &CachedAttention::new(size), grid, &sizes, &arguments)?;
+    gpu::launch(operator, device, &kernel, grid, &sizes, &arguments)?;
+    drop(arguments);
+    let Some(log_sums) = log_sums else { return Ok(outputs.tensor()) };
     let (outputs, log_sums) = (outputs.tensor(), log_sums.tensor());
-    if parts == 1 {
-        return outputs.reshape(query_shape)?.cast(query.dtype());
-    }
-    let mut output = Output::like(&wide_query)?;
+    let mut output = Output::like(query)?;
     let mut arguments = vec![output.write(), gpu::read(&outputs), gpu::read(&log_sums)];
     arguments.extend([count, parts, size].map(Argument::U32));
     let sizes = [count.into(), parts.into()];
-    gpu::launch(operator, device, &CombineParts, CombineParts::grid(count), &sizes, &arguments)?;
-    output.tensor().cast(query.dtype())
+    gpu::launch(operator, device, &CombineParts { element }, CombineParts::grid(count), &sizes, &arguments)?;
+    drop(arguments);
+    Ok(output.tensor())
 }

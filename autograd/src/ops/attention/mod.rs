@@ -4,7 +4,7 @@ mod cpu;
 mod gpu;
 
 pub(super) use cpu::softmax;
-pub(super) use gpu::cached;
+pub(super) use gpu::{Last, cached};
 
 use crate::{Error, Result, Tape, Tensor, Var, check};
 

@@ -1,9 +1,11 @@
-//! Attention of a few queries over a cache of keys and values, for decoding: f32, every head size.
+//! Attention of a few queries over a cache of keys and values, for decoding: f32 arithmetic, every head size.
 //!
 //! - Layout: a block has one query of one head, up to 64 columns of the result, and one part of [`PART`] keys, so that long
 //!   caches keep many blocks busy. Tiles of 128 keys: eight lanes form each score, then each warp adds every fourth key's
 //!   values, two columns per lane. [`CombineParts`] weighs the parts' results by their sums of exponentials. How keys are
-//!   divided depends on the length alone: what is in other rows of the batch changes no bit.
+//!   divided depends on their places alone: what is in other rows of the batch, or how much room there is, changes no bit.
+//! - The queries' positions come from memory where the launch must not depend on them (a graph that is replayed for one token
+//!   after the other): blocks then stand for all parts of the room, and those beyond the query end at once.
 //! - Traffic: keys and values once per query head, in part from the level-2 cache. Bound by memory.
 //! - Source: Dao et al. 2023, "Flash-Decoding for long-context inference".
 
@@ -30,27 +32,37 @@ const SIZES: &[&str] = &["batch", "query_time", "length", "heads", "key_heads", 
 
 /// The result of each part of the keys.
 ///
-/// Parameters: `output` (written, f32 `[batch, query time, heads, parts, size]`), `log_sums` (written, f32 without the last
-/// dimension: binary logarithms of the sums of exponentials of 2), `query` (f32 `[batch, query time, heads, size]`), `keys`,
-/// `values` (f32 `[batch, room, key heads, size]`), `query_time`, `room`, `length`, `heads`, `key_heads`, `size`, `window`
-/// (u32; 0: none), `scale` (f32). Queries are the last positions of `length`.
+/// Parameters: `output` (written, f32 `[batch, query time, heads, parts, size]`; of the type when `whole`), `log_sums` (written,
+/// f32 without the last dimension: binary logarithms of the sums of exponentials of 2; not when `whole`), `query` (`[batch, query
+/// time, heads, size]`), `keys`, `values` (`[batch, room, key heads, size]`), `positions` (u32 `[batch, query time]`, with
+/// `positions`: the last key that each query sees), `query_time`, `room`, `length` (without `positions`: queries are the last
+/// positions of it), `heads`, `key_heads`, `size`, `window` (u32; 0: none), `scale` (f32).
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct CachedAttention {
+    /// Type of queries, keys and values.
+    pub element: Element,
     /// The head size is a multiple of 4.
     pub vector: bool,
+    /// There is one part.
+    pub whole: bool,
+    /// The queries' positions are in memory.
+    pub positions: bool,
 }
 
 /// The result over all parts.
 ///
-/// Parameters: `output` (written, f32 `[rows, size]`), `part_outputs` (f32 `[rows, parts, size]`), `log_sums` (f32 `[rows,
+/// Parameters: `output` (written, `[rows, size]`), `part_outputs` (f32 `[rows, parts, size]`), `log_sums` (f32 `[rows,
 /// parts]`), `count` (rows · size), `parts`, `size` (u32).
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct CombineParts;
+pub struct CombineParts {
+    /// Type of the output.
+    pub element: Element,
+}
 
 impl CachedAttention {
-    /// The kernel for heads of this size.
-    pub fn new(size: u32) -> Self {
-        Self { vector: size.is_multiple_of(4) }
+    /// The kernel for heads of this size and so many parts.
+    pub fn new(element: Element, size: u32, parts: u32, positions: bool) -> Self {
+        Self { element, vector: size.is_multiple_of(4), whole: parts == 1, positions }
     }
 
     /// Parts of so many keys; one at least.
@@ -67,25 +79,35 @@ impl CachedAttention {
 
 impl KernelSource for CachedAttention {
     fn build(&self) -> Kernel {
-        let vector = self.vector;
+        let Self { element, vector, whole, positions } = *self;
+        let bytes = element.bytes() as u64;
+        let flag = |set: bool, name: &'static str| if set { name } else { "" };
         let description = Description {
-            name: format!("attention_cached{}", if vector { "" } else { "_scalar" }),
+            name: format!(
+                "attention_cached_{element}{}{}{}",
+                flag(whole, "_whole"),
+                flag(positions, "_positions"),
+                flag(!vector, "_scalar")
+            ),
             summary: format!(
                 "attention of one query of one head over up to {PART} cached keys; {COLUMNS} columns of the result per block"
             ),
             block: [THREADS, 1, 1],
             target: Target::Sm80,
             sizes: SIZES,
-            work: |sizes: &[u64]| {
+            work: move |sizes: &[u64]| {
                 let (rows, size) = (sizes[0] * sizes[1] * sizes[3], sizes[5]);
                 let keys = 2 * sizes[0] * sizes[2] * sizes[4] * size;
-                Work { bytes: 4 * (2 * rows * size + keys), operations: 4 * size * visible_scores(sizes) }
+                Work { bytes: bytes * (2 * rows * size + keys), operations: 4 * size * visible_scores(sizes) }
             },
         };
         Assembler::assemble(description, |k| {
-            let (output, log_sums) = (k.write("output", Element::F32), k.write("log_sums", Element::F32));
-            let [query, keys, values] = ["query", "keys", "values"].map(|name| k.read(name, Element::F32));
-            let (query_time, room, length) = (k.u32("query_time"), k.u32("room"), k.u32("length"));
+            let output = k.write("output", if whole { element } else { Element::F32 });
+            let log_sums = (!whole).then(|| k.write("log_sums", Element::F32));
+            let [query, keys, values] = ["query", "keys", "values"].map(|name| k.read(name, element));
+            let positions = positions.then(|| k.read("positions", Element::U32));
+            let (query_time, room) = (k.u32("query_time"), k.u32("room"));
+            let length = positions.is_none().then(|| k.u32("length"));
             let (heads, key_heads, size) = (k.u32("heads"), k.u32("key_heads"), k.u32("size"));
             let window = k.u32("window");
             let scale = (k.f32("scale") * LOG2_E).named("scale_base_2");
@@ -96,7 +118,12 @@ impl KernelSource for CachedAttention {
             let head = row - token * heads;
             let batch = token.div(query_time).named("batch");
             let step = token - batch * query_time;
-            let behind = (length - query_time + step + 1).named("behind");
+            let behind = match (positions, length) {
+                (Some(positions), _) => (positions.at(token).load_u32() + 1).min(room),
+                (None, Some(length)) => length - query_time + step + 1,
+                (None, None) => unreachable!("one of the two is declared"),
+            };
+            let behind = behind.named("behind");
             let reach = window.eq(0).select::<U32>(behind, window.min(behind));
             let begin = (behind - reach).max(k.block_y() * PART).named("keys_begin");
             let end = behind.min((k.block_y() + 1) * PART).named("keys_end");
@@ -178,13 +205,23 @@ impl KernelSource for CachedAttention {
             let Some(sum) = sum.reduce(|a, b| a + b) else { unreachable!("there are warps") };
             let stored = own.lt(COLUMNS) & column.lt(size);
             output.from_row(row, size).at(column).store_if(stored, sum * factor);
-            let log_sum: Value<'_, F32> = maximum.get() + total.log2().max(-1e30);
-            log_sums.at(row).store_if(own.eq(0) & k.block_z().eq(0), log_sum);
+            if let Some(log_sums) = log_sums {
+                let log_sum: Value<'_, F32> = maximum.get() + total.log2().max(-1e30);
+                log_sums.at(row).store_if(own.eq(0) & k.block_z().eq(0), log_sum);
+            }
         })
     }
 
     fn configurations() -> Vec<Self> {
-        vec![Self { vector: true }]
+        let of = |element| {
+            [(false, false), (false, true), (true, true)].map(|(whole, positions)| Self {
+                element,
+                vector: true,
+                whole,
+                positions,
+            })
+        };
+        [Element::F32, Element::Bf16].into_iter().flat_map(of).collect()
     }
 }
 
@@ -197,17 +234,22 @@ impl CombineParts {
 
 impl KernelSource for CombineParts {
     fn build(&self) -> Kernel {
+        let element = self.element;
+        let bytes = element.bytes() as u64;
         let description = Description {
-            name: "attention_combine_parts".to_owned(),
+            name: format!("attention_combine_parts_{element}"),
             summary: "the results of attention over parts of the keys, weighed by their sums; one element per thread"
                 .to_owned(),
             block: [COMBINE_THREADS, 1, 1],
             target: Target::Sm80,
             sizes: &["count", "parts"],
-            work: |sizes: &[u64]| Work { bytes: 4 * sizes[0] * (sizes[1] + 1), operations: 4 * sizes[0] * sizes[1] },
+            work: move |sizes: &[u64]| Work {
+                bytes: sizes[0] * (4 * sizes[1] + bytes),
+                operations: 4 * sizes[0] * sizes[1],
+            },
         };
         Assembler::assemble(description, |k| {
-            let output = k.write("output", Element::F32);
+            let output = k.write("output", element);
             let (part_outputs, log_sums) = (k.read("part_outputs", Element::F32), k.read("log_sums", Element::F32));
             let (count, parts, size) = (k.u32("count"), k.u32("parts"), k.u32("size"));
             let index = k.global_thread(COMBINE_THREADS).named("index");
@@ -229,6 +271,6 @@ impl KernelSource for CombineParts {
     }
 
     fn configurations() -> Vec<Self> {
-        vec![Self]
+        crate::kernels::float_elements(|element| Self { element })
     }
 }

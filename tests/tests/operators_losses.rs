@@ -3,7 +3,9 @@
 // Helpers of tests fail as tests do.
 #![allow(clippy::unwrap_used)]
 
-use autograd::ops::{self, Divergence, DivergenceOptions, IGNORED_LABEL, NO_TOKEN, SamplingOptions};
+use autograd::ops::{
+    self, Divergence, DivergenceOptions, HeadChunks, HeadLabels, HeadTeacher, IGNORED_LABEL, NO_TOKEN, SamplingOptions,
+};
 use autograd::{DType, Tape, Var};
 use grafter_tests::check::{Input, Precision, Tolerance, cases, check_operator, indices, tensor, verdict, widened};
 use grafter_tests::compare::Bounds;
@@ -193,6 +195,250 @@ fn long_rows_of_bf16() {
         let gradient = tape.backward(&result.loss).unwrap().take(&student).unwrap();
         verdict("cross-entropy", &shape, &widened(&gradient).unwrap(), &expected, Bounds::new(4e-3, 4e-3)).unwrap();
     }
+}
+
+/// A head, its teacher and its labels.
+struct HeadCase {
+    rows: usize,
+    vocabulary: usize,
+    /// [hidden, head, the teacher's hidden, the teacher's head].
+    values: [Vec<f64>; 4],
+    width: usize,
+    divergence: Option<(Divergence, Kind)>,
+    temperatures: (f64, f64),
+    mask: Option<Vec<f64>>,
+    labels: Option<Vec<Option<usize>>>,
+    weights: (f64, f64),
+}
+
+impl HeadCase {
+    const DENOMINATORS: (f64, f64) = (3.0, 5.0);
+
+    fn shapes(&self) -> [[usize; 2]; 4] {
+        let (hidden, head) = ([self.rows, self.width], [self.vocabulary, self.width]);
+        [hidden, head, hidden, head]
+    }
+
+    /// The sum of the losses by `head_loss` in chunks, or (`None`) by the operators that it replaces.
+    fn loss(&self, tape: &Tape<'_>, hidden: &Var, head: &Var, chunks: Option<HeadChunks>) -> autograd::Result<Var> {
+        let dtype = hidden.dtype();
+        let shapes = self.shapes();
+        let [teacher_hidden, teacher_head] = [2, 3].map(|index| tensor(dtype, &shapes[index], &self.values[index]));
+        let mask = self.mask.as_ref().map(|mask| tensor(DType::F32, &[self.rows], mask));
+        let labels = self.labels.as_ref().map(|labels| tensor_of_labels(labels));
+        let options = self.divergence.map(|(divergence, _)| DivergenceOptions {
+            divergence,
+            student_temperature: self.temperatures.0 as f32,
+            teacher_temperature: self.temperatures.1 as f32,
+            mask: mask.as_ref(),
+            denominator: Self::DENOMINATORS.0 as f32,
+        });
+        let (weights, denominator) = ((self.weights.0 as f32, self.weights.1 as f32), Self::DENOMINATORS.1 as f32);
+        if let Some(chunks) = chunks {
+            let teacher = options.map(|options| HeadTeacher {
+                hidden: &teacher_hidden,
+                head: &teacher_head,
+                options,
+                weight: weights.0,
+            });
+            let labels = labels.as_ref().map(|labels| HeadLabels { labels, denominator, weight: weights.1 });
+            return Ok(ops::head_loss_in_chunks(tape, hidden, head, teacher, labels, chunks)?.loss);
+        }
+        let logits = ops::linear(tape, hidden, head, None)?;
+        let mut terms = Vec::new();
+        if let Some(options) = options {
+            let inference = Tape::inference();
+            let (hidden, head) = (Var::constant(&teacher_hidden), Var::constant(&teacher_head));
+            let teacher = ops::linear(&inference, &hidden, &head, None)?;
+            let loss = ops::divergence(tape, &logits, &teacher, options)?.loss;
+            terms.push(ops::scale(tape, &loss, weights.0)?);
+        }
+        if let Some(labels) = &labels {
+            let loss = ops::cross_entropy(tape, &logits, labels, denominator)?.loss;
+            terms.push(ops::scale(tape, &loss, weights.1)?);
+        }
+        let first = terms.remove(0);
+        terms.iter().try_fold(first, |sum, term| ops::add(tape, &sum, term))
+    }
+
+    fn reference(&self, hidden: &[f64], head: &[f64]) -> f64 {
+        let logits = |hidden: &[f64], head: &[f64]| -> Vec<f64> {
+            hidden
+                .chunks(self.width)
+                .flat_map(|row| head.chunks(self.width).map(|weight| row.iter().zip(weight).map(|(a, b)| a * b).sum()))
+                .collect()
+        };
+        let student = logits(hidden, head);
+        let mut total = 0.0;
+        if let Some((_, kind)) = self.divergence {
+            let [hidden, head] = [2, 3]
+                .map(|index| widened(&tensor(DType::F32, &[self.values[index].len()], &self.values[index])).unwrap());
+            let teacher = logits(&hidden, &head);
+            let (student_temperature, teacher_temperature) = self.temperatures;
+            let losses = reference::divergence(
+                kind,
+                &student,
+                &teacher,
+                self.vocabulary,
+                student_temperature,
+                teacher_temperature,
+            );
+            let weight = |row: usize| self.mask.as_ref().map_or(1.0, |mask| mask[row]);
+            let sum: f64 = losses.iter().enumerate().map(|(row, loss)| weight(row) * loss).sum();
+            total += self.weights.0 * sum / Self::DENOMINATORS.0;
+        }
+        if let Some(labels) = &self.labels {
+            let losses = reference::cross_entropy(&student, labels, self.vocabulary);
+            total += self.weights.1 * losses.iter().sum::<f64>() / Self::DENOMINATORS.1;
+        }
+        total
+    }
+
+    /// Loss and gradients of hidden states and head (none where it is frozen) in bf16.
+    fn run(&self, chunks: Option<HeadChunks>, frozen: bool) -> (f32, Vec<f32>, Option<Vec<f32>>) {
+        let shapes = self.shapes();
+        let [hidden, head] = [0, 1].map(|index| tensor(DType::Bf16, &shapes[index], &self.values[index]));
+        let tape = Tape::new();
+        let head_var = if frozen { Var::constant(&head) } else { tape.leaf(&head) };
+        let loss = self.loss(&tape, &tape.leaf(&hidden), &head_var, chunks).unwrap();
+        let value = loss.item().unwrap();
+        // A gradient other than 1 comes in.
+        let loss = ops::scale(&tape, &loss, 0.5).unwrap();
+        let mut gradients = tape.backward(&loss).unwrap();
+        let mut take = |leaf| gradients.take(leaf).map(|gradient| gradient.to_f32_vec().unwrap());
+        (value, take(&hidden).unwrap(), take(&head))
+    }
+
+    /// That chunks change nothing but roundings: a logit may round to its neighbour in bf16, 2^-8 of numbers of up to 4, which
+    /// its probability, and what is formed from differences of logarithms, then is off by.
+    fn check_chunks(&self, chunks: HeadChunks, frozen: bool) -> Result<(), TestCaseError> {
+        let (loss, hidden, head) = self.run(Some(chunks), frozen);
+        let (expected_loss, expected_hidden, expected_head) = self.run(None, frozen);
+        prop_assert!(
+            (loss - expected_loss).abs() <= 2e-2 * (1.0 + expected_loss.abs()),
+            "{loss}, expected {expected_loss}"
+        );
+        let shapes = self.shapes();
+        let wide = |values: &[f32]| values.iter().copied().map(f64::from).collect::<Vec<f64>>();
+        let mut pairs = vec![("hidden", shapes[0], &hidden, &expected_hidden)];
+        prop_assert_eq!(head.is_none(), frozen);
+        if let (Some(head), Some(expected)) = (&head, &expected_head) {
+            pairs.push(("head", shapes[1], head, expected));
+        }
+        for (name, shape, got, expected) in pairs {
+            verdict(name, &shape, &wide(got), &wide(expected), Bounds::new(3e-2, 3e-2)).map_err(TestCaseError::fail)?;
+        }
+        let again = self.run(Some(chunks), frozen);
+        prop_assert!(again == (loss, hidden, head), "two runs differ");
+        Ok(())
+    }
+}
+
+proptest! {
+    #![proptest_config(cases(192))]
+
+    #[test]
+    fn head_and_losses_in_chunks(
+        rows in 0..9usize,
+        width in prop_oneof![Just(8usize), 1..20usize],
+        vocabulary in prop_oneof![3 => (1..12usize).prop_map(|vectors| 8 * vectors), 2 => 1..40usize],
+        which in prop_oneof![4 => Just(0usize), 2 => 1..KINDS.len(), 1 => Just(KINDS.len())],
+        temperatures in prop_oneof![2 => Just((1.0, 1.0)), 1 => Just((2.0, 2.0)), 1 => Just((1.0, 2.0))],
+        masked: bool,
+        labelled: bool,
+        weights in prop_oneof![Just((1.0, 1.0)), Just((0.75, 2.0))],
+        chunks in (1..6usize, 1..9usize),
+        frozen: bool,
+        seed: u64,
+    ) {
+        let mut random = Random::new(seed);
+        let divergence = KINDS.get(which).copied();
+        let spread = 1.0 / (width as f64).sqrt();
+        let case = HeadCase {
+            rows,
+            vocabulary,
+            values: [
+                random.normals(rows * width, 1.5),
+                random.normals(vocabulary * width, spread),
+                random.normals(rows * width, 1.5),
+                random.normals(vocabulary * width, spread),
+            ],
+            width,
+            divergence,
+            temperatures,
+            mask: masked.then(|| (0..rows).map(|_| random.below(3) as f64 / 2.0).collect()),
+            labels: (labelled || divergence.is_none())
+                .then(|| (0..rows).map(|_| (random.below(4) > 0).then(|| random.below(vocabulary))).collect()),
+            weights,
+        };
+        let chunks = HeadChunks { logits: chunks.0, gradients: chunks.1 };
+        let shapes = case.shapes();
+        let inputs = [
+            Input::new("hidden", &shapes[0], case.values[0].clone()),
+            Input::new("head", &shapes[1], case.values[1].clone()),
+        ];
+        check_operator(
+            Precision::F32, seed, LOSS, &inputs, &[&[]],
+            |tape, inputs| Ok(vec![case.loss(tape, &inputs[0], &inputs[1], Some(chunks))?]),
+            |values| vec![vec![case.reference(&values[0], &values[1])]],
+        ).map_err(TestCaseError::fail)?;
+        if vocabulary > 1 {
+            case.check_chunks(chunks, frozen)?;
+        }
+    }
+}
+
+/// Divergence and cross-entropy in one kernel, of rows that GPUs keep in each of the three ways, positions that count for one of
+/// them alone, and none.
+#[test]
+fn head_and_losses_of_a_real_vocabulary() {
+    for vocabulary in [16_384, 53_248, 65_544] {
+        let (rows, width) = (5, 8);
+        let mut random = Random::new(11);
+        let mut values = |count: usize, spread: f64| random.normals(count, spread);
+        let case = HeadCase {
+            rows,
+            vocabulary,
+            values: [
+                values(rows * width, 1.5),
+                values(vocabulary * width, 0.5),
+                values(rows * width, 1.5),
+                values(vocabulary * width, 0.5),
+            ],
+            width,
+            divergence: Some(KINDS[0]),
+            temperatures: (1.0, 1.5),
+            mask: Some(vec![1.0, 0.0, 0.0, 0.5, 1.0]),
+            labels: Some(vec![Some(7), None, Some(vocabulary - 1), None, Some(vocabulary / 2)]),
+            weights: (1.0, 0.5),
+        };
+        case.check_chunks(HeadChunks { logits: 2, gradients: 4 }, false).unwrap();
+    }
+}
+
+/// A weight that is embedding and head has the sum of both gradients.
+#[test]
+fn a_tied_head_sums_its_gradients() {
+    let (rows, width, vocabulary) = (6, 8, 24);
+    let mut random = Random::new(3);
+    let weight = tensor(DType::F32, &[vocabulary, width], &random.normals(vocabulary * width, 0.5));
+    let tokens: Vec<usize> = (0..rows).map(|_| random.below(vocabulary)).collect();
+    let labels = indices(&[rows], &(0..rows).map(|_| random.below(vocabulary)).collect::<Vec<_>>());
+    let gradient = |chunked: bool| {
+        let tape = Tape::new();
+        let leaf = tape.leaf(&weight);
+        let hidden = ops::embedding(&tape, &indices(&[rows], &tokens), &leaf, DType::F32).unwrap();
+        let loss = if chunked {
+            let labels = HeadLabels { labels: &labels, denominator: 6.0, weight: 1.0 };
+            let chunks = HeadChunks { logits: 2, gradients: 4 };
+            ops::head_loss_in_chunks(&tape, &hidden, &leaf, None, Some(labels), chunks).unwrap().loss
+        } else {
+            let logits = ops::linear(&tape, &hidden, &leaf, None).unwrap();
+            ops::cross_entropy(&tape, &logits, &labels, 6.0).unwrap().loss
+        };
+        widened(tape.backward(&loss).unwrap().get(&weight).unwrap()).unwrap()
+    };
+    verdict("weight", &[vocabulary, width], &gradient(true), &gradient(false), Bounds::new(2e-6, 4e-6)).unwrap();
 }
 
 /// Logits with many ties where `coarse`.

@@ -5,7 +5,7 @@ use kernels_ptx::kernels::loss_total::LossTotal;
 use rayon::prelude::*;
 use runtime::Argument;
 
-use super::vocabulary_loss::{FromLabels, Losses, Results, scale_by};
+use super::vocabulary_loss::{FromLabels, Losses, Results, kernel, scale_by};
 use crate::cpu::{self, LogSumExp};
 use crate::gpu::{self, Output};
 use crate::{DType, Error, Result, Tape, Tensor, Var, check};
@@ -87,9 +87,10 @@ pub(super) fn sizes(operator: &'static str, logits: &Tensor) -> Result<(u32, u32
 
 /// By the kernel that computes the gradient together with the loss, where there is one.
 fn record_fused(tape: &Tape<'_>, logits: &Var, labels: &Tensor, denominator: f32) -> Result<Option<CrossEntropy>> {
-    let losses = Losses { teacher: None, labels: Some(FromLabels { labels, denominator, weight: 1.0 }) };
     let with_gradient = tape.is_recording() && logits.needs_gradient();
-    let Some(kernel) = losses.kernel(logits, with_gradient) else { return Ok(None) };
+    let kernel = kernel(logits.dtype(), None, true, with_gradient, logits.last_dimension());
+    let Some(kernel) = kernel else { return Ok(None) };
+    let losses = Losses { teacher: None, labels: Some(FromLabels { labels, denominator, weight: 1.0 }) };
     let mut per_token = Output::new(logits.device(), labels.shape(), DType::F32)?;
     let mut gradient = with_gradient.then(|| Output::like(logits)).transpose()?;
     let results = Results {

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use runtime::Argument;
 
 use super::cross_entropy::{sizes, total_gpu};
-use super::vocabulary_loss::{FromTeacher, Losses, Results, scale_by};
+use super::vocabulary_loss::{FromTeacher, Losses, Results, kernel, scale_by};
 use crate::cpu::{self, LogSumExp};
 use crate::gpu::{self, Output};
 use crate::{DType, Result, Tape, Tensor, Var, check};
@@ -42,6 +42,19 @@ pub struct DivergenceOptions<'a> {
     pub denominator: f32,
 }
 
+impl DivergenceOptions<'_> {
+    /// That they fit logits of so many positions.
+    pub(super) fn check(&self, operator: &'static str, positions: &[usize]) -> Result<()> {
+        check::positive(operator, "student_temperature", self.student_temperature)?;
+        check::positive(operator, "teacher_temperature", self.teacher_temperature)?;
+        check::positive(operator, "denominator", self.denominator)?;
+        match self.mask {
+            Some(mask) => check::shape(operator, "mask", mask, positions),
+            None => Ok(()),
+        }
+    }
+}
+
 /// A divergence and what it was made of.
 #[derive(Debug)]
 pub struct DivergenceLoss {
@@ -67,13 +80,8 @@ pub fn divergence(
     check::is_float(OPERATOR, "student", student)?;
     check::is_float(OPERATOR, "teacher", teacher)?;
     check::shape(OPERATOR, "teacher", teacher, student.shape())?;
-    check::positive(OPERATOR, "student_temperature", options.student_temperature)?;
-    check::positive(OPERATOR, "teacher_temperature", options.teacher_temperature)?;
-    check::positive(OPERATOR, "denominator", options.denominator)?;
     let positions = &student.shape()[..student.shape().len().saturating_sub(1)];
-    if let Some(mask) = options.mask {
-        check::shape(OPERATOR, "mask", mask, positions)?;
-    }
+    options.check(OPERATOR, positions)?;
     let rows = Rows {
         divergence: options.divergence,
         student_factor: 1.0 / options.student_temperature,
@@ -137,6 +145,10 @@ impl Rows {
         mask: &Tensor,
         denominator: f32,
     ) -> Result<Option<DivergenceLoss>> {
+        let with_gradient = tape.is_recording() && student.needs_gradient();
+        let from_teacher = Some((teacher.dtype(), self.student_factor));
+        let kernel = kernel(student.dtype(), from_teacher, false, with_gradient, student.last_dimension());
+        let Some(kernel) = kernel.filter(|_| self.divergence == Divergence::ReverseKl) else { return Ok(None) };
         let teacher = FromTeacher {
             logits: teacher,
             weights: mask,
@@ -145,9 +157,6 @@ impl Rows {
             weight: 1.0,
         };
         let losses = Losses { teacher: Some(teacher), labels: None };
-        let with_gradient = tape.is_recording() && student.needs_gradient();
-        let kernel = losses.kernel(student, with_gradient).filter(|_| self.divergence == Divergence::ReverseKl);
-        let Some(kernel) = kernel else { return Ok(None) };
         let mut per_token = Output::new(student.device(), mask.shape(), DType::F32)?;
         let mut gradient = with_gradient.then(|| Output::like(student)).transpose()?;
         let results = Results {

@@ -1,5 +1,6 @@
 //! Operators that move values without changing them.
 
+use kernels_ptx::Element;
 use kernels_ptx::kernels::layout::{CopyColumns, RepeatChunks, SumChunks, chunks_grid, takes_vectors};
 use rayon::prelude::*;
 use runtime::{Argument, Device};
@@ -166,7 +167,8 @@ pub(super) struct Columns {
     pub to: (usize, usize),
 }
 
-/// Copies columns on a GPU. Input and output have one element type.
+/// Copies columns on a GPU. Input and output have one element type; u32 are copied as the f32 of the same bits, which is what
+/// the output is then written as.
 pub(super) fn copy_columns(
     operator: &'static str,
     output: Argument<'_>,
@@ -178,10 +180,14 @@ pub(super) fn copy_columns(
     let (from, input_width) = (size(columns.from.0)?, size(columns.from.1)?);
     let (to, output_width) = (size(columns.to.0)?, size(columns.to.1)?);
     let vector = takes_vectors(&[count, from, input_width, to, output_width]);
-    let kernel = CopyColumns { element: gpu::element(input.dtype()), vector };
+    let element = match input.dtype() {
+        DType::Bf16 => Element::Bf16,
+        DType::F32 | DType::U32 => Element::F32,
+    };
+    let kernel = CopyColumns { element, vector };
     let arguments = [
         output,
-        gpu::read(input),
+        Argument::Read(input.buffer(), element),
         Argument::U32(rows),
         Argument::U32(count),
         Argument::U32(output_width),

@@ -42,6 +42,21 @@ pub(super) struct Losses<'a> {
     pub labels: Option<FromLabels<'a>>,
 }
 
+/// The kernel for losses of logits of these types, if there is one; of a teacher is told its logits' type and the student's factor.
+pub(super) fn kernel(
+    student: DType,
+    teacher: Option<(DType, f32)>,
+    labels: bool,
+    gradient: bool,
+    vocabulary: usize,
+) -> Option<VocabularyLoss> {
+    let narrow = student == DType::Bf16 && teacher.is_none_or(|(teacher, _)| teacher == DType::Bf16);
+    // Both losses are of one distribution.
+    let one_distribution = !labels || teacher.is_none_or(|(_, factor)| factor == 1.0);
+    let vocabulary = u32::try_from(vocabulary).ok().filter(|_| narrow && one_distribution)?;
+    VocabularyLoss::new(teacher.is_some(), labels, gradient, vocabulary)
+}
+
 /// Where the results go: one number per row of the whole problem, and the gradient of some of its rows.
 pub(super) struct Results<'a> {
     /// f32; there is one where there is a teacher.
@@ -53,16 +68,6 @@ pub(super) struct Results<'a> {
 }
 
 impl Losses<'_> {
-    /// The kernel for such losses of `student`'s logits, if there is one.
-    pub fn kernel(&self, student: &Tensor, gradient: bool) -> Option<VocabularyLoss> {
-        let narrow = |logits: &Tensor| logits.dtype() == DType::Bf16;
-        // Both losses are of one distribution.
-        let one_distribution = self.labels.is_none() || self.teacher.is_none_or(|teacher| teacher.factors[0] == 1.0);
-        let fits = narrow(student) && self.teacher.is_none_or(|teacher| narrow(teacher.logits)) && one_distribution;
-        let vocabulary = u32::try_from(student.last_dimension()).ok()?;
-        fits.then(|| VocabularyLoss::new(self.teacher.is_some(), self.labels.is_some(), gradient, vocabulary))?
-    }
-
     /// Computes the losses of rows of logits, which are the rows from `first` on of the whole problem.
     ///
     /// # Errors

@@ -49,6 +49,8 @@ pub struct MatrixProduct {
     pub bias: bool,
     /// A matrix like C is added.
     pub residual: bool,
+    /// The product is added to what C holds. Neither with a bias nor with a residual, and in one part.
+    pub accumulate: bool,
     /// The contiguous dimensions of A and B are multiples of 8, and `n` is even.
     pub aligned: bool,
     /// Size of a block's tile of C.
@@ -141,8 +143,7 @@ impl<'a> Source<'a> {
         let target = tile.at(row.mad(stored.1, (chunk ^ (row & 7)) * CHUNK));
         let column = chunk * CHUNK;
         let (own_depth, own) = if transposed { (row, first + column) } else { (column, first + row) };
-        let (first_row, first_column) =
-            if transposed { (depth_begin + row, own) } else { (own, depth_begin + column) };
+        let (first_row, first_column) = if transposed { (depth_begin + row, own) } else { (own, depth_begin + column) };
         let width = if transposed { extent } else { depth };
         let next = k.variable(memory.from_row(first_row, width).at(first_column).global_address());
         let to_next = if transposed { width.mul_wide(DEPTH * bytes) } else { k.constant(u64::from(DEPTH * bytes)) };
@@ -244,13 +245,14 @@ impl MatrixProduct {
         let letter = |transposed: bool| if transposed { "t" } else { "n" };
         let flag = |set: bool, name: &'static str| if set { name } else { "" };
         format!(
-            "matrix_product_{}{}_{}_{}{}{}{}",
+            "matrix_product_{}{}_{}_{}{}{}{}{}",
             letter(self.a_transposed),
             letter(self.b_transposed),
             self.output,
             self.tile.extent(),
             flag(self.bias, "_bias"),
             flag(self.residual, "_residual"),
+            flag(self.accumulate, "_accumulate"),
             flag(!self.aligned, "_unaligned"),
         )
     }
@@ -278,13 +280,14 @@ impl MatrixProduct {
 
 impl KernelSource for MatrixProduct {
     fn build(&self) -> Kernel {
-        let Self { a_transposed, b_transposed, output, bias, residual, aligned, tile } = *self;
+        let Self { a_transposed, b_transposed, output, bias, residual, accumulate, aligned, tile } = *self;
         let (extent, threads) = (tile.extent(), tile.threads());
         let bytes = output.bytes() as u64;
         let description = Description {
             name: self.name(),
             summary: format!(
-                "C [m, n] = A [m, k] B [n, k]^T{}{} in bf16 with f32 sums; A {}, B {}; tiles of {extent} x {extent} x {DEPTH}",
+                "C [m, n] {} A [m, k] B [n, k]^T{}{} in bf16 with f32 sums; A {}, B {}; tiles of {extent} x {extent} x {DEPTH}",
+                if accumulate { "+=" } else { "=" },
                 if bias { " + bias" } else { "" },
                 if residual { " + residual" } else { "" },
                 if a_transposed { "stored [k, m]" } else { "stored [m, k]" },
@@ -295,7 +298,7 @@ impl KernelSource for MatrixProduct {
             sizes: &["m", "n", "k"],
             work: move |sizes: &[u64]| {
                 let (m, n, k) = (sizes[0], sizes[1], sizes[2]);
-                let outputs = if residual { 2 } else { 1 };
+                let outputs = if residual || accumulate { 2 } else { 1 };
                 Work { bytes: 2 * (m * k + n * k) + outputs * bytes * m * n, operations: 2 * m * n * k }
             },
         };
@@ -323,7 +326,16 @@ impl KernelSource for MatrixProduct {
             let a_tile = k.shared(Element::Bf16, STAGES * extent * DEPTH);
             let b_tile = k.shared(Element::Bf16, STAGES * extent * DEPTH);
             let source = |memory, transposed: bool, first, rows, tile| {
-                Source::new(k, threads, transposed, aligned, memory, (first, rows), (depth, depth_begin, depth_end), tile)
+                Source::new(
+                    k,
+                    threads,
+                    transposed,
+                    aligned,
+                    memory,
+                    (first, rows),
+                    (depth, depth_begin, depth_end),
+                    tile,
+                )
             };
             let a = source(a, a_transposed, tile_m, m, a_tile);
             let b = source(b, b_transposed, tile_n, n, b_tile);
@@ -335,8 +347,25 @@ impl KernelSource for MatrixProduct {
             let warp_n = ((warp & (across - 1)) * warp_columns).named("warp_n");
             let a_places = a.places(warp_m, warp_rows / 16, true);
             let b_places = b.places(warp_n, warp_columns / 16, false);
-            let sums: Vec<Vec<_>> = (0..warp_rows / 16)
-                .map(|_| (0..warp_columns / 8).map(|_| std::array::from_fn(|_| k.variable(0.0f32))).collect())
+            let (fragment_row, fragment_column) = (k.lane() >> 2, (k.lane() & 3) * 2);
+            let sums: Vec<Vec<[Variable<'_, F32>; 4]>> = (0..warp_rows / 16)
+                .map(|row_group| {
+                    (0..warp_columns / 8)
+                        .map(|column_group| {
+                            std::array::from_fn(|number| {
+                                if !accumulate {
+                                    return k.variable(0.0f32);
+                                }
+                                // Half of a fragment's numbers are 8 rows below the others.
+                                let (half, lane) = (number as u32 / 2, number as u32 % 2);
+                                let row = tile_m + warp_m + fragment_row + (row_group * 16 + half * 8);
+                                let column = tile_n + warp_n + fragment_column + (column_group * 8 + lane);
+                                let inside = row.lt(m) & column.lt(n);
+                                k.variable(c.from_row(row, n).at(column).load_if(inside, 0.0))
+                            })
+                        })
+                        .collect()
+                })
                 .collect();
 
             k.comment("the first tiles set out");
@@ -377,17 +406,15 @@ impl KernelSource for MatrixProduct {
             });
 
             k.comment("the sums go out, two neighbouring columns at a time");
-            let lane = k.lane();
             let c = c.from(part.mul_wide(m) * n.wide());
-            let column_pair = (lane & 3) * 2;
             for (row_group, sums) in sums.iter().enumerate() {
                 for half in 0..2 {
-                    let row = tile_m + warp_m + (lane >> 2) + (row_group as u32 * 16 + half * 8);
+                    let row = tile_m + warp_m + fragment_row + (row_group as u32 * 16 + half * 8);
                     let row_inside = row.lt(m);
                     let out = c.from_row(row, n);
                     let residual = residual.map(|residual| residual.from_row(row, n));
                     for (column_group, sum) in sums.iter().enumerate() {
-                        let column = tile_n + warp_n + column_pair + column_group as u32 * 8;
+                        let column = tile_n + warp_n + fragment_column + column_group as u32 * 8;
                         let values = [sum[half as usize * 2].get(), sum[half as usize * 2 + 1].get()];
                         store_pair(k, out, row_inside, column, n, values, (bias, residual), aligned);
                     }
@@ -399,12 +426,29 @@ impl KernelSource for MatrixProduct {
     fn configurations() -> Vec<Self> {
         let mut all = Vec::new();
         for (tile, aligned) in [(Tile::Large, true), (Tile::Small, true), (Tile::Small, false)] {
-            let forward =
-                Self { a_transposed: false, b_transposed: false, output: Element::Bf16, bias: false, residual: false, aligned, tile };
+            let forward = Self {
+                a_transposed: false,
+                b_transposed: false,
+                output: Element::Bf16,
+                bias: false,
+                residual: false,
+                accumulate: false,
+                aligned,
+                tile,
+            };
             let input_gradient = Self { b_transposed: true, ..forward };
             let weight_gradient = Self { a_transposed: true, b_transposed: true, output: Element::F32, ..forward };
             let (biased, residual) = (Self { bias: true, ..forward }, Self { residual: true, ..forward });
-            all.extend([forward, biased, residual, Self { bias: true, ..residual }, input_gradient, weight_gradient]);
+            let added = Self { accumulate: true, ..weight_gradient };
+            all.extend([
+                forward,
+                biased,
+                residual,
+                Self { bias: true, ..residual },
+                input_gradient,
+                weight_gradient,
+                added,
+            ]);
         }
         all
     }

@@ -8,7 +8,7 @@
 //! - The sums are formed in one pass: where a greater logit comes, `S` and `T` are scaled, and
 //!   `W` becomes `2^δ (W + S (δ − δ'))`, δ and δ' being what the maxima of student and teacher moved by.
 //! - Layout: a block takes one row after the other (every `blocks`-th). What it has read of a row stays on the chip as far
-//!   as there is room: 64 bytes of each row per thread in registers, 224 in shared memory; the rest is read again, soon
+//!   as there is room: 8 vectors of 16 bytes of each row per thread in registers, 10 or 14 in shared memory; the rest is read again, soon
 //!   enough to come from the L2 cache. The row's own order is registers, shared memory, rest; for the gradient it is rest,
 //!   shared memory, registers, and the places in shared memory that become free take in the next row at once. A thread
 //!   reads only what it wrote to shared memory itself.
@@ -24,8 +24,6 @@ use crate::{Element, Kernel, KernelSource, Target, Work};
 
 /// Rounds of a block over neighbouring vectors that are kept in registers.
 const HELD_ROUNDS: u32 = 8;
-/// Rounds that are kept in shared memory.
-const SHARED_ROUNDS: u32 = 14;
 /// Vectors whose terms are added at once where they are in registers.
 const AT_ONCE: usize = 2;
 /// What the negative of the greatest logit starts with: finite, so that differences are never NaN.
@@ -79,7 +77,12 @@ impl Row {
 
     /// Columns in shared memory.
     fn shared(self) -> u32 {
-        SHARED_ROUNDS * self.threads() * VECTOR
+        let rounds = match self {
+            Self::Short | Self::Medium => 14,
+            // What every GPU since 2020 has: 163 KiB.
+            Self::Long => 10,
+        };
+        rounds * self.threads() * VECTOR
     }
 
     fn name(self) -> &'static str {
@@ -158,8 +161,7 @@ impl KernelSource for VocabularyLoss {
             let vocabulary = k.u32("vocabulary");
             let is_first = k.thread().eq(0).named("is_first");
             let scratch = k.shared(Element::F32, layout.threads() / LANES * Statistics::COUNT);
-            let shared =
-                |wanted: bool| wanted.then(|| k.shared(Element::Bf16, SHARED_ROUNDS * layout.threads() * VECTOR));
+            let shared = |wanted: bool| wanted.then(|| k.shared(Element::Bf16, layout.shared()));
             let parts = Parts {
                 k,
                 layout,

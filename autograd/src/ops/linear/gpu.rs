@@ -8,9 +8,10 @@ use runtime::Argument;
 
 use super::{OPERATOR, Ways, output_shape};
 use crate::gpu::{self, Output};
+use crate::ops::add_in_place;
 use crate::{DType, Result, Tensor};
 
-pub(super) const WAYS: Ways = Ways { forward, input_gradient, weight_gradient, bias_gradient };
+pub(super) const WAYS: Ways = Ways { forward, input_gradient, weight_gradient, add_weight_gradient, bias_gradient };
 
 /// Blocks that products are split into where they have too few of their own: two per multiprocessor of an H100. The same on
 /// every device, since the split decides in which order sums are formed.
@@ -84,6 +85,45 @@ fn weight_gradient(gradient: &Tensor, input: &Tensor, weight: &Tensor) -> Result
     product(a, b, [outer, inner, rows], (None, None), weight.shape(), DType::F32)
 }
 
+fn add_weight_gradient(mut sum: Tensor, gradient: &Tensor, input: &Tensor) -> Result<Tensor> {
+    let (rows, inner, outer) = (input.rows(), input.last_dimension(), gradient.last_dimension());
+    let gradient = gradient.cast(input.dtype())?;
+    let a = Operand { tensor: &gradient, width: outer, transposed: true };
+    let b = Operand { tensor: input, width: inner, transposed: true };
+    let size = |what, size| gpu::size(OPERATOR, what, size);
+    let (m, n, k) = (size("rows", outer)?, size("columns", inner)?, size("the depth", rows)?);
+    let kernel = MatrixProduct { accumulate: true, ..on_tensor_cores(a, b, m, n, DType::F32) };
+    let (splits, split_depth) = kernel.splits(m, n, k, BLOCKS);
+    if input.dtype() == DType::F32 || splits > 1 {
+        let addend = product(a, b, [outer, inner, rows], (None, None), sum.shape(), DType::F32)?;
+        add_in_place(&mut sum, &addend)?;
+        return Ok(sum);
+    }
+    let mut arguments = vec![Argument::Write(sum.make_unique()?, gpu::element(DType::F32))];
+    arguments.extend([gpu::read(a.tensor), gpu::read(b.tensor)]);
+    arguments.extend([m, n, k, split_depth].map(Argument::U32));
+    let sizes = [m.into(), n.into(), k.into()];
+    gpu::launch(OPERATOR, input.device(), &kernel, kernel.grid(m, n, 1), &sizes, &arguments)?;
+    drop(arguments);
+    Ok(sum)
+}
+
+/// The kernel for operands of bf16, without bias and residual.
+fn on_tensor_cores(a: Operand<'_>, b: Operand<'_>, m: u32, n: u32, output: DType) -> MatrixProduct {
+    let aligned = a.width.is_multiple_of(8) && b.width.is_multiple_of(8) && n.is_multiple_of(2);
+    let large = aligned && m >= 128 && n >= 128;
+    MatrixProduct {
+        a_transposed: a.transposed,
+        b_transposed: b.transposed,
+        output: gpu::element(output),
+        bias: false,
+        residual: false,
+        accumulate: false,
+        aligned,
+        tile: if large { Tile::Large } else { Tile::Small },
+    }
+}
+
 /// `A Bᵀ` for A `[m, k]`, B `[n, k]` (or stored transposed), in the element type of A and B.
 fn product(
     a: Operand<'_>,
@@ -98,17 +138,8 @@ fn product(
     let (m, n) = (gpu::size(OPERATOR, "rows", m)?, gpu::size(OPERATOR, "columns", n)?);
     let k = gpu::size(OPERATOR, "the depth", k)?;
     let in_f32 = a.tensor.dtype() == DType::F32;
-    let aligned = a.width.is_multiple_of(8) && b.width.is_multiple_of(8) && n.is_multiple_of(2);
-    let large = aligned && m >= 128 && n >= 128;
-    let narrow = MatrixProduct {
-        a_transposed: a.transposed,
-        b_transposed: b.transposed,
-        output: gpu::element(output),
-        bias: bias.is_some(),
-        residual: residual.is_some(),
-        aligned,
-        tile: if large { Tile::Large } else { Tile::Small },
-    };
+    let narrow =
+        MatrixProduct { bias: bias.is_some(), residual: residual.is_some(), ..on_tensor_cores(a, b, m, n, output) };
     let (splits, split_depth) = match (output, bias.or(residual)) {
         (DType::F32, None) if in_f32 => MatrixProductF32::splits(m, n, k, BLOCKS),
         (DType::F32, None) => narrow.splits(m, n, k, BLOCKS),

@@ -58,7 +58,7 @@ fn record(tape: &Tape<'_>, input: &Var, weight: &Var, bias: Option<&Var>, residu
         check::is_float(OPERATOR, "residual", residual)?;
         check::shape(OPERATOR, "residual", residual, &output_shape(input, weight))?;
     }
-    let ways = if input.device().is_cpu() { &CPU } else { &gpu::WAYS };
+    let ways = ways(input);
     let output = (ways.forward)(input, weight, bias.map(Var::tensor), residual.map(Var::tensor))?;
     let (saved_input, saved_weight) = (input.tensor().clone(), weight.tensor().clone());
     let with_bias = bias.is_some();
@@ -79,7 +79,48 @@ fn record(tape: &Tape<'_>, input: &Var, weight: &Var, bias: Option<&Var>, residu
     }))
 }
 
-/// The operator's four functions on one kind of device.
+/// The operator's three products one by one, for operators that are made of them.
+pub(super) mod products {
+    use super::*;
+
+    /// `x Wᵀ`, `[…, out]` of the input's type.
+    ///
+    /// # Errors
+    /// Out of memory; runtime errors.
+    pub fn forward(input: &Tensor, weight: &Tensor) -> Result<Tensor> {
+        (ways(input).forward)(input, weight, None, None)
+    }
+
+    /// `dX = dY W`, like `input`.
+    ///
+    /// # Errors
+    /// Out of memory; runtime errors.
+    pub fn input_gradient(gradient: &Tensor, input: &Tensor, weight: &Tensor) -> Result<Tensor> {
+        (ways(input).input_gradient)(gradient, input, weight)
+    }
+
+    /// Adds `dW = dYᵀ X` to `sum` (f32, like `weight`), or makes it where there is none yet.
+    ///
+    /// # Errors
+    /// Out of memory; runtime errors.
+    pub fn add_weight_gradient(
+        sum: Option<Tensor>,
+        gradient: &Tensor,
+        input: &Tensor,
+        weight: &Tensor,
+    ) -> Result<Tensor> {
+        match sum {
+            None => (ways(input).weight_gradient)(gradient, input, weight),
+            Some(sum) => (ways(input).add_weight_gradient)(sum, gradient, input),
+        }
+    }
+}
+
+fn ways(input: &Tensor) -> &'static Ways {
+    if input.device().is_cpu() { &CPU } else { &gpu::WAYS }
+}
+
+/// The operator's functions on one kind of device.
 struct Ways {
     /// Input, weight, bias, residual: `residual + x Wᵀ + bias`.
     forward: fn(&Tensor, &Tensor, Option<&Tensor>, Option<&Tensor>) -> Result<Tensor>,
@@ -87,6 +128,8 @@ struct Ways {
     input_gradient: fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
     /// Gradient, input, weight: `dW = dYᵀ X`, f32.
     weight_gradient: fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
+    /// Sum, gradient, input: `sum + dYᵀ X`, in the sum's memory where nothing else shares it.
+    add_weight_gradient: fn(Tensor, &Tensor, &Tensor) -> Result<Tensor>,
     /// Gradient: `db = Σ_rows dY`, f32.
     bias_gradient: fn(&Tensor) -> Result<Tensor>,
 }
@@ -95,6 +138,7 @@ const CPU: Ways = Ways {
     forward: forward_cpu,
     input_gradient: input_gradient_cpu,
     weight_gradient: weight_gradient_cpu,
+    add_weight_gradient: add_weight_gradient_cpu,
     bias_gradient: bias_gradient_cpu,
 };
 
@@ -244,6 +288,16 @@ fn weight_gradient_cpu(gradient: &Tensor, input: &Tensor, weight: &Tensor) -> Re
         multiply(MatrixMut::row_major(output, outer, inner), 0.0, left, right, 1.0, Threads::All);
         Ok(())
     })
+}
+
+/// `sum + dYᵀ X`.
+fn add_weight_gradient_cpu(mut sum: Tensor, gradient: &Tensor, input: &Tensor) -> Result<Tensor> {
+    let (rows, inner, outer) = (input.rows(), input.last_dimension(), gradient.last_dimension());
+    let (g, x) = (gradient.host_f32()?, input.host_f32()?);
+    let left = Matrix::row_major(&g, rows, outer).transposed();
+    let right = Matrix::row_major(&x, rows, inner);
+    multiply(MatrixMut::row_major(sum.make_mut()?, outer, inner), 1.0, left, right, 1.0, Threads::All);
+    Ok(sum)
 }
 
 /// `db = Σ_rows dY`.

@@ -243,6 +243,12 @@ impl Model {
         layer.mixer.forward(tape, &self.parameters, &normed, batch).map(Some)
     }
 
+    /// The head's weight, `[vocabulary, hidden]`, for operators that take it with the [`Model::hidden`] states: the embedding's
+    /// where the two are tied.
+    pub fn head_weight(&self, tape: &Tape<'_>) -> Var {
+        self.parameters.var(tape, self.head)
+    }
+
     /// From the final norm's output to logits: `[…, hidden]` to `[…, vocabulary]`.
     ///
     /// # Errors

@@ -2,6 +2,7 @@
 //!
 //! - [`config`]: what a run does, from a TOML file and flags.
 //! - [`data`]: jsonl documents, packed token files, the order of training.
+//! - [`stages`]: distillation of a few layers at a time.
 //! - [`train`]: the loop behind `grafter distill` and `grafter train`, exactly resumable.
 //! - [`rank`]: which layers a model can do without.
 //! - [`perplexity`]: how well a model predicts documents.
@@ -21,4 +22,5 @@ mod memory;
 pub mod perplexity;
 pub mod rank;
 pub mod report;
+pub mod stages;
 pub mod train;

@@ -377,3 +377,37 @@ fn the_result_does_not_depend_on_how_a_batch_is_cut() {
         }
     }
 }
+
+#[test]
+fn batches_whose_loss_leaps_are_counted_and_a_run_that_continues_passes_over_the_same_ones() {
+    let workshop = Workshop::new();
+    // Small batches ripple, little is learned, and so low a threshold takes ripples for leaps.
+    let mut arguments = RUN.to_vec();
+    arguments.extend(["--batch-size", "2", "--micro-batch", "1", "--learning-rate", "1e-4"]);
+    let unguarded = arguments.clone();
+    arguments.extend(["--set", "training.spike_threshold=0.7"]);
+    let expected = reference_of(&workshop, &arguments);
+    let log = String::from_utf8(expected["metrics.jsonl"].clone()).unwrap();
+    let counted = log.matches("\"passed_over\":").count();
+    assert!(counted >= 2, "{log}");
+    let state = String::from_utf8(expected["checkpoints/step-000040/state.json"].clone()).unwrap();
+    assert!(state.contains(&format!("\"passed_over\": {counted}")), "{state}");
+    assert_ne!(expected["model/model.safetensors"], {
+        succeed(&borrowed(&workshop.distill("unguarded", &unguarded)));
+        fs::read(workshop.path("unguarded").join("model/model.safetensors")).unwrap()
+    });
+    let name = "ended";
+    let folder = workshop.path(name);
+    let arguments = workshop.distill(name, &arguments);
+    for signal_name in ["-INT", "-KILL", "-TERM"] {
+        let lines = count_lines(&folder) + 9;
+        let mut child = start(&arguments);
+        if wait_for_lines(&mut child, &folder, lines) {
+            signal(&child, signal_name);
+        }
+        child.wait().unwrap();
+    }
+    let output = run(&borrowed(&arguments));
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_same(&result(&folder), &expected, "after three signals");
+}

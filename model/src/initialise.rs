@@ -70,16 +70,10 @@ fn too_large(spec: &ParameterSpec, error: &autograd::Error) -> Error {
 /// sizes that `d_state` does not divide; for a teacher of another geometry.
 pub fn graft(base: &Model, teacher: &Model, layers: &[usize], options: &GraftOptions) -> Result<Model> {
     check_layers(base, teacher, layers)?;
-    let mut config = base.config.clone();
-    let geometry = match &config.mamba {
-        Some(geometry) => geometry.clone(),
-        None => default_geometry(&config),
-    };
-    check_geometry(&config, &geometry)?;
-    for &layer in layers {
-        config.mixers[layer] = MixerKind::Mamba;
+    let config = hybrid_config(&base.config, layers);
+    if let Some(geometry) = &config.mamba {
+        check_geometry(&config, geometry)?;
     }
-    config.mamba = Some(geometry);
     let mut parameters = Parameters::default();
     for spec in parameter_specs(&config, |_| DType::F32) {
         let new_mixer = layers.iter().find(|layer| spec.name.starts_with(&format!("model.layers.{layer}.mixer.")));
@@ -94,6 +88,17 @@ pub fn graft(base: &Model, teacher: &Model, layers: &[usize], options: &GraftOpt
         push(&mut parameters, &spec, value);
     }
     Model::new(config, parameters)
+}
+
+/// The configuration of such a hybrid. A base without Mamba layers gives the geometry that MIL needs: one scan channel
+/// per query dimension, one x and B channel per key dimension.
+pub fn hybrid_config(base: &ModelConfig, layers: &[usize]) -> ModelConfig {
+    let mut config = base.clone();
+    for &layer in layers {
+        config.mixers[layer] = MixerKind::Mamba;
+    }
+    config.mamba = Some(base.mamba.clone().unwrap_or_else(|| default_geometry(base)));
+    config
 }
 
 /// Which of `layers` have biases in the teacher's attention that are not zero. A graft loses them: the mixer's projections
@@ -117,7 +122,6 @@ pub fn layers_losing_biases(teacher: &Model, layers: &[usize]) -> Result<Vec<usi
     Ok(losing)
 }
 
-/// The geometry that MIL gives: one scan channel per query dimension, one x and B channel per key dimension.
 fn default_geometry(config: &ModelConfig) -> MambaConfig {
     MambaConfig {
         d_inner: config.attention_heads * config.head_size,

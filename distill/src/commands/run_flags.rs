@@ -9,7 +9,10 @@ use serde_json::json;
 use toml::Value;
 
 use super::{INTERRUPTED, done, output};
-use crate::config::{self, Override, Task};
+use crate::config::{self, Override, RunConfig, Task};
+use crate::interruption::Interrupted;
+use crate::rank::Method;
+use crate::stages;
 use crate::train::{self, Interruption, Outcome, Progress};
 
 /// Flags of both commands.
@@ -69,6 +72,9 @@ pub(super) struct RunFlags {
     /// Print the resolved configuration and do nothing
     #[arg(long)]
     print_config: bool,
+    /// Measure a few updates, print the plan (stages, updates, tokens, memory, time), and write nothing
+    #[arg(long)]
+    dry_run: bool,
     /// Print the outcome as JSON
     #[arg(long)]
     json: bool,
@@ -76,6 +82,11 @@ pub(super) struct RunFlags {
 
 /// Resolves and runs. `own` are the command's own flags.
 pub(super) fn run(task: Task, flags: RunFlags, own: Vec<Override>) -> Result<ExitCode> {
+    run_from(task, flags, own, None)
+}
+
+/// As [`run`], beginning with a stage.
+pub(super) fn run_from(task: Task, flags: RunFlags, own: Vec<Override>, from_stage: Option<usize>) -> Result<ExitCode> {
     let mut overrides = own;
     for (flag, key, path) in
         [("--train", "data.train", &flags.train), ("--validation", "data.validation", &flags.validation)]
@@ -106,11 +117,24 @@ pub(super) fn run(task: Task, flags: RunFlags, own: Vec<Override>) -> Result<Exi
         return done();
     }
     let interruption = Interruption::on_signals(i32::from(INTERRUPTED))?;
+    if flags.dry_run {
+        return dry_run(&config, &interruption, flags.json);
+    }
     let mut progress = Progress::on_stderr();
-    match train::run(&config, &flags.run, &interruption, &mut progress)? {
+    let staged = !config.stages.schedule.is_empty();
+    ensure!(staged || from_stage.is_none(), "--from-stage is for runs in stages (--schedule)");
+    let outcome = if staged {
+        stages::run(&config, &flags.run, from_stage, &interruption, &mut progress)?
+    } else {
+        train::run(&config, &flags.run, &interruption, &mut progress)?
+    };
+    match outcome {
         Outcome::Finished { model } => {
             if flags.json {
-                output::json(&json!({ "outcome": "finished", "steps": config.training.steps, "model": model }))?;
+                let records = stages::read(&flags.run)?.filter(|_| staged);
+                let own = config.training.steps;
+                let steps = records.map_or(own, |stages| stages.iter().map(|stage| stage.steps).sum());
+                output::json(&json!({ "outcome": "finished", "steps": steps, "model": model }))?;
             } else {
                 output::line(&format!("the model is in {}", model.display()))?;
             }
@@ -127,6 +151,46 @@ pub(super) fn run(task: Task, flags: RunFlags, own: Vec<Override>) -> Result<Exi
             Ok(ExitCode::from(INTERRUPTED))
         }
     }
+}
+
+/// Prints what the run would do.
+fn dry_run(config: &RunConfig, interruption: &Interruption, json: bool) -> Result<ExitCode> {
+    let plan = match stages::plan(config, interruption) {
+        Err(error) if error.is::<Interrupted>() => return Ok(ExitCode::from(INTERRUPTED)),
+        plan => plan?,
+    };
+    if json {
+        output::json(&plan)?;
+        return done();
+    }
+    output::line("stage  Mamba layers  ranked by   updates         tokens  ranking (s)  updates (s)")?;
+    for stage in &plan.stages {
+        let named = stage.layers.as_ref().map(|layers| format!("  layers {layers:?}")).unwrap_or_default();
+        let method = match stage.ranked_by {
+            Some(Method::Loo) => "loo",
+            Some(Method::Mmr) => "mmr",
+            Some(Method::Mse) => "mse",
+            None => "-",
+        };
+        output::line(&format!(
+            "{:>5}  {:>12}  {method:<9}  {:>8}  {:>13}  {:>11.1}  {:>11.1}{named}",
+            stage.stage,
+            stage.mamba_layers,
+            output::thousands(stage.steps),
+            output::thousands(stage.tokens),
+            stage.ranking_seconds,
+            stage.seconds
+        ))?;
+    }
+    output::line(&format!(
+        "in all {} tokens; about {:.1} s ({:.3} s an update, measured); {} of device memory; {} a checkpoint",
+        output::thousands(plan.tokens),
+        plan.seconds,
+        plan.seconds_per_update,
+        output::bytes(plan.memory_bytes),
+        output::bytes(plan.checkpoint_bytes)
+    ))?;
+    done()
 }
 
 /// A path given by a flag.
@@ -164,9 +228,59 @@ pub(super) fn parse_layers(text: &str) -> Result<Vec<i64>> {
     Ok(layers)
 }
 
+/// Stages as in `25,27,[1,3,5-8]`: how many Mamba layers each ends with, or which.
+///
+/// # Errors
+/// Anything else.
+pub(super) fn parse_schedule(text: &str) -> Result<Vec<Value>> {
+    let mut stages = Vec::new();
+    let mut rest = text.trim();
+    while !rest.is_empty() {
+        let (stage, after) = match rest.strip_prefix('[') {
+            Some(inner) => {
+                let (layers, after) =
+                    inner.split_once(']').with_context(|| format!("--schedule {text}: a [ has no ]"))?;
+                (Value::from(parse_layers(layers)?), after)
+            }
+            None => {
+                let (count, after) = rest.split_at(rest.find(',').unwrap_or(rest.len()));
+                let count: u32 = count.trim().parse().with_context(|| {
+                    format!(
+                        "--schedule {text}: write how many Mamba layers each stage ends with, or which in brackets, as \
+                         in 2,3 or [1],[1,3-5]"
+                    )
+                })?;
+                (Value::from(i64::from(count)), after)
+            }
+        };
+        stages.push(stage);
+        let after = after.trim();
+        rest = match after.strip_prefix(',') {
+            Some(next) => next.trim(),
+            None => {
+                ensure!(after.is_empty(), "--schedule {text}: a comma is missing before {after:?}");
+                after
+            }
+        };
+        ensure!(!rest.is_empty() || after.is_empty(), "--schedule {text}: nothing follows the last comma");
+    }
+    ensure!(!stages.is_empty(), "--schedule is empty: write how many Mamba layers each stage ends with, as in 2,3");
+    Ok(stages)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_schedule_counts_or_names() {
+        let schedule = |text: &str| Value::from(parse_schedule(text).unwrap()).to_string();
+        assert_eq!(schedule("25, 27,30"), "[25, 27, 30]");
+        assert_eq!(schedule("[3],[1,3-5], 7"), "[[3], [1, 3, 4, 5], 7]");
+        for wrong in ["", "2,", "a", "[1", "[1]2", "-3", "[]", "2,,3"] {
+            assert!(parse_schedule(wrong).is_err(), "{wrong}");
+        }
+    }
 
     #[test]
     fn layers_are_numbers_and_ranges() {

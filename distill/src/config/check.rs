@@ -2,8 +2,9 @@
 
 use anyhow::{Result, bail, ensure};
 
-use super::{Init, RunConfig, Task};
+use super::{Init, LEAST_SPIKE_WINDOW, RunConfig, StageTarget, Task};
 use crate::data::PackOptions;
+use crate::rank::Metric;
 
 /// No update needs more rows; beyond that one never ends.
 const GREATEST_BATCH: usize = 1 << 20;
@@ -17,6 +18,7 @@ pub(super) fn check(config: &RunConfig) -> Result<()> {
     data(config)?;
     training(config)?;
     loss(config)?;
+    stages(config)?;
     ensure!(config.checkpoint.keep >= 1, "checkpoint.keep is 0: at least one checkpoint must be kept");
     ensure!(
         config.evaluation.sequences >= 1,
@@ -42,8 +44,13 @@ fn model(config: &RunConfig) -> Result<()> {
                 "model.init: distillation knows \"mil\" alone; \"random\" and \"weights\" are for `grafter train`"
             );
             ensure!(
-                !model.layers.is_empty() || model.student.is_some(),
-                "model.layers is empty: name the layers to replace (--layers 1,3), or a hybrid to go on from (--student)"
+                !model.layers.is_empty() || model.student.is_some() || !config.stages.schedule.is_empty(),
+                "model.layers is empty: name the layers to replace (--layers 1,3), the stages (--schedule 2,3), or a \
+                 hybrid to go on from (--student)"
+            );
+            ensure!(
+                model.layers.is_empty() || config.stages.schedule.is_empty(),
+                "model.layers and stages.schedule are both given: the stages' layers are in the schedule"
             );
             for (index, layer) in model.layers.iter().enumerate() {
                 ensure!(!model.layers[..index].contains(layer), "model.layers names layer {layer} twice");
@@ -63,6 +70,7 @@ fn model(config: &RunConfig) -> Result<()> {
                 ("model.student", model.student.is_some()),
                 ("model.layers", !model.layers.is_empty()),
                 ("model.mil_align", model.mil_align),
+                ("stages.schedule", !config.stages.schedule.is_empty()),
                 ("loss.divergence_weight", config.loss.divergence_weight != 0.0),
             ];
             if let Some((key, _)) = teacher_keys.iter().find(|(_, given)| *given) {
@@ -128,12 +136,73 @@ fn training(config: &RunConfig) -> Result<()> {
         ensure!((0.0..1.0).contains(&beta), "{key} is {beta}: it must be at least 0 and below 1");
     }
     within("training.epsilon", training.epsilon, 0.0, 1.0, "above 0 and at most 1", false)?;
+    within("training.spike_threshold", training.spike_threshold, 0.0, 1e6, "0 (none is passed over) or above", true)?;
+    ensure!(
+        training.spike_window >= LEAST_SPIKE_WINDOW,
+        "training.spike_window is {}: it must be at least {LEAST_SPIKE_WINDOW}",
+        training.spike_window
+    );
     // TOML has signed integers only, and the resolved configuration is TOML.
     ensure!(
         i64::try_from(training.seed).is_ok(),
         "training.seed is {}: it must be at most {}",
         training.seed,
         i64::MAX
+    );
+    Ok(())
+}
+
+fn stages(config: &RunConfig) -> Result<()> {
+    let stages = &config.stages;
+    let mut most = 0;
+    for target in &stages.schedule {
+        let count = match target {
+            StageTarget::Count(count) => *count,
+            StageTarget::Layers(layers) => {
+                for (index, layer) in layers.iter().enumerate() {
+                    ensure!(!layers[..index].contains(layer), "stages.schedule names layer {layer} twice in one stage");
+                }
+                layers.len()
+            }
+        };
+        ensure!(
+            count > most,
+            "stages.schedule: a stage ends with {count} Mamba layers after one with {most}: each must have more"
+        );
+        most = count;
+    }
+    ensure!(!stages.rank.is_empty(), "stages.rank is empty: name a method (loo, mmr or mse)");
+    let lists = [
+        ("stages.rank", stages.rank.len()),
+        ("stages.steps", stages.steps.len()),
+        ("stages.learning_rates", stages.learning_rates.len()),
+    ];
+    if !stages.schedule.is_empty() {
+        for (key, count) in lists {
+            let stages = stages.schedule.len();
+            // The methods' default has two.
+            ensure!(count <= stages.max(2), "{key} has {count} entries, but there are {stages} stages");
+        }
+    }
+    ensure!(stages.rank_samples >= 1, "stages.rank_samples is 0: it must be at least 1");
+    ensure!(stages.rank_steps >= 1, "stages.rank_steps is 0: it must be at least 1");
+    ensure!(stages.steps.iter().all(|&steps| steps >= 1), "stages.steps has a 0: each stage needs at least one update");
+    ensure!(
+        stages.steps.iter().all(|&steps| steps >= config.training.warmup_steps),
+        "stages.steps has fewer than training.warmup_steps, which is {}",
+        config.training.warmup_steps
+    );
+    within("stages.rank_learning_rate", stages.rank_learning_rate, 0.0, f64::from(f32::MAX), "above 0", false)?;
+    for &rate in &stages.learning_rates {
+        within("stages.learning_rates", rate, 0.0, f64::from(f32::MAX), "above 0", false)?;
+        ensure!(
+            rate >= config.training.minimum_learning_rate,
+            "stages.learning_rates has {rate}, less than training.minimum_learning_rate"
+        );
+    }
+    ensure!(
+        stages.rank_metric == Metric::Loss || stages.rank_data.is_some(),
+        "stages.rank_metric asks questions: name their file (stages.rank_data)"
     );
     Ok(())
 }

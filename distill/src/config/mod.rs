@@ -17,6 +17,10 @@ use serde::{Deserialize, Serialize};
 pub use resolve::{Override, differences, read, resolve, to_toml};
 
 use crate::data::{LongDocuments, PositionsThatCount};
+use crate::rank::{Method, Metric};
+
+/// Fewer losses say little about what is usual.
+pub const LEAST_SPIKE_WINDOW: usize = 16;
 
 /// What a run does with its model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,6 +48,8 @@ pub struct RunConfig {
     pub training: TrainingSection,
     /// What is minimised.
     pub loss: LossSection,
+    /// `distill`: how layers are replaced one group after the other.
+    pub stages: StagesSection,
     /// When the run is saved. The only section that may change when a run is continued.
     pub checkpoint: CheckpointSection,
     /// When the validation data is looked at.
@@ -166,6 +172,11 @@ pub struct TrainingSection {
     pub beta2: f64,
     /// AdamW's epsilon.
     pub epsilon: f64,
+    /// A batch whose loss lies so many standard deviations above the mean of those before it changes nothing: it is
+    /// counted, and passed over. 0: none is.
+    pub spike_threshold: f64,
+    /// How many losses before it a batch is held against; at least 16 must be there.
+    pub spike_window: usize,
     /// Seed of everything random: new weights and the order of rows.
     pub seed: u64,
 }
@@ -201,6 +212,41 @@ pub struct LossSection {
     pub cross_entropy_weight: f64,
     /// Which positions count.
     pub mask: PositionsThatCount,
+}
+
+/// How many layers a stage ends with, or which.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum StageTarget {
+    /// So many Mamba layers in all, the new ones picked by a ranking.
+    Count(usize),
+    /// These layers, those of earlier stages among them.
+    Layers(Vec<usize>),
+}
+
+/// Section `[stages]`. Lists with an entry per stage may be shorter than the schedule: the last entry holds for the rest.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StagesSection {
+    /// What each stage ends with, as in `[25, 27, 30]`; empty: one stage, with `model.layers`.
+    pub schedule: Vec<StageTarget>,
+    /// By stage: how layers are ranked before it.
+    pub rank: Vec<Method>,
+    /// What leaving a layer out makes worse.
+    pub rank_metric: Metric,
+    /// Data to rank with; where absent the validation data for `loo` and `mse` (training data where there are none), and
+    /// the training data for `mmr`.
+    pub rank_data: Option<PathBuf>,
+    /// `loo`, `mse`: rows or questions looked at.
+    pub rank_samples: u64,
+    /// `mmr`: updates of each new mixer.
+    pub rank_steps: u64,
+    /// `mmr`: learning rate of the new mixers.
+    pub rank_learning_rate: f64,
+    /// By stage: updates; `training.steps` when empty.
+    pub steps: Vec<u64>,
+    /// By stage: the rate at the end of the warm-up; `training.learning_rate` when empty.
+    pub learning_rates: Vec<f64>,
 }
 
 /// Section `[checkpoint]`.
@@ -264,6 +310,8 @@ impl RunConfig {
                 beta1: 0.9,
                 beta2: 0.95,
                 epsilon: 1e-8,
+                spike_threshold: 0.0,
+                spike_window: 128,
                 seed: 0,
             },
             loss: LossSection {
@@ -274,9 +322,27 @@ impl RunConfig {
                 cross_entropy_weight: if distill { 0.0 } else { 1.0 },
                 mask: PositionsThatCount::Answers,
             },
+            stages: StagesSection {
+                schedule: Vec::new(),
+                rank: vec![Method::Loo, Method::Mmr],
+                rank_metric: Metric::Loss,
+                rank_data: None,
+                rank_samples: 16,
+                rank_steps: 100,
+                rank_learning_rate: 5e-4,
+                steps: Vec::new(),
+                learning_rates: Vec::new(),
+            },
             checkpoint: CheckpointSection { every: 100, keep: 2 },
             evaluation: EvaluationSection { every: 100, sequences: 16 },
         }
+    }
+}
+
+impl StagesSection {
+    /// An entry of a list with one per stage, whose last one holds for the rest; stages are counted from 0.
+    pub fn entry<T: Copy>(list: &[T], stage: usize) -> Option<T> {
+        list.get(stage).or(list.last()).copied()
     }
 }
 

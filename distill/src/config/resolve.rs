@@ -9,8 +9,8 @@ use serde::forward_to_deserialize_any;
 use toml::{Table, Value};
 
 use super::{
-    CheckpointSection, DataSection, EvaluationSection, LossSection, ModelSection, RunConfig, Task, TrainingSection,
-    check,
+    CheckpointSection, DataSection, EvaluationSection, LossSection, ModelSection, RunConfig, StagesSection, Task,
+    TrainingSection, check,
 };
 
 /// One key set on the command line.
@@ -209,6 +209,7 @@ fn section_fields(section: &str) -> Option<&'static [&'static str]> {
         "data" => Some(fields::<DataSection>()),
         "training" => Some(fields::<TrainingSection>()),
         "loss" => Some(fields::<LossSection>()),
+        "stages" => Some(fields::<StagesSection>()),
         "checkpoint" => Some(fields::<CheckpointSection>()),
         "evaluation" => Some(fields::<EvaluationSection>()),
         _ => None,
@@ -368,6 +369,12 @@ mod tests {
             ("loss.divergence_weight=1e-46", "nothing would be learned"),
             ("model.layers=[1, 2, 1]", "model.layers names layer 1 twice"),
             ("model.layers=[]", "model.layers is empty"),
+            ("stages.schedule=[2, 3]", "model.layers and stages.schedule are both given"),
+            (
+                "training.spike_threshold=-1",
+                "training.spike_threshold is -1: it must be 0 (none is passed over) or above",
+            ),
+            ("training.spike_window=3", "training.spike_window is 3"),
             ("model.source=x", "model.source is for `grafter train`"),
             ("model.init=random", "distillation knows \"mil\" alone"),
             ("checkpoint.keep=0", "checkpoint.keep is 0"),

@@ -48,6 +48,9 @@ pub(super) struct State {
     pub sequences: u64,
     /// Positions that counted so far.
     pub tokens: u64,
+    /// Batches that were passed over: updates that the optimizer did not make.
+    #[serde(default)]
+    pub passed_over: u64,
     /// Seed of the rows' order and of new weights.
     pub seed: u64,
     /// Length of `metrics.jsonl`.
@@ -196,7 +199,8 @@ impl Checkpoint {
         }
         let stored = self.weights.names()?.len();
         ensure!(stored == used, "{}: it has {stored} trained parameters, the model has {used}", place());
-        Ok(AdamW::restore(options, parameters, self.state.step, moments, masters)?)
+        let updates = self.state.step - self.state.passed_over;
+        Ok(AdamW::restore(options, parameters, updates, moments, masters)?)
     }
 }
 
@@ -271,6 +275,7 @@ mod tests {
             step,
             sequences: 2 * step,
             tokens: 7 * step,
+            passed_over: 0,
             seed: 3,
             metrics_bytes: 10,
             config: "c".to_owned(),

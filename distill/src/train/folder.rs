@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use crate::files;
 
 /// An open run folder. While it is open no other process can open it.
-pub(super) struct RunFolder {
+pub(crate) struct RunFolder {
     path: PathBuf,
     /// Holds the lock; the system lets go of it however the process ends.
     _lock: Option<File>,

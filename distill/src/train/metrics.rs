@@ -29,6 +29,9 @@ pub struct StepRecord {
     pub learning_rate: f64,
     /// Positions that have counted so far, over all updates.
     pub tokens: u64,
+    /// Where the loss leapt and the batch changed nothing: by how many standard deviations it lay above those before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub passed_over: Option<f64>,
 }
 
 /// One look at the validation data.
@@ -154,6 +157,7 @@ mod tests {
             gradient_norm: 1e-30,
             learning_rate: 5e-5,
             tokens: 12,
+            passed_over: None,
         }
     }
 

@@ -7,6 +7,7 @@
 
 mod checkpoint;
 mod folder;
+mod guard;
 mod metrics;
 pub(crate) mod models;
 mod objective;
@@ -32,8 +33,8 @@ use crate::files;
 use crate::interruption::Interrupted;
 pub use crate::interruption::Interruption;
 use checkpoint::{Checkpoint, DataState, State};
-use folder::RunFolder;
-pub(crate) use folder::lock as lock_folder;
+pub(crate) use folder::{RunFolder, lock as lock_folder};
+use guard::SpikeGuard;
 use metrics::Log;
 use models::Models;
 use objective::{Loss, Objective, Unread, first_bad_gradient};
@@ -88,6 +89,49 @@ pub fn run(config: &RunConfig, folder: &Path, interruption: &Interruption, progr
     }
 }
 
+/// What a few updates took.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Measurement {
+    /// Seconds of one update: the median without the first.
+    pub seconds: f64,
+    /// The most bytes of device memory held.
+    pub peak_memory_bytes: u64,
+    /// Bytes of what is trained and its moments.
+    pub checkpoint_bytes: u64,
+}
+
+/// Makes `steps` updates of a run in a folder of its own, and saves nothing of them.
+///
+/// # Errors
+/// As [`run`].
+pub(crate) fn measure(
+    config: &RunConfig,
+    folder: &Path,
+    steps: u64,
+    interruption: &Interruption,
+) -> Result<Measurement> {
+    let device: Device = config.device.parse()?;
+    let progress = &mut Progress::silent();
+    let mut trainer = prepare(config, &device, RunFolder::open(folder)?, None, interruption, progress)?;
+    let mut seconds = Vec::new();
+    for _ in 0..steps {
+        interruption.check()?;
+        let start = Instant::now();
+        trainer.step(progress)?;
+        seconds.push(start.elapsed().as_secs_f64());
+    }
+    let counted = seconds.get_mut(1..).unwrap_or_default();
+    counted.sort_by(f64::total_cmp);
+    let trained = trainer.models.student.parameters.iter().filter(|(_, parameter)| parameter.trainable);
+    let numbers: usize = trained.map(|(_, parameter)| parameter.value.count()).sum();
+    Ok(Measurement {
+        seconds: counted.get(counted.len() / 2).copied().unwrap_or_default(),
+        peak_memory_bytes: device.memory_usage().peak as u64,
+        // Weights and two moments in f32.
+        checkpoint_bytes: 3 * (numbers * size_of::<f32>()) as u64,
+    })
+}
+
 /// Everything up to the first update.
 fn prepare<'a>(
     config: &'a RunConfig,
@@ -121,6 +165,7 @@ fn prepare<'a>(
         }
     };
     let metrics = Log::open(&run.metrics(), state.metrics_bytes)?;
+    let guard = SpikeGuard::new(&config.training, &read_metrics(&run.metrics())?);
     let timing = Log::open(&run.timing(), metrics::timing_bytes(&run.timing(), state.step))?;
     progress.say(&models.description());
     for warning in &models.warnings {
@@ -138,6 +183,7 @@ fn prepare<'a>(
         optimizer,
         fresh: resumed.is_none(),
         state,
+        guard,
         metrics,
         timing,
     })
@@ -237,6 +283,7 @@ fn first_state(config: &RunConfig, models: &Models, data: &Data) -> Result<State
         step: 0,
         sequences: 0,
         tokens: 0,
+        passed_over: 0,
         seed: config.training.seed,
         metrics_bytes: 0,
         config: config_hash(config)?,
@@ -290,6 +337,7 @@ struct Trainer<'a> {
     /// Whether no checkpoint was there to continue from.
     fresh: bool,
     state: State,
+    guard: SpikeGuard,
     metrics: Log,
     timing: Log,
 }
@@ -345,16 +393,20 @@ impl Trainer<'_> {
             let culprit = first_bad_gradient(parameters, &gradients).unwrap_or_else(|| "their norm".to_owned());
             bail!("the gradients are not finite; the first tensor at fault: {culprit}. Nothing was updated or saved");
         }
-        if training.gradient_clip > 0.0 {
-            optimizer::clip_gradients(&mut gradients, gradient_norm, training.gradient_clip)?;
-        }
         let step = self.state.step + 1;
         let learning_rate = training.schedule().rate(step);
-        self.optimizer.update(parameters, &gradients, learning_rate as f32)?;
+        let passed_over = self.guard.judge(loss.total)?;
+        if passed_over.is_none() {
+            if training.gradient_clip > 0.0 {
+                optimizer::clip_gradients(&mut gradients, gradient_norm, training.gradient_clip)?;
+            }
+            self.optimizer.update(parameters, &gradients, learning_rate as f32)?;
+        }
         drop(gradients);
         self.state.step = step;
         self.state.sequences += rows.len() as u64;
         self.state.tokens += positions;
+        self.state.passed_over = self.guard.passed_over();
         let record = StepRecord {
             step,
             loss: loss.total,
@@ -363,7 +415,15 @@ impl Trainer<'_> {
             gradient_norm,
             learning_rate,
             tokens: self.state.tokens,
+            passed_over,
         };
+        if let Some(score) = passed_over {
+            progress.say(&format!(
+                "step {step}: the loss {:.4} lies {score:.1} standard deviations above those before: the batch is passed \
+                 over ({} so far)",
+                loss.total, self.state.passed_over
+            ));
+        }
         self.metrics.write(&record)?;
         let tokens = rows.len() * self.data.train.identity().sequence_length;
         let tokens_per_second = self.time("step", started, Some(tokens))?;

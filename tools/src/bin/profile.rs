@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, bail};
 use autograd::DType;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use runtime::{Device, LaunchRecord};
-use tools::profile::{CASES, Ceilings, Step, StepOptions, Summary, compare, run_case, summarise, write_trace};
+use tools::profile::{BESIDE, CASES, Ceilings, Step, StepOptions, Summary, compare, run_case, summarise, write_trace};
 
 /// Repeats before anything is measured: kernels are compiled, memory is reserved, clocks rise.
 const WARM_UP: usize = 3;
@@ -126,13 +126,30 @@ fn main() -> Result<ExitCode> {
             let device: Device = common.device.parse()?;
             let ceilings = Ceilings::measure(&device)?;
             let dtype = common.precision.dtype();
-            let mut summaries = Vec::new();
+            let (mut summaries, mut measured) = (Vec::new(), Vec::new());
             for case in CASES.iter().filter(|case| names.is_empty() || names.iter().any(|name| name == case.name)) {
                 let title = format!("{} {} in {dtype}, forward and backward", case.name, case.sizes);
                 let run = || run_case(case, &device, dtype);
-                summaries.push(measure(&common, &device, ceilings, title, None, run)?);
+                device.reset_peak_memory();
+                let summary = measure(&common, &device, ceilings, title, None, run)?;
+                measured.push((case.name, own_seconds(&summary), device.memory_usage().peak));
+                summaries.push(summary);
             }
-            report(&common, &summaries)
+            let code = report(&common, &summaries)?;
+            for (name, other) in BESIDE {
+                let find = |name: &str| measured.iter().find(|(measured, ..)| *measured == name);
+                if let (Some((_, seconds, peak)), Some((_, beside, _))) = (find(name), find(other)) {
+                    writeln!(
+                        io::stdout(),
+                        "{name}: {:.3} ms without making its inputs, {:.3} of {other}'s products ({:.3} ms); peak memory {:.2} GiB",
+                        seconds.all * 1e3,
+                        seconds.all / beside.products,
+                        beside.products * 1e3,
+                        *peak as f64 / f64::from(1 << 30)
+                    )?;
+                }
+            }
+            Ok(code)
         }
         Command::Step { teacher, layers, batch, sequence, documents, recompute_layers, common } => {
             let device: Device = common.device.parse()?;
@@ -208,6 +225,24 @@ fn measure(
         ceilings,
         kernels,
     })
+}
+
+/// Seconds of an operator's own kernels.
+struct OwnSeconds {
+    /// All but those that make inputs.
+    all: f64,
+    /// Matrix products.
+    products: f64,
+}
+
+fn own_seconds(summary: &Summary) -> OwnSeconds {
+    let of = |wanted: fn(&str) -> bool| {
+        summary.kernels.iter().filter(|kernel| wanted(&kernel.name)).map(|kernel| kernel.total_seconds).sum()
+    };
+    OwnSeconds {
+        all: of(|name| !name.starts_with("fill_") && !name.starts_with("cast_")),
+        products: of(|name| name.starts_with("matrix_product")),
+    }
 }
 
 /// Prints, writes and compares.

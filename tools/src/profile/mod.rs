@@ -9,7 +9,7 @@ mod trace;
 
 pub use ceilings::Ceilings;
 pub use comparison::{Change, compare};
-pub use operators::{CASES, Case, run_case};
+pub use operators::{BESIDE, CASES, Case, run_case};
 pub use step::{Step, StepOptions};
 pub use summary::{KernelSummary, Summary, summarise};
 pub use trace::write_trace;

@@ -2,8 +2,8 @@
 
 use anyhow::Result;
 use autograd::ops::{
-    self, Activation, AttentionOptions, ConvolutionOptions, Divergence, DivergenceOptions, MambaStepInputs,
-    RotaryScaling, RotaryTable, ScanInputs,
+    self, Activation, AttentionOptions, ConvolutionOptions, Divergence, DivergenceOptions, HeadTeacher,
+    MambaStepInputs, RotaryScaling, RotaryTable, ScanInputs,
 };
 use autograd::{DType, Tape, Tensor, Var};
 use runtime::Device;
@@ -26,6 +26,36 @@ pub const CASES: &[Case] = &[
     Case { name: "embedding", sizes: "16384 of 131072 x 5120", run: |make| embedding(make, 16_384, 131_072, 5120) },
     Case { name: "divergence", sizes: "4096 x 131072", run: |make| divergence(make, 4096, 131_072) },
     Case { name: "cross_entropy", sizes: "4096 x 131072", run: |make| cross_entropy(make, 4096, 131_072) },
+    Case {
+        name: "head_loss",
+        sizes: "16384 x 5120 x 131072, reverse KL",
+        run: |make| head_loss(make, 16_384, 5120, 131_072),
+    },
+    Case {
+        name: "head_products",
+        sizes: "16384 x 5120 x 131072, its four products",
+        run: |make| head_products(make, 16_384, 5120, 131_072),
+    },
+    Case {
+        name: "head_loss_8192",
+        sizes: "8192 x 5120 x 131072, reverse KL",
+        run: |make| head_loss(make, 8192, 5120, 131_072),
+    },
+    Case {
+        name: "head_products_8192",
+        sizes: "8192 x 5120 x 131072, its four products",
+        run: |make| head_products(make, 8192, 5120, 131_072),
+    },
+    Case {
+        name: "head_loss_smollm2",
+        sizes: "16384 x 576 x 49152, reverse KL",
+        run: |make| head_loss(make, 16_384, 576, 49_152),
+    },
+    Case {
+        name: "head_products_smollm2",
+        sizes: "16384 x 576 x 49152, its four products",
+        run: |make| head_products(make, 16_384, 576, 49_152),
+    },
     Case {
         name: "selective_scan",
         sizes: "1 x 16384 x 4096, 16 states, 256 groups",
@@ -61,6 +91,13 @@ pub const CASES: &[Case] = &[
     Case { name: "mamba_step_32", sizes: "32 x 4096, 16 states", run: |make| mamba_step(make, 32) },
     Case { name: "mamba_step_64", sizes: "64 x 4096, 16 states", run: |make| mamba_step(make, 64) },
     Case { name: "linear_head_smollm2", sizes: "16384 x 576 x 49152", run: |make| linear(make, 16_384, 576, 49_152) },
+];
+
+/// Cases whose kernels' time is compared with that of others: (case, the other).
+pub const BESIDE: &[(&str, &str)] = &[
+    ("head_loss", "head_products"),
+    ("head_loss_8192", "head_products_8192"),
+    ("head_loss_smollm2", "head_products_smollm2"),
 ];
 
 /// Runs a case once, forward and backward, in `dtype`.
@@ -163,6 +200,32 @@ fn cross_entropy(make: &Inputs<'_>, rows: usize, vocabulary: usize) -> Result<()
     make.both_ways(vec![make.tensor(&[rows, vocabulary], 0.7)?], |tape, inputs| {
         Ok(ops::cross_entropy(tape, &inputs[0], &labels, rows as f32)?.loss)
     })
+}
+
+fn head_loss(make: &Inputs<'_>, rows: usize, width: usize, vocabulary: usize) -> Result<()> {
+    let (hidden, head) = (make.tensor(&[rows, width], 0.1)?, make.tensor(&[vocabulary, width], 0.02)?);
+    let inputs = vec![make.tensor(&[rows, width], 0.2)?, make.tensor(&[vocabulary, width], 0.01)?];
+    let tape = Tape::new();
+    let leaves: Vec<Var> = inputs.iter().map(|input| tape.leaf(input)).collect();
+    let options = DivergenceOptions {
+        divergence: Divergence::ReverseKl,
+        student_temperature: 1.0,
+        teacher_temperature: 1.0,
+        mask: None,
+        denominator: rows as f32,
+    };
+    let teacher = HeadTeacher { hidden: &hidden, head: &head, options, weight: 1.0 };
+    let loss = ops::head_loss(&tape, &leaves[0], &leaves[1], Some(teacher), None)?.loss;
+    tape.backward(&loss)?;
+    Ok(())
+}
+
+/// The products that [`head_loss`] takes, of all tokens at once: both models' logits and the two gradients.
+fn head_products(make: &Inputs<'_>, rows: usize, width: usize, vocabulary: usize) -> Result<()> {
+    let (hidden, head) = (make.tensor(&[rows, width], 0.1)?, make.tensor(&[vocabulary, width], 0.02)?);
+    let tape = Tape::inference();
+    drop(ops::linear(&tape, &Var::constant(&hidden), &Var::constant(&head), None)?);
+    make.both_ways(vec![hidden, head], |tape, inputs| ops::linear(tape, &inputs[0], &inputs[1], None))
 }
 
 fn selective_scan(make: &Inputs<'_>, batch: usize, time: usize, channels: usize, groups: usize) -> Result<()> {

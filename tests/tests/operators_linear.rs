@@ -16,6 +16,17 @@ fn size() -> impl Strategy<Value = usize> {
     prop_oneof![2 => Just(1usize), 4 => 2..20usize, 1 => 31..=33usize, 1 => 63..=65usize, 1 => 127..=129usize]
 }
 
+/// Rows and width of a norm: any width, and those whose rows lie in a warp's or a block's registers.
+fn norm_sizes() -> impl Strategy<Value = (usize, usize)> {
+    let rows = || prop_oneof![1 => Just(0usize), 6 => size()];
+    let held = || prop_oneof![4 => 1..=12usize, 1 => 31..=33usize, 1 => 63..=65usize, 1 => 96..=97usize];
+    prop_oneof![
+        4 => (rows(), size()),
+        4 => (rows(), held().prop_map(|vectors| 8 * vectors)),
+        1 => (0..12usize, prop_oneof![127..=130usize, 255..=257usize].prop_map(|vectors| 8 * vectors)),
+    ]
+}
+
 proptest! {
     #![proptest_config(cases(256))]
 
@@ -103,15 +114,12 @@ proptest! {
 
     #[test]
     fn rms_norm(
-        rows in prop_oneof![1 => Just(0usize), 6 => size()],
-        width in size(),
+        (rows, width) in norm_sizes(),
         spread in prop_oneof![Just(1.0f64), Just(1e-3), Just(300.0)],
         seed: u64,
     ) {
         let mut random = Random::new(seed);
-        // Finite differences have a step of 1e-5, which must be small against the root; and without an epsilon that
-        // counts, a row of one or two elements has hardly any gradient, only rounding errors.
-        let epsilon = if width < 4 || spread < 0.1 { f64::max(0.1 * spread * spread, 0.01) as f32 } else { 1e-5 };
+        let epsilon = norm_epsilon(width, spread);
         let input = Input::new("input", &[rows, width], random.normals(rows * width, spread));
         let inputs = [
             Input { gradient_terms: (spread * spread + f64::from(epsilon)).powf(-0.5), ..input },
@@ -125,6 +133,45 @@ proptest! {
             ).map_err(|message| TestCaseError::fail(format!("{precision:?}: {message}")))?;
         }
     }
+
+    #[test]
+    fn rms_norm_residual((rows, width) in norm_sizes(), spread in prop_oneof![Just(1.0f64), Just(1.0 / 1024.0)], seed: u64) {
+        let mut random = Random::new(seed);
+        let epsilon = norm_epsilon(width, spread);
+        // Sums of two are numbers of bf16, so that their rounding changes nothing.
+        let part = |name, values: Vec<f64>| Input {
+            gradient_terms: (spread * spread + f64::from(epsilon)).powf(-0.5).max(1.0),
+            ..Input::new(
+                name,
+                &[rows, width],
+                values.into_iter().map(|value| (16.0 * value).round().clamp(-64.0, 64.0) / 16.0 * spread).collect(),
+            )
+        };
+        let inputs = [
+            part("input", random.normals(rows * width, 1.0)),
+            part("branch", random.normals(rows * width, 1.0)),
+            Input::new("weight", &[width], random.uniforms(width, 0.5, 1.5)),
+        ];
+        for precision in PRECISIONS {
+            check_operator(
+                precision, seed, Tolerance::SUM, &inputs, &[&[rows, width], &[rows, width]],
+                |tape, inputs| {
+                    let (output, sum) = ops::rms_norm_residual(tape, &inputs[0], &inputs[1], &inputs[2], epsilon)?;
+                    Ok(vec![output, sum])
+                },
+                |values| {
+                    let sum: Vec<f64> = values[0].iter().zip(&values[1]).map(|(a, b)| a + b).collect();
+                    vec![reference::rms_norm(&sum, &values[2], f64::from(epsilon)), sum]
+                },
+            ).map_err(|message| TestCaseError::fail(format!("{precision:?}: {message}")))?;
+        }
+    }
+}
+
+/// Finite differences have a step of 1e-5, which must be small against the root; and without an epsilon that counts, a
+/// row of one or two elements has hardly any gradient, only rounding errors.
+fn norm_epsilon(width: usize, spread: f64) -> f32 {
+    if width < 4 || spread < 0.1 { f64::max(0.1 * spread * spread, 0.01) as f32 } else { 1e-5 }
 }
 
 /// Weights of more rows than are widened from bf16 at once, tables of more numbers than one task clears.

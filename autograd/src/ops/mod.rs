@@ -41,7 +41,7 @@ pub use head_loss::{HeadChunks, HeadLabels, HeadLoss, HeadTeacher, head_loss, he
 pub use layout::{repeat_chunks, split, stack};
 pub use linear::{linear, linear_residual};
 pub use mamba_step::{MambaStepInputs, mamba_step, mamba_step_by_operators};
-pub use rms_norm::rms_norm;
+pub use rms_norm::{rms_norm, rms_norm_residual};
 pub use rope::{RotaryScaling, RotaryTable, rope};
 pub use sampling::{NO_TOKEN, SamplingOptions, argmax, argmax_into, sample, sample_into};
 pub use selective_scan::{

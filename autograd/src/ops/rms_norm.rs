@@ -2,8 +2,9 @@
 
 use half::bf16;
 use kernels_ptx::kernels::column_sums::ColumnSums;
-use kernels_ptx::kernels::rms_norm::{
-    RmsNormForward, RmsNormInputGradient, RmsNormWeightGradient, rows_grid, takes_vectors,
+use kernels_ptx::kernels::rms_norm::{Layout, RmsNormBackward, RmsNormForward};
+use kernels_ptx::kernels::rms_norm_any_width::{
+    RmsNormAnyWidthForward, RmsNormAnyWidthInputGradient, RmsNormAnyWidthWeightGradient, rows_grid,
 };
 use rayon::prelude::*;
 use runtime::Argument;
@@ -37,18 +38,62 @@ pub fn rms_norm(tape: &Tape<'_>, input: &Var, weight: &Var, epsilon: f32) -> Res
             Ok(vec![input_gradient, weight_gradient])
         }));
     }
-    let (output, inverse_roots) = forward_gpu(input, weight, epsilon)?;
-    Ok(tape.record_one(&[input, weight], output, move |gradient, needed| {
-        let gradient = gradient.cast(saved_input.dtype())?;
-        let input_gradient = if needed[0] {
-            Some(input_gradient_gpu(&gradient, &saved_input, &saved_weight, &inverse_roots)?)
-        } else {
-            None
-        };
-        let weight_gradient =
-            if needed[1] { Some(weight_gradient_gpu(&gradient, &saved_input, &inverse_roots)?) } else { None };
-        Ok(vec![input_gradient, weight_gradient])
+    let sizes = sizes(input)?;
+    let Some(layout) = Layout::of(sizes.1) else {
+        let (output, inverse_roots) = forward_any_width(input, weight, epsilon, sizes)?;
+        return Ok(tape.record_one(&[input, weight], output, move |gradient, needed| {
+            let saved = Saved { input: saved_input, weight: saved_weight, inverse_roots, sizes };
+            backward_any_width(&saved, gradient, needed)
+        }));
+    };
+    let forward = forward_held(layout, input, None, weight, epsilon, sizes)?;
+    Ok(tape.record_one(&[input, weight], forward.output, move |gradient, needed| {
+        let saved = Saved { input: saved_input, weight: saved_weight, inverse_roots: forward.inverse_roots, sizes };
+        let (input, weight) = backward_held(layout, &saved, gradient, None, needed[1])?;
+        Ok(vec![Some(input), weight])
     }))
+}
+
+/// The sum `x = input + branch` of a residual stream and what a layer adds to it, and its norm: `(y, x)` with
+/// `y = rms_norm(x)`. In bf16 the sum is rounded before it is normalised: the results are those of [`super::add`] and
+/// [`rms_norm`] one after the other; GPUs do both in one pass where the rows fit into registers.
+///
+/// - `input`, `branch` `[…, width]` of one element type, `weight` `[width]`; both results like `input`
+///
+/// # Errors
+/// Shape errors that name the argument.
+pub fn rms_norm_residual(tape: &Tape<'_>, input: &Var, branch: &Var, weight: &Var, epsilon: f32) -> Result<(Var, Var)> {
+    const OPERATOR: &str = "rms_norm_residual";
+    check::is_float(OPERATOR, "input", input)?;
+    check::is_float(OPERATOR, "weight", weight)?;
+    check::shape(OPERATOR, "branch", branch, input.shape())?;
+    check::shape(OPERATOR, "weight", weight, &[input.last_dimension()])?;
+    let sizes = sizes(input)?;
+    let layout = if input.device().is_cpu() || input.dtype() != branch.dtype() { None } else { Layout::of(sizes.1) };
+    let Some(layout) = layout else {
+        let sum = super::add(tape, input, branch)?;
+        return Ok((rms_norm(tape, &sum, weight, epsilon)?, sum));
+    };
+    let forward = forward_held(layout, input, Some(branch), weight, epsilon, sizes)?;
+    let saved = Saved {
+        input: forward.normalised.clone(),
+        weight: weight.tensor().clone(),
+        inverse_roots: forward.inverse_roots,
+        sizes,
+    };
+    let outputs = vec![forward.output, forward.normalised];
+    let mut outputs = tape.record(&[input, branch, weight], outputs, move |gradients, needed| {
+        let (sum, weight) = match (&gradients[0], &gradients[1]) {
+            (Some(gradient), added) => {
+                let (sum, weight) = backward_held(layout, &saved, gradient, added.as_ref(), needed[2])?;
+                (Some(sum), weight)
+            }
+            (None, added) => (added.clone(), None),
+        };
+        Ok(vec![sum.clone(), sum, weight])
+    });
+    let sum = outputs.swap_remove(1);
+    Ok((outputs.swap_remove(0), sum))
 }
 
 /// Rows and width as kernels take them.
@@ -57,13 +102,97 @@ fn sizes(input: &Tensor) -> Result<(u32, u32)> {
     Ok((rows, gpu::size(OPERATOR, "the width", input.last_dimension())?))
 }
 
-fn forward_gpu(input: &Tensor, weight: &Tensor, epsilon: f32) -> Result<(Tensor, Tensor)> {
-    let (device, (rows, width)) = (input.device(), sizes(input)?);
+/// What the backward pass needs.
+struct Saved {
+    /// What was normalised.
+    input: Tensor,
+    weight: Tensor,
+    inverse_roots: Tensor,
+    /// Rows and width.
+    sizes: (u32, u32),
+}
+
+/// Results of the forward pass of rows in registers.
+struct Forward {
+    output: Tensor,
+    /// What was normalised.
+    normalised: Tensor,
+    inverse_roots: Tensor,
+}
+
+/// Normalises the input, or its sum with a branch.
+fn forward_held(
+    layout: Layout,
+    input: &Tensor,
+    branch: Option<&Tensor>,
+    weight: &Tensor,
+    epsilon: f32,
+    (rows, width): (u32, u32),
+) -> Result<Forward> {
+    let device = input.device();
     let kernel = RmsNormForward {
         element: gpu::element(input.dtype()),
         weight: gpu::element(weight.dtype()),
-        vector: takes_vectors(width),
+        layout,
+        residual: branch.is_some(),
     };
+    let (mut output, mut inverse_roots) = (Output::like(input)?, Output::new(device, &[input.rows()], DType::F32)?);
+    let mut sum = branch.map(Output::like).transpose()?;
+    let mut arguments = vec![output.write()];
+    arguments.extend(sum.as_mut().map(Output::write));
+    arguments.extend([inverse_roots.write(), gpu::read(input)]);
+    arguments.extend(branch.map(gpu::read));
+    arguments.extend([gpu::read(weight), Argument::F32(epsilon), Argument::U32(rows), Argument::U32(width)]);
+    let sizes = [rows.into(), width.into()];
+    gpu::launch(OPERATOR, device, &kernel, layout.forward_grid(rows), &sizes, &arguments)?;
+    drop(arguments);
+    Ok(Forward {
+        output: output.tensor(),
+        normalised: sum.map_or_else(|| input.clone(), Output::tensor),
+        inverse_roots: inverse_roots.tensor(),
+    })
+}
+
+/// The gradients of what was normalised, with the gradient that it has from elsewhere `added`, and of the weight.
+fn backward_held(
+    layout: Layout,
+    saved: &Saved,
+    gradient: &Tensor,
+    added: Option<&Tensor>,
+    weight_needed: bool,
+) -> Result<(Tensor, Option<Tensor>)> {
+    let Saved { input, weight, inverse_roots, sizes: (rows, width) } = saved;
+    let device = input.device();
+    let kernel = RmsNormBackward {
+        element: gpu::element(input.dtype()),
+        weight: gpu::element(weight.dtype()),
+        layout,
+        residual: added.is_some(),
+    };
+    let gradient = gradient.cast(input.dtype())?;
+    let added = added.map(|added| added.cast(input.dtype())).transpose()?;
+    let blocks = layout.blocks(*rows);
+    let mut input_gradient = Output::like(input)?;
+    let mut sums = Output::new(device, &[blocks as usize, *width as usize], DType::F32)?;
+    let mut arguments = vec![input_gradient.write(), sums.write(), gpu::read(&gradient)];
+    arguments.extend(added.as_ref().map(gpu::read));
+    arguments.extend([gpu::read(input), gpu::read(weight), gpu::read(inverse_roots)]);
+    arguments.extend([Argument::U32(*rows), Argument::U32(*width)]);
+    let sizes = [u64::from(*rows), u64::from(*width)];
+    gpu::launch(OPERATOR, device, &kernel, Some([blocks, 1, 1]), &sizes, &arguments)?;
+    drop(arguments);
+    let weight_gradient = weight_needed.then(|| column_sums(&sums.tensor(), blocks, *width)).transpose()?;
+    Ok((input_gradient.tensor(), weight_gradient))
+}
+
+fn forward_any_width(
+    input: &Tensor,
+    weight: &Tensor,
+    epsilon: f32,
+    (rows, width): (u32, u32),
+) -> Result<(Tensor, Tensor)> {
+    let device = input.device();
+    let kernel = RmsNormAnyWidthForward { element: gpu::element(input.dtype()), weight: gpu::element(weight.dtype()) };
     let (mut output, mut inverse_roots) = (Output::like(input)?, Output::new(device, &[input.rows()], DType::F32)?);
     let arguments = [
         output.write(),
@@ -78,13 +207,17 @@ fn forward_gpu(input: &Tensor, weight: &Tensor, epsilon: f32) -> Result<(Tensor,
     Ok((output.tensor(), inverse_roots.tensor()))
 }
 
-fn input_gradient_gpu(gradient: &Tensor, input: &Tensor, weight: &Tensor, inverse_roots: &Tensor) -> Result<Tensor> {
-    let (device, (rows, width)) = (input.device(), sizes(input)?);
-    let kernel = RmsNormInputGradient {
-        element: gpu::element(input.dtype()),
-        weight: gpu::element(weight.dtype()),
-        vector: takes_vectors(width),
-    };
+fn backward_any_width(saved: &Saved, gradient: &Tensor, needed: &[bool]) -> Result<Vec<Option<Tensor>>> {
+    let gradient = gradient.cast(saved.input.dtype())?;
+    let input = needed[0].then(|| input_gradient_any_width(saved, &gradient)).transpose()?;
+    let weight = needed[1].then(|| weight_gradient_any_width(saved, &gradient)).transpose()?;
+    Ok(vec![input, weight])
+}
+
+fn input_gradient_any_width(saved: &Saved, gradient: &Tensor) -> Result<Tensor> {
+    let Saved { input, weight, inverse_roots, sizes: (rows, width) } = saved;
+    let kernel =
+        RmsNormAnyWidthInputGradient { element: gpu::element(input.dtype()), weight: gpu::element(weight.dtype()) };
     let mut input_gradient = Output::like(input)?;
     let arguments = [
         input_gradient.write(),
@@ -92,41 +225,41 @@ fn input_gradient_gpu(gradient: &Tensor, input: &Tensor, weight: &Tensor, invers
         gpu::read(input),
         gpu::read(weight),
         gpu::read(inverse_roots),
-        Argument::U32(rows),
-        Argument::U32(width),
+        Argument::U32(*rows),
+        Argument::U32(*width),
     ];
-    gpu::launch(OPERATOR, device, &kernel, rows_grid(rows), &[rows.into(), width.into()], &arguments)?;
+    let sizes = [u64::from(*rows), u64::from(*width)];
+    gpu::launch(OPERATOR, input.device(), &kernel, rows_grid(*rows), &sizes, &arguments)?;
     Ok(input_gradient.tensor())
 }
 
 /// Sums over parts of the rows, then over the parts.
-fn weight_gradient_gpu(gradient: &Tensor, input: &Tensor, inverse_roots: &Tensor) -> Result<Tensor> {
-    let (device, (rows, width)) = (input.device(), sizes(input)?);
-    let kernel = RmsNormWeightGradient { element: gpu::element(input.dtype()), vector: takes_vectors(width) };
-    let (parts, part_rows) = RmsNormWeightGradient::parts(rows);
-    let mut sums = Output::new(device, &[parts as usize, width as usize], DType::F32)?;
+fn weight_gradient_any_width(saved: &Saved, gradient: &Tensor) -> Result<Tensor> {
+    let Saved { input, inverse_roots, sizes: (rows, width), .. } = saved;
+    let kernel = RmsNormAnyWidthWeightGradient { element: gpu::element(input.dtype()) };
+    let (parts, part_rows) = RmsNormAnyWidthWeightGradient::parts(*rows);
+    let mut sums = Output::new(input.device(), &[parts as usize, *width as usize], DType::F32)?;
     let arguments = [
         sums.write(),
         gpu::read(gradient),
         gpu::read(input),
         gpu::read(inverse_roots),
-        Argument::U32(rows),
-        Argument::U32(width),
+        Argument::U32(*rows),
+        Argument::U32(*width),
         Argument::U32(part_rows),
     ];
-    let grid = kernel.grid(width, parts);
-    gpu::launch(OPERATOR, device, &kernel, grid, &[rows.into(), width.into()], &arguments)?;
-    let sums = sums.tensor();
-    let mut total = Output::new(device, &[width as usize], DType::F32)?;
-    let arguments = [
-        total.write(),
-        gpu::read(&sums),
-        Argument::U32(parts),
-        Argument::U32(width),
-        Argument::U32(parts.next_multiple_of(4)),
-    ];
+    let (grid, sizes) = (RmsNormAnyWidthWeightGradient::grid(*width, parts), [u64::from(*rows), u64::from(*width)]);
+    gpu::launch(OPERATOR, input.device(), &kernel, grid, &sizes, &arguments)?;
+    column_sums(&sums.tensor(), parts, *width)
+}
+
+/// The sum of all rows of a matrix.
+fn column_sums(sums: &Tensor, rows: u32, width: u32) -> Result<Tensor> {
+    let mut total = Output::new(sums.device(), &[width as usize], DType::F32)?;
+    let arguments = [total.write(), gpu::read(sums), Argument::U32(rows), Argument::U32(width), Argument::U32(rows)];
     let kernel = ColumnSums { element: kernels_ptx::Element::F32 };
-    gpu::launch(OPERATOR, device, &kernel, ColumnSums::grid(width, 1), &[parts.into(), width.into()], &arguments)?;
+    let sizes = [rows.into(), width.into()];
+    gpu::launch(OPERATOR, sums.device(), &kernel, ColumnSums::grid(width, 1), &sizes, &arguments)?;
     Ok(total.tensor())
 }
 

@@ -1,21 +1,22 @@
 //! Column sums: `sums[p, j] = Σᵢ x[i, j]` over the rows `i` of part `p`, in f32. With one part it is the whole sum; with more,
 //! [`SumParts`](super::sum_parts::SumParts) adds them in order.
 //!
-//! - Layout: one thread per column and part; neighbouring threads read neighbouring elements of a row. Each keeps four
-//!   sums of every fourth row, so that four rows are on their way at a time, and adds them in a fixed order.
+//! - Layout: a block takes 32 columns of a part, a lane one of them; its 8 warps take rows in turn, so that 8 · 4 rows of
+//!   32 elements are on their way at a time. Their sums are added in order.
 //! - Traffic: every element of x is read once. Bound by memory.
 
-use crate::asm::{Assembler, Description};
+use crate::asm::{Assembler, Description, LANES};
 use crate::{Element, Kernel, KernelSource, Target, Work};
 
 const THREADS: u32 = 256;
+const WARPS: u32 = THREADS / LANES;
 /// Rows that a thread has on their way at a time.
 const AHEAD: u32 = 4;
 
 /// Sums a matrix over its rows.
 ///
 /// Parameters: `sums` (f32 `[parts, columns]`, written), `x` (`[rows, columns]`), `rows`, `columns`, `part_rows` (u32: rows
-/// of a part, a multiple of 4).
+/// of a part).
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct ColumnSums {
     /// Type of x.
@@ -25,7 +26,7 @@ pub struct ColumnSums {
 impl ColumnSums {
     /// Blocks for so many columns and parts; `None` when one launch cannot cover them.
     pub fn grid(columns: u32, parts: u32) -> Option<[u32; 3]> {
-        (parts <= 65_535).then_some([columns.div_ceil(THREADS), parts, 1])
+        (parts <= 65_535).then_some([columns.div_ceil(LANES), parts, 1])
     }
 
     /// How many parts so many rows are best split into, and the rows of each.
@@ -43,7 +44,8 @@ impl KernelSource for ColumnSums {
         let bytes = element.bytes() as u64;
         let description = Description {
             name: format!("column_sums_{element}"),
-            summary: "sums[p, j] = sum of x[i, j] over the rows i of part p; one thread per column and part".to_owned(),
+            summary: "sums[p, j] = sum of x[i, j] over the rows i of part p; a block per 32 columns and part"
+                .to_owned(),
             block: [THREADS, 1, 1],
             target: Target::Sm80,
             sizes: &["rows", "columns"],
@@ -55,21 +57,38 @@ impl KernelSource for ColumnSums {
         Assembler::assemble(description, |k| {
             let (sums, x) = (k.write("sums", Element::F32), k.read("x", element));
             let (rows, columns, part_rows) = (k.u32("rows"), k.u32("columns"), k.u32("part_rows"));
-            let column = k.global_thread(THREADS).named("column");
-            k.return_if(column.ge(columns));
+            let (lane, warp) = (k.lane().named("lane"), k.warp().named("warp"));
+            let column = k.block().mad(LANES, lane).named("column");
+            let exists = column.lt(columns);
             let part = k.block_y().named("part");
             let first = (part * part_rows).named("first");
             let end = (first + part_rows).min(rows).named("end");
             let totals: [_; AHEAD as usize] = std::array::from_fn(|_| k.variable(0.0f32));
-            k.for_(first, end, AHEAD, |row| {
-                for (offset, total) in totals.iter().enumerate() {
-                    let row = row + offset as u32;
-                    let value = x.from_row(row, columns).at(column).load_if(row.lt(end), 0.0);
-                    total.set(total.get() + value);
-                }
+            k.if_(exists, || {
+                k.for_(first + warp, end, WARPS * AHEAD, |row| {
+                    let values: Vec<_> = (0..AHEAD)
+                        .map(|ahead| {
+                            let row = row + ahead * WARPS;
+                            x.from_row(row, columns).at(column).load_if(row.lt(end), 0.0)
+                        })
+                        .collect();
+                    for (total, value) in totals.iter().zip(values) {
+                        total.set(total.get() + value);
+                    }
+                });
             });
+
+            k.comment("the warps' sums, in order");
             let [a, b, c, d] = totals.map(|total| total.get());
-            sums.from_row(part, columns).at(column).store((a + b) + (c + d));
+            let scratch = k.shared(Element::F32, THREADS);
+            scratch.at(k.thread()).store((a + b) + (c + d));
+            k.barrier();
+            k.if_(exists & warp.eq(0), || {
+                let place = scratch.at(lane);
+                let total =
+                    (1..WARPS).fold(place.load(), |total, warp| total + place.plus(i64::from(warp * LANES)).load());
+                sums.from_row(part, columns).at(column).store(total);
+            });
         })
     }
 

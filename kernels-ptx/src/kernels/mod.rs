@@ -38,7 +38,8 @@ kernels! {
     mamba_step: MambaStep;
     matrix_product: MatrixProduct;
     matrix_product_f32: MatrixProductF32;
-    rms_norm: RmsNormForward, RmsNormInputGradient, RmsNormWeightGradient;
+    rms_norm: RmsNormForward, RmsNormBackward;
+    rms_norm_any_width: RmsNormAnyWidthForward, RmsNormAnyWidthInputGradient, RmsNormAnyWidthWeightGradient;
     rope: Rope;
     sampling: ArgMax, Sample;
     scale_by: ScaleBy;

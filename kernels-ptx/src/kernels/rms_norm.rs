@@ -1,288 +1,419 @@
 //! Root-mean-square normalisation: `output = weight · x · r` with `r = 1 / √(mean(x²) + epsilon)` over each row, and its
-//! gradients.
+//! gradients, for rows that fit into registers. [`rms_norm_any_width`](super::rms_norm_any_width) takes the others.
 //!
-//! - Rounding: in bf16 the normalised value `x · r` is rounded before the product with the weight, as Hugging Face's Llama
-//!   and Mistral do.
+//! - With `residual`, `x = input + branch`, which is stored as well: the sum of a residual stream and what a layer adds to
+//!   it, and its norm, in one pass. Backward, the sum's own gradient is added to that which comes through the norm.
+//! - Rounding: in bf16 the sum and the normalised value `x · r` are rounded before they are used, the latter as Hugging
+//!   Face's Llama and Mistral do.
 //! - Backward: with `m = mean(g · weight · x)`, `dx = r (g · weight − x r² m)` and `d weight = Σ_rows g · x · r`.
-//! - Layout: one warp per row goes over the row twice; the second time it comes from the cache. For the weight's gradient
-//!   a block takes a part of the rows and 32 times as many columns as a lane takes at a time; its warps take rows in turn
-//!   and their sums are added in order. [`ColumnSums`](super::column_sums::ColumnSums) then adds the parts in order.
-//! - Rows of a multiple of 8 elements are read 8 at a time, others one by one (`vector`).
-//! - Traffic: forward reads and writes each element once; the input's gradient reads two and writes one; the weight's
-//!   reads two. Bound by memory.
+//! - Layout: 1 or 8 warps take a row; it is read once, 8 elements per lane at a time, and stays in registers
+//!   ([`Layout`]). Backward, a block stays for many rows: it reads the next row while it works on one, and keeps its sums
+//!   of the weight's gradient in registers. [`ColumnSums`](super::column_sums::ColumnSums) adds the blocks' sums in order.
+//! - Traffic: forward reads and writes each element once, backward reads two and writes one; with `residual` one more is
+//!   read each way, and forward one more is written. Bound by memory.
 //! - Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
 
-use super::{VECTOR, load_part, store_part};
-use crate::asm::{Assembler, Description, F32, LANES, Value};
+use super::VECTOR;
+use crate::asm::{Address, Assembler, Description, F32, Global, LANES, Pred, U32, Value, Variable};
 use crate::{Element, Kernel, KernelSource, Target, Work};
 
 const THREADS: u32 = 256;
 const WARPS: u32 = THREADS / LANES;
+/// Vectors of a row that a lane holds at most.
+const MOST_VECTORS: u32 = 4;
+/// Blocks of the backward pass: two for each of an H100's 132 multiprocessors.
+const BLOCKS: u32 = 264;
+/// Rows that each warp or block of the backward pass is given before there are more blocks.
+const LEAST_ROWS: u32 = 4;
+
+/// How a row lies in registers.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Layout {
+    /// Warps that take a row together: 1, or all 8 of a block.
+    warps: u32,
+    /// Vectors of 8 elements that each lane holds: lane `l` of the row's lanes holds those with index `l + i · lanes`.
+    vectors: u32,
+}
 
 /// The normalised rows, and the inverse root of each.
 ///
-/// Parameters: `output` (`[rows, width]`), `inverse_roots` (f32 `[rows]`; both written), `input` (`[rows, width]`), `weight`
-/// (`[width]`), `epsilon` (f32), `rows`, `width` (u32).
+/// Parameters: `output` (`[rows, width]`), `sum` (the same, with `residual`), `inverse_roots` (f32 `[rows]`; all written),
+/// `input`, `branch` (`[rows, width]`, the latter with `residual`), `weight` (`[width]`), `epsilon` (f32), `rows`, `width`
+/// (u32).
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct RmsNormForward {
     /// Type of input and output.
     pub element: Element,
     /// Type of the weight.
     pub weight: Element,
-    /// The width is a multiple of 8.
-    pub vector: bool,
+    /// Where a row lies.
+    pub layout: Layout,
+    /// The sum of two inputs is normalised.
+    pub residual: bool,
 }
 
-/// The gradient of the input.
+/// The gradients of input and weight, the latter summed over the rows of each block.
 ///
-/// Parameters: `input_gradient` (`[rows, width]`, written), `gradient`, `input` (`[rows, width]`), `weight` (`[width]`),
-/// `inverse_roots` (f32 `[rows]`), `rows`, `width` (u32).
+/// Parameters: `input_gradient` (`[rows, width]`), `sums` (f32 `[blocks, width]`; both written), `gradient`, `sum_gradient`
+/// (with `residual`), `input` (what was normalised; all `[rows, width]`), `weight` (`[width]`), `inverse_roots` (f32
+/// `[rows]`), `rows`, `width` (u32).
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct RmsNormInputGradient {
+pub struct RmsNormBackward {
     /// Type of input and gradients.
     pub element: Element,
     /// Type of the weight.
     pub weight: Element,
-    /// The width is a multiple of 8.
-    pub vector: bool,
+    /// Where a row lies.
+    pub layout: Layout,
+    /// The sum of two inputs was normalised and is an output too.
+    pub residual: bool,
 }
 
-/// The gradient of the weight, summed over parts of the rows.
-///
-/// Parameters: `sums` (f32 `[parts, width]`, written), `gradient`, `input` (`[rows, width]`), `inverse_roots` (f32 `[rows]`),
-/// `rows`, `width`, `part_rows` (u32: rows of a part).
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct RmsNormWeightGradient {
-    /// Type of input and gradient.
-    pub element: Element,
-    /// The width is a multiple of 8.
-    pub vector: bool,
-}
-
-/// Blocks for [`RmsNormForward`] and [`RmsNormInputGradient`] over so many rows.
-pub fn rows_grid(rows: u32) -> Option<[u32; 3]> {
-    Some([rows.div_ceil(WARPS), 1, 1])
-}
-
-/// Whether rows of this width take the `vector` kernels.
-pub fn takes_vectors(width: u32) -> bool {
-    width.is_multiple_of(VECTOR)
-}
-
-impl RmsNormWeightGradient {
-    /// How many parts so many rows are best split into, and the rows of each.
-    pub fn parts(rows: u32) -> (u32, u32) {
-        const LEAST: u32 = 64;
-        const MOST: u32 = 128;
-        let part_rows = rows.div_ceil(MOST).max(LEAST);
-        (rows.div_ceil(part_rows).max(1), part_rows)
+impl Layout {
+    /// The layout for rows of this width; `None` for no multiple of 8, and beyond 8192.
+    pub fn of(width: u32) -> Option<Self> {
+        let vectors = width / VECTOR;
+        let lanes = |warps: u32| warps * LANES;
+        let layout = |warps: u32| Self { warps, vectors: vectors.div_ceil(lanes(warps)) };
+        match vectors {
+            _ if !width.is_multiple_of(VECTOR) || width == 0 => None,
+            _ if vectors <= lanes(1) * MOST_VECTORS => Some(layout(1)),
+            _ if vectors <= lanes(WARPS) * MOST_VECTORS => Some(layout(WARPS)),
+            _ => None,
+        }
     }
 
-    /// Blocks for rows of this width in so many parts.
-    pub fn grid(&self, width: u32, parts: u32) -> Option<[u32; 3]> {
-        (parts <= 65_535).then_some([width.div_ceil(LANES * lane_elements(self.vector)), parts, 1])
+    /// Rows that a block takes at a time.
+    fn block_rows(self) -> u32 {
+        WARPS / self.warps
+    }
+
+    /// Blocks of the forward pass.
+    pub fn forward_grid(self, rows: u32) -> Option<[u32; 3]> {
+        Some([rows.div_ceil(self.block_rows()), 1, 1])
+    }
+
+    /// Blocks of the backward pass.
+    pub fn blocks(self, rows: u32) -> u32 {
+        rows.div_ceil(self.block_rows() * LEAST_ROWS).clamp(1, BLOCKS)
+    }
+
+    fn name(self) -> String {
+        format!("{}x{}", self.warps, self.vectors)
     }
 }
 
 impl KernelSource for RmsNormForward {
     fn build(&self) -> Kernel {
-        let Self { element, weight: weight_element, vector } = *self;
+        let Self { element, weight: weight_element, layout, residual } = *self;
         let bytes = element.bytes() as u64;
+        let passes = if residual { 4 } else { 2 };
+        let (name, of) = if residual { ("_residual", "input + branch") } else { ("", "input") };
         let description = Description {
-            name: format!("rms_norm_forward_{element}_{weight_element}{}", suffix(vector)),
-            summary: "output = weight * input / sqrt(mean(input^2) + epsilon) over each row; one warp per row"
-                .to_owned(),
+            name: format!("rms_norm{name}_forward_{element}_{weight_element}_{}", layout.name()),
+            summary: format!(
+                "output = weight * x / sqrt(mean(x^2) + epsilon) over each row of x = {of}; {} warps per row",
+                layout.warps
+            ),
             block: [THREADS, 1, 1],
             target: Target::Sm80,
             sizes: &["rows", "width"],
             work: move |sizes: &[u64]| Work {
-                bytes: 2 * bytes * sizes[0] * sizes[1] + 4 * sizes[0],
-                operations: 4 * sizes[0] * sizes[1],
+                bytes: passes * bytes * sizes[0] * sizes[1] + 4 * sizes[0],
+                operations: (4 + u64::from(residual)) * sizes[0] * sizes[1],
             },
         };
         Assembler::assemble(description, |k| {
-            let (output, inverse_roots) = (k.write("output", element), k.write("inverse_roots", Element::F32));
-            let (input, weight) = (k.read("input", element), k.read("weight", weight_element));
+            let output = k.write("output", element);
+            let sum = residual.then(|| k.write("sum", element));
+            let (inverse_roots, input) = (k.write("inverse_roots", Element::F32), k.read("input", element));
+            let branch = residual.then(|| k.read("branch", element));
+            let weight = k.read("weight", weight_element);
             let (epsilon, rows, width) = (k.f32("epsilon"), k.u32("rows"), k.u32("width"));
-            let row = k.block().mad(WARPS, k.warp()).named("row");
+            let place = Place::new(k, layout, width);
+            let row = place.first_row.named("row");
             k.return_if(row.ge(rows));
-            let (input, output) = (input.from_row(row, width), output.from_row(row, width));
-            let step = lane_elements(vector);
-            let first = (k.lane() * step).named("first");
+
+            k.comment("the row");
+            let mut held = place.load(input.from_row(row, width), None);
+            if let (Some(branch), Some(sum)) = (branch, sum) {
+                let (branch, sum) = (place.load(branch.from_row(row, width), None), sum.from_row(row, width));
+                for (index, (input, branch)) in held.iter_mut().zip(branch).enumerate() {
+                    let added: Vec<_> =
+                        unpack(element, input).into_iter().zip(unpack(element, &branch)).map(|(a, b)| a + b).collect();
+                    *input = pack(element, &added);
+                    place.store(sum, index, input);
+                }
+            }
 
             k.comment("the sum of squares");
-            let total = k.variable(0.0f32).named("total");
-            k.for_(first, width, LANES * step, |column| {
-                let values = load_part(input.at(column), vector);
-                total.set(total.get() + products(&values, &values));
+            let squares = held.iter().map(|vector| {
+                let values = unpack(element, vector);
+                products(&values, &values)
             });
-            let mean = k.warp_sum(total.get()).div(width.to_f32());
-            let inverse_root = k.constant(1.0f32).div((mean + epsilon).root()).named("inverse_root");
-            inverse_roots.at(row).store_if(k.lane().eq(0), inverse_root);
+            let total = place.sum(total(squares), k.constant(0u32));
+            let inverse_root = k.constant(1.0f32).div((total.div(width.to_f32()) + epsilon).root());
+            let inverse_root = inverse_root.named("inverse_root");
+            inverse_roots.at(row).store_if(place.lane.eq(0), inverse_root);
 
             k.comment("the result");
-            k.for_(first, width, LANES * step, |column| {
-                let (values, weights) = (load_part(input.at(column), vector), load_part(weight.at(column), vector));
-                let results: Vec<_> = values
-                    .iter()
-                    .zip(&weights)
+            let output = output.from_row(row, width);
+            for (index, vector) in held.iter().enumerate() {
+                let weights = unpack(weight_element, &place.load_one(weight, index, None));
+                let results: Vec<_> = unpack(element, vector)
+                    .into_iter()
+                    .zip(weights)
                     .map(|(value, weight)| {
-                        let normal = *value * inverse_root;
+                        let normal = value * inverse_root;
                         let normal = if element == Element::Bf16 { normal.round_to_bf16() } else { normal };
-                        normal * *weight
+                        normal * weight
                     })
                     .collect();
-                store_part(output.at(column), &results);
-            });
+                place.store(output, index, &pack(element, &results));
+            }
         })
     }
 
     fn configurations() -> Vec<Self> {
-        element_pairs().into_iter().map(|(element, weight)| Self { element, weight, vector: true }).collect()
+        configurations(|element, weight, layout, residual| Self { element, weight, layout, residual })
     }
 }
 
-impl KernelSource for RmsNormInputGradient {
+impl KernelSource for RmsNormBackward {
     fn build(&self) -> Kernel {
-        let Self { element, weight: weight_element, vector } = *self;
+        let Self { element, weight: weight_element, layout, residual } = *self;
         let bytes = element.bytes() as u64;
+        let passes = if residual { 4 } else { 3 };
         let description = Description {
-            name: format!("rms_norm_input_gradient_{element}_{weight_element}{}", suffix(vector)),
-            summary: "the input's gradient of weight * input / sqrt(mean(input^2) + epsilon); one warp per row"
-                .to_owned(),
+            name: format!(
+                "rms_norm{}_backward_{element}_{weight_element}_{}",
+                if residual { "_residual" } else { "" },
+                layout.name()
+            ),
+            summary: format!(
+                "gradients of weight * x / sqrt(mean(x^2) + epsilon), the weight's as one sum per block; {} warps per row",
+                layout.warps
+            ),
             block: [THREADS, 1, 1],
             target: Target::Sm80,
             sizes: &["rows", "width"],
             work: move |sizes: &[u64]| Work {
-                bytes: 3 * bytes * sizes[0] * sizes[1] + 4 * sizes[0],
-                operations: 7 * sizes[0] * sizes[1],
+                bytes: passes * bytes * sizes[0] * sizes[1] + 4 * sizes[0],
+                operations: (10 + u64::from(residual)) * sizes[0] * sizes[1],
             },
         };
         Assembler::assemble(description, |k| {
-            let input_gradient = k.write("input_gradient", element);
-            let (gradient, input) = (k.read("gradient", element), k.read("input", element));
-            let (weight, inverse_roots) = (k.read("weight", weight_element), k.read("inverse_roots", Element::F32));
-            let (rows, width) = (k.u32("rows"), k.u32("width"));
-            let row = k.block().mad(WARPS, k.warp()).named("row");
-            k.return_if(row.ge(rows));
-            let [input_gradient, gradient, input] =
-                [input_gradient, gradient, input].map(|memory| memory.from_row(row, width));
-            let inverse_root = inverse_roots.at(row).load().named("inverse_root");
-            let step = lane_elements(vector);
-            let first = (k.lane() * step).named("first");
-            // The gradient of the normalised values, and the input.
-            let load = |column| {
-                let (gradients, weights) =
-                    (load_part(gradient.at(column), vector), load_part(weight.at(column), vector));
-                let through: Vec<_> = gradients.iter().zip(&weights).map(|(g, weight)| *g * *weight).collect();
-                (through, load_part(input.at(column), vector))
-            };
+            let (input_gradient, sums) = (k.write("input_gradient", element), k.write("sums", Element::F32));
+            let gradient = k.read("gradient", element);
+            let sum_gradient = residual.then(|| k.read("sum_gradient", element));
+            let (input, weight) = (k.read("input", element), k.read("weight", weight_element));
+            let (inverse_roots, rows, width) = (k.read("inverse_roots", Element::F32), k.u32("rows"), k.u32("width"));
+            let place = Place::new(k, layout, width);
+            let (parts, words) = (layout.vectors as usize, element.bytes() * VECTOR as usize / 4);
 
-            k.comment("the mean of gradient * weight * input");
-            let total = k.variable(0.0f32).named("total");
-            k.for_(first, width, LANES * step, |column| {
-                let (through, values) = load(column);
-                total.set(total.get() + products(&through, &values));
-            });
-            let mean = k.warp_sum(total.get()).div(width.to_f32());
-            let factor = (inverse_root * inverse_root * mean).named("factor");
+            k.comment("what stays: the weights, and this thread's sums of the weight's gradient");
+            let weights: Vec<_> =
+                (0..parts).map(|index| unpack(weight_element, &place.load_one(weight, index, None))).collect();
+            let totals: Vec<Vec<_>> = (0..parts).map(|_| (0..VECTOR).map(|_| k.variable(0.0f32)).collect()).collect();
 
-            k.comment("the result");
-            k.for_(first, width, LANES * step, |column| {
-                let (through, values) = load(column);
-                let results: Vec<_> = through
-                    .iter()
-                    .zip(&values)
-                    .map(|(through, value)| inverse_root * (-*value).fma(factor, *through))
-                    .collect();
-                store_part(input_gradient.at(column), &results);
-            });
-        })
-    }
-
-    fn configurations() -> Vec<Self> {
-        element_pairs().into_iter().map(|(element, weight)| Self { element, weight, vector: true }).collect()
-    }
-}
-
-impl KernelSource for RmsNormWeightGradient {
-    fn build(&self) -> Kernel {
-        let Self { element, vector } = *self;
-        let bytes = element.bytes() as u64;
-        let description = Description {
-            name: format!("rms_norm_weight_gradient_{element}{}", suffix(vector)),
-            summary:
-                "sums[p, j] = sum of gradient * input * inverse_root over the rows of part p; a warp per row at a time"
-                    .to_owned(),
-            block: [THREADS, 1, 1],
-            target: Target::Sm80,
-            sizes: &["rows", "width"],
-            work: move |sizes: &[u64]| Work {
-                bytes: 2 * bytes * sizes[0] * sizes[1] + 4 * sizes[0],
-                operations: 3 * sizes[0] * sizes[1],
-            },
-        };
-        Assembler::assemble(description, |k| {
-            let sums = k.write("sums", Element::F32);
-            let (gradient, input) = (k.read("gradient", element), k.read("input", element));
-            let inverse_roots = k.read("inverse_roots", Element::F32);
-            let (rows, width, part_rows) = (k.u32("rows"), k.u32("width"), k.u32("part_rows"));
-            let step = lane_elements(vector);
-            let columns = LANES * step;
-            let (thread, warp) = (k.thread().named("thread"), k.warp().named("warp"));
-            let first_column = (k.block() * columns).named("first_column");
-            let part = k.block_y().named("part");
-            let begin = (part * part_rows).named("begin");
-            let end = (begin + part_rows).min(rows).named("end");
-
-            k.comment("each warp sums every eighth row of the part");
-            let within = k.lane() * step;
-            let column = (first_column + within).named("column");
-            let totals: Vec<_> = (0..step).map(|_| k.variable(0.0f32)).collect();
-            k.if_(column.lt(width), || {
-                k.for_(begin + warp, end, WARPS, |row| {
-                    let inverse_root = inverse_roots.at(row).load();
-                    let gradients = load_part(gradient.from_row(row, width).at(column), vector);
-                    let values = load_part(input.from_row(row, width).at(column), vector);
-                    for (total, (gradient, value)) in totals.iter().zip(gradients.iter().zip(&values)) {
-                        total.set(gradient.fma(*value * inverse_root, total.get()));
+            k.comment("the first row");
+            let zeros = || (0..parts).map(|_| (0..words).map(|_| k.variable(0u32)).collect()).collect();
+            let next = Ahead { gradient: zeros(), input: zeros(), inverse_root: k.variable(0.0f32) };
+            let fetch = |row: Value<'_, U32>| {
+                let exists = row.lt(rows);
+                for (memory, variables) in [(gradient, &next.gradient), (input, &next.input)] {
+                    let vectors = place.load(memory.from_row(row, width), Some(exists));
+                    for (variable, word) in variables.iter().flatten().zip(vectors.into_iter().flatten()) {
+                        variable.set(word);
                     }
-                });
-            });
+                }
+                next.inverse_root.set(inverse_roots.at(row).load_if(exists, 0.0));
+            };
+            let row = k.variable(place.first_row).named("row");
+            let stride = (k.blocks() * layout.block_rows()).named("stride");
+            fetch(row.get());
+            let scratch = k.variable(0u32).named("scratch");
 
-            k.comment("the warps' sums, in order");
-            let scratch = k.shared(Element::F32, WARPS * columns);
-            let totals: Vec<_> = totals.iter().map(|total| total.get()).collect();
-            store_part(scratch.at(warp.mad(columns, within)), &totals);
-            k.barrier();
-            let column = first_column + thread;
-            k.return_if(column.ge(width));
-            k.if_(thread.lt(columns), || {
-                let place = scratch.at(thread);
-                let total =
-                    (1..WARPS).fold(place.load(), |total, warp| total + place.plus(i64::from(warp * columns)).load());
-                sums.from_row(part, width).at(column).store(total);
-            });
+            k.while_(
+                || row.get().lt(rows),
+                || {
+                    let (gradients, values) = (copies(k, &next.gradient), copies(k, &next.input));
+                    let inverse_root = k.constant(next.inverse_root.get()).named("inverse_root");
+                    let added = sum_gradient.map(|memory| place.load(memory.from_row(row.get(), width), None));
+                    k.comment("the row after it sets out");
+                    fetch(row.get() + stride);
+
+                    k.comment("the mean of gradient * weight * input, and the weight's gradient");
+                    let terms = (0..parts).map(|index| {
+                        let (gradients, values) = (unpack(element, &gradients[index]), unpack(element, &values[index]));
+                        let through: Vec<_> = gradients
+                            .iter()
+                            .zip(&weights[index])
+                            .map(|(gradient, weight)| *gradient * *weight)
+                            .collect();
+                        for (total, (gradient, value)) in totals[index].iter().zip(gradients.iter().zip(&values)) {
+                            total.set(gradient.fma(*value * inverse_root, total.get()));
+                        }
+                        products(&through, &values)
+                    });
+                    let mean = place.sum(total(terms), scratch.get()).div(width.to_f32());
+                    scratch.set(scratch.get() ^ WARPS);
+                    let factor = (inverse_root * inverse_root * mean).named("factor");
+
+                    k.comment("the input's gradient");
+                    let target = input_gradient.from_row(row.get(), width);
+                    for index in 0..parts {
+                        let (gradients, values) = (unpack(element, &gradients[index]), unpack(element, &values[index]));
+                        let mut results: Vec<_> = gradients
+                            .iter()
+                            .zip(&weights[index])
+                            .zip(values)
+                            .map(|((gradient, weight), value)| inverse_root * (-value).fma(factor, *gradient * *weight))
+                            .collect();
+                        if let Some(added) = &added {
+                            for (result, added) in results.iter_mut().zip(unpack(element, &added[index])) {
+                                *result = *result + added;
+                            }
+                        }
+                        place.store(target, index, &pack(element, &results));
+                    }
+                    row.set(row.get() + stride);
+                },
+            );
+
+            let totals: Vec<Vec<_>> =
+                totals.iter().map(|totals| totals.iter().map(|total| total.get()).collect()).collect();
+            place.store_sums(sums.from_row(k.block(), width), &totals);
         })
     }
 
     fn configurations() -> Vec<Self> {
-        super::float_elements(|element| Self { element, vector: true })
+        configurations(|element, weight, layout, residual| Self { element, weight, layout, residual })
     }
 }
 
-/// Elements that a lane takes at a time.
-fn lane_elements(vector: bool) -> u32 {
-    if vector { VECTOR } else { 1 }
+/// Words of a row that is on its way, per vector.
+struct Ahead<'a> {
+    gradient: Vec<Vec<Variable<'a, U32>>>,
+    input: Vec<Vec<Variable<'a, U32>>>,
+    inverse_root: Variable<'a, F32>,
 }
 
-fn suffix(vector: bool) -> &'static str {
-    if vector { "" } else { "_scalar" }
+/// What the variables hold now.
+fn copies<'a>(k: &'a Assembler, vectors: &[Vec<Variable<'a, U32>>]) -> Vec<Vec<Value<'a, U32>>> {
+    vectors.iter().map(|words| words.iter().map(|word| k.constant(word.get())).collect()).collect()
 }
 
-/// The types of activations and weight that occur together: weights are kept in f32 while they are trained.
-fn element_pairs() -> [(Element, Element); 3] {
-    [(Element::F32, Element::F32), (Element::Bf16, Element::F32), (Element::Bf16, Element::Bf16)]
+/// A thread's place in its rows.
+struct Place<'a> {
+    k: &'a Assembler,
+    layout: Layout,
+    width: Value<'a, U32>,
+    /// The thread's index among those of a row.
+    lane: Value<'a, U32>,
+    first_row: Value<'a, U32>,
+    /// Per vector: its first column, and whether the row has it.
+    vectors: Vec<(Value<'a, U32>, Value<'a, Pred>)>,
+}
+
+impl<'a> Place<'a> {
+    fn new(k: &'a Assembler, layout: Layout, width: Value<'a, U32>) -> Self {
+        k.comment("this thread's place");
+        let (lane, first_row) = match layout.warps {
+            1 => (k.lane(), k.block().mad(WARPS, k.warp())),
+            _ => (k.thread(), k.block()),
+        };
+        let lane = lane.named("lane");
+        let vectors = (0..layout.vectors)
+            .map(|index| {
+                let column = lane.mad(VECTOR, index * layout.warps * LANES * VECTOR);
+                (column, column.lt(width))
+            })
+            .collect();
+        Self { k, layout, width, lane, first_row, vectors }
+    }
+
+    /// One vector of a row, packed; zeros where the row has ended or the condition does not hold.
+    fn load_one(&self, row: Global<'a>, index: usize, condition: Option<Value<'a, Pred>>) -> Vec<Value<'a, U32>> {
+        let (_, inside) = self.vectors[index];
+        let words = row.element().bytes() * VECTOR as usize / 4;
+        self.address(row, index).load_words_if(condition.map_or(inside, |condition| inside & condition), words)
+    }
+
+    /// Every vector of a row that this thread holds.
+    fn load(&self, row: Global<'a>, condition: Option<Value<'a, Pred>>) -> Vec<Vec<Value<'a, U32>>> {
+        (0..self.vectors.len()).map(|index| self.load_one(row, index, condition)).collect()
+    }
+
+    fn store(&self, row: Global<'a>, index: usize, words: &[Value<'a, U32>]) {
+        self.k.if_(self.vectors[index].1, || self.address(row, index).store_words(words));
+    }
+
+    fn address(&self, row: Global<'a>, index: usize) -> Address<'a> {
+        row.at(self.vectors[index].0)
+    }
+
+    /// The sum over the row's threads, in each of them. `offset` alternates between 0 and the number of warps from one sum
+    /// to the next, so that one barrier is enough.
+    fn sum(&self, value: Value<'a, F32>, offset: Value<'a, U32>) -> Value<'a, F32> {
+        let k = self.k;
+        let within = k.warp_sum(value);
+        if self.layout.warps == 1 {
+            return within;
+        }
+        let scratch = k.shared(Element::F32, 2 * WARPS);
+        scratch.at(offset + k.warp()).store_if(k.lane().eq(0), within);
+        k.barrier();
+        let first = scratch.at(offset);
+        let parts = first.cast(Element::F32).load_vector::<{ WARPS as usize }>();
+        total(parts)
+    }
+
+    /// Writes the block's sums for every column: those of its warps in order, where each has sums of all columns.
+    fn store_sums(&self, target: Global<'a>, totals: &[Vec<Value<'a, F32>>]) {
+        let k = self.k;
+        k.comment("the block's sums of the weight's gradient");
+        if self.layout.warps > 1 {
+            for ((column, inside), totals) in self.vectors.iter().zip(totals) {
+                k.if_(*inside, || target.at(*column).store_vector(totals));
+            }
+            return;
+        }
+        let columns = self.layout.vectors * LANES * VECTOR;
+        let scratch = k.shared(Element::F32, WARPS * columns);
+        for ((column, _), totals) in self.vectors.iter().zip(totals) {
+            scratch.at(k.warp().mad(columns, *column)).store_vector(totals);
+        }
+        k.barrier();
+        k.for_(k.thread(), self.width, THREADS, |column| {
+            let place = scratch.at(column);
+            target.at(column).store(total((0..WARPS).map(|warp| place.plus(i64::from(warp * columns)).load())));
+        });
+    }
+}
+
+/// A vector's values, from the words that hold them.
+fn unpack<'a>(element: Element, words: &[Value<'a, U32>]) -> Vec<Value<'a, F32>> {
+    match element {
+        Element::Bf16 => words.iter().flat_map(|word| word.unpack_bf16()).collect(),
+        _ => words.iter().map(|word| word.as_f32()).collect(),
+    }
+}
+
+/// The words that hold a vector's values, rounded to the type.
+fn pack<'a>(element: Element, values: &[Value<'a, F32>]) -> Vec<Value<'a, U32>> {
+    match element {
+        Element::Bf16 => values.chunks_exact(2).map(|pair| pair[0].pack_bf16(pair[1])).collect(),
+        _ => values.iter().map(|value| value.bits()).collect(),
+    }
+}
+
+/// The sum of at least one value, in order.
+fn total<'a>(values: impl IntoIterator<Item = Value<'a, F32>>) -> Value<'a, F32> {
+    match values.into_iter().reduce(|total, value| total + value) {
+        Some(total) => total,
+        None => unreachable!("a row has at least one vector"),
+    }
 }
 
 /// `Σ aᵢ bᵢ`.
@@ -291,5 +422,36 @@ fn products<'a>(a: &[Value<'a, F32>], b: &[Value<'a, F32>]) -> Value<'a, F32> {
     match pairs.next() {
         Some((a, b)) => pairs.fold(*a * *b, |sum, (a, b)| a.fma(*b, sum)),
         None => unreachable!("a lane takes at least one element"),
+    }
+}
+
+/// The types of activations and weight that occur together: weights are kept in f32 while they are trained.
+pub(super) fn element_pairs() -> [(Element, Element); 3] {
+    [(Element::F32, Element::F32), (Element::Bf16, Element::F32), (Element::Bf16, Element::Bf16)]
+}
+
+/// What models use: the widths of the demo's model, SmolLM2-135M and a 15B one.
+fn configurations<K>(new: impl Fn(Element, Element, Layout, bool) -> K) -> Vec<K> {
+    let mut all = Vec::new();
+    for (element, weight) in element_pairs() {
+        for layout in [64, 576, 5120].into_iter().filter_map(Layout::of) {
+            all.extend([false, true].map(|residual| new(element, weight, layout, residual)));
+        }
+    }
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Layout;
+
+    #[test]
+    fn a_layout_holds_the_whole_row() {
+        for width in (8..=8192).step_by(8) {
+            let layout = Layout::of(width).unwrap();
+            assert!(layout.warps * 32 * layout.vectors * 8 >= width);
+            assert!(layout.warps * 32 * (layout.vectors - 1) * 8 < width);
+        }
+        assert_eq!([0, 4, 12, 8200].map(Layout::of), [None; 4]);
     }
 }

@@ -6,7 +6,8 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use autograd::optimizer::{self, AdamW, AdamWOptions};
 use autograd::{Tape, Tensor, ops};
-use model::{Model, Precision, TokenBatch};
+use model::generate::Sampling;
+use model::{Decoder, Model, Precision, TokenBatch};
 use runtime::Device;
 use serde::Serialize;
 
@@ -21,6 +22,8 @@ pub struct BenchOptions {
     pub train_tokens: usize,
     /// How often each is repeated; the median counts.
     pub repeats: usize,
+    /// Element types of prefill and decoding.
+    pub precision: Precision,
 }
 
 /// One line of the result.
@@ -38,8 +41,9 @@ pub struct Measurement {
     pub slowest: f64,
     /// `tokens / seconds`.
     pub tokens_per_second: f64,
-    /// The process's peak resident memory during the phase in bytes; `None` where the system does not tell.
-    pub peak_resident_bytes: Option<u64>,
+    /// Peak memory during the phase in bytes: on the CPU the process's resident memory (`None` where the system does not tell),
+    /// elsewhere what buffers on the device held.
+    pub peak_bytes: Option<u64>,
 }
 
 /// Times the model in `folder` on random tokens.
@@ -56,25 +60,25 @@ pub fn bench(
     ensure!(options.prompt_tokens > 0, "--prompt-tokens must be at least 1");
     let mut measurements = Vec::new();
     {
-        let model = Model::load(folder, device, Precision::AsStored).context("loading the model for inference")?;
+        let model = Model::load(folder, device, options.precision).context("loading the model for inference")?;
         let prompt = random_tokens(options.prompt_tokens, model.config.vocabulary_size);
         let batch = TokenBatch::new(device, &[prompt], None)?;
         progress("prefill, last logits");
-        measurements.push(measure("prefill, last logits", options.prompt_tokens, options.repeats, || {
+        measurements.push(measure("prefill, last logits", options.prompt_tokens, options.repeats, device, || {
             model.prefill(&batch).map(drop).map_err(Into::into)
         })?);
         progress("prefill, all logits");
-        measurements.push(measure("prefill, all logits", options.prompt_tokens, options.repeats, || {
+        measurements.push(measure("prefill, all logits", options.prompt_tokens, options.repeats, device, || {
             model.logits(&Tape::inference(), &batch).map(drop).map_err(Into::into)
         })?);
         if options.decode_tokens > 0 {
             progress("decode, batch 1");
-            let (_, cache) = model.prefill(&batch)?;
-            let tokens = random_tokens(options.decode_tokens, model.config.vocabulary_size);
-            measurements.push(measure("decode, batch 1", options.decode_tokens, options.repeats, || {
-                let mut cache = cache.clone();
-                for token in &tokens {
-                    model.step(&[*token], &mut cache)?;
+            let (logits, cache) = model.prefill(&batch)?;
+            measurements.push(measure("decode, batch 1", options.decode_tokens, options.repeats, device, || {
+                let mut decoder = Decoder::new(&model, &logits, cache.clone(), Sampling::Greedy)?;
+                for _ in 0..options.decode_tokens {
+                    decoder.step()?;
+                    decoder.tokens()?;
                 }
                 Ok(())
             })?);
@@ -105,7 +109,7 @@ pub fn bench(
         };
         step()?;
         let name = "training step, all parameters, AdamW";
-        measurements.push(measure(name, options.train_tokens, options.repeats, step)?);
+        measurements.push(measure(name, options.train_tokens, options.repeats, device, step)?);
     }
     Ok(measurements)
 }
@@ -114,13 +118,17 @@ fn measure(
     name: &'static str,
     tokens: usize,
     repeats: usize,
+    device: &Device,
     mut run: impl FnMut() -> Result<()>,
 ) -> Result<Measurement> {
     reset_peak_resident();
+    device.synchronize()?;
+    device.reset_peak_memory();
     let mut times = Vec::with_capacity(repeats);
     for _ in 0..repeats {
         let start = Instant::now();
         run()?;
+        device.synchronize()?;
         times.push(start.elapsed().as_secs_f64());
     }
     times.sort_by(f64::total_cmp);
@@ -132,7 +140,7 @@ fn measure(
         fastest: times[0],
         slowest: times[times.len() - 1],
         tokens_per_second: tokens as f64 / seconds,
-        peak_resident_bytes: peak_resident(),
+        peak_bytes: if device.is_cpu() { peak_resident() } else { Some(device.memory_usage().peak as u64) },
     })
 }
 

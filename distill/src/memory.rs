@@ -9,13 +9,11 @@ use std::fs;
 use anyhow::{Result, ensure};
 use autograd::DType;
 use model::architecture::{parameter_specs, size_keys};
+use model::checkpoint::ParameterSpec;
 use model::config::ModelConfig;
 use runtime::{Device, DeviceKind};
 
-use crate::config::{RunConfig, Trainable};
-
-/// Bytes of an f32.
-const NUMBER: u128 = 4;
+use crate::config::{PrecisionKind, RunConfig, Trainable};
 
 /// Bytes of the machine's memory, where the system tells (Linux).
 pub(crate) fn machine_bytes() -> Option<u64> {
@@ -41,34 +39,39 @@ pub(crate) fn check(config: &RunConfig, model: &ModelConfig, device: &Device) ->
 fn check_against(config: &RunConfig, model: &ModelConfig, device: &Device, memory: u64) -> Result<()> {
     let fits = |bytes: u128| bytes <= u128::from(memory);
     let there_is = format!("more than the {} of {device}", gibibytes(u128::from(memory)));
-    let count = |shape: &[usize]| shape.iter().map(|&size| size as u128).product::<u128>();
-
-    let specs = parameter_specs(model, |_| DType::F32);
+    let (matrices, name) = match config.training.precision {
+        PrecisionKind::F32 => (DType::F32, "float32"),
+        PrecisionKind::Bf16 => (DType::Bf16, "bfloat16"),
+    };
+    let specs = parameter_specs(model, |_| matrices);
     let parameters: u128 = specs.iter().map(|spec| count(&spec.shape)).sum();
     let largest = specs.iter().max_by_key(|spec| count(&spec.shape));
     let (keys, largest) = largest.map_or(("num_hidden_layers", String::new()), |spec| {
         (size_keys(&spec.name), format!(" (the largest tensor, {}, has the shape {:?})", spec.name, spec.shape))
     });
-    let weights = parameters * NUMBER;
+    let weights: u128 = specs.iter().map(kept).sum();
     ensure!(
         fits(weights),
-        "config.json: {keys}: the model has {parameters} parameters{largest}, which take {} in float32, {there_is}: \
+        "config.json: {keys}: the model has {parameters} parameters{largest}, which take {} in {name}, {there_is}: \
          make the model smaller, or use a larger machine",
         gibibytes(weights)
     );
-    // A gradient and AdamW's two moments for each. What is trained of a graft's mixers alone is not known here.
-    let trained = if config.training.trainable == Trainable::All { 4 * weights } else { weights };
+    // What is trained of a graft's mixers alone is not known here.
+    let trained = match config.training.trainable {
+        Trainable::All => specs.iter().map(trained).sum(),
+        Trainable::Mixers => weights,
+    };
     ensure!(
         fits(trained),
-        "training.trainable is \"all\": the model's {parameters} parameters take {} with their gradients and AdamW's \
-         two moments, {there_is}: train the mixers only (\"mixers\", if it has some), or use a larger machine",
+        "training.trainable is \"all\": the model's {parameters} parameters take {} with their gradients and what AdamW \
+         keeps, {there_is}: train the mixers only (\"mixers\", if it has some), or use a larger machine",
         gibibytes(trained)
     );
 
     let rows = config.training.micro_batch as u128;
     let length = config.data.sequence_length as u128;
     let models = if config.loss.divergence_weight > 0.0 { 2 } else { 1 };
-    let logits = rows * length * model.vocabulary_size as u128 * NUMBER * models;
+    let logits = rows * length * model.vocabulary_size as u128 * matrices.size() as u128 * models;
     let key = if rows > 1 { "training.micro_batch" } else { "data.sequence_length" };
     ensure!(
         fits(logits),
@@ -77,6 +80,22 @@ fn check_against(config: &RunConfig, model: &ModelConfig, device: &Device, memor
         gibibytes(logits)
     );
     Ok(())
+}
+
+fn count(shape: &[usize]) -> u128 {
+    shape.iter().map(|&size| size as u128).product()
+}
+
+/// Bytes of a parameter.
+fn kept(spec: &ParameterSpec) -> u128 {
+    count(&spec.shape) * spec.dtype.size() as u128
+}
+
+/// Bytes of a parameter with its gradient and AdamW's two moments, and its master where it is not kept in f32: all of them in
+/// f32.
+fn trained(spec: &ParameterSpec) -> u128 {
+    let wide = if spec.dtype == DType::F32 { 3 } else { 4 };
+    kept(spec) + wide * count(&spec.shape) * DType::F32.size() as u128
 }
 
 fn meminfo(key: &str) -> Option<u64> {
@@ -92,6 +111,9 @@ fn gibibytes(bytes: u128) -> String {
 
 #[cfg(test)]
 mod tests {
+    use autograd::optimizer::{AdamW, AdamWOptions};
+    use autograd::{Tape, Tensor, ops};
+    use model::{Model, TokenBatch};
     use serde_json::json;
 
     use super::*;
@@ -136,5 +158,47 @@ mod tests {
         assert!(said.contains("take 2.0 GiB, more than the 1.0 GiB of cpu"), "{said}");
         config.training.micro_batch = 2;
         check_against(&config, &small, &Device::cpu(), GIB).unwrap();
+
+        // In bf16, matrices and logits take half.
+        config.training.micro_batch = 8;
+        config.training.precision = PrecisionKind::Bf16;
+        check_against(&config, &small, &Device::cpu(), GIB).unwrap();
+        config.training.micro_batch = 9;
+        let said = message(&config, &small, GIB);
+        assert!(said.contains("the logits of 9 sequences") && said.contains("take 1.1 GiB"), "{said}");
+        let said = message(&config, &model(1 << 24, 64, 1), GIB);
+        assert!(said.contains("which take 2.0 GiB in bfloat16"), "{said}");
+    }
+
+    /// What is counted is what a step of training allocates, to the byte.
+    #[test]
+    fn what_is_counted_is_what_is_kept() {
+        let config = model(50, 16, 2);
+        for precision in [DType::F32, DType::Bf16] {
+            let mut model = Model::random(config.clone(), 1, &Device::cpu()).unwrap();
+            if precision == DType::Bf16 {
+                model = model.into_bf16().unwrap();
+            }
+            let specs = parameter_specs(&config, |_| precision);
+            let bytes = |tensor: &Tensor| (tensor.count() * tensor.dtype().size()) as u128;
+            let weights: u128 = model.parameters.iter().map(|(_, parameter)| bytes(&parameter.value)).sum();
+            assert_eq!(specs.iter().map(kept).sum::<u128>(), weights, "{precision}");
+
+            let batch = TokenBatch::new(&Device::cpu(), &[vec![1, 2, 3]], None).unwrap();
+            let gradients = {
+                let tape = Tape::new();
+                let logits = model.logits(&tape, &batch).unwrap();
+                let loss = ops::sum(&tape, &logits).unwrap();
+                tape.backward(&loss).unwrap()
+            };
+            let constants = AdamWOptions { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1 };
+            let mut optimizer = AdamW::new(constants, &model.parameters);
+            optimizer.update(&mut model.parameters, &gradients, 1e-3).unwrap();
+            let moments = optimizer.moments().iter().flatten().map(|(first, second)| bytes(first) + bytes(second));
+            let masters = optimizer.masters().iter().flatten().map(bytes);
+            let of_optimizer: u128 = moments.chain(masters).sum();
+            let of_gradients: u128 = specs.iter().map(|spec| 4 * count(&spec.shape)).sum();
+            assert_eq!(specs.iter().map(trained).sum::<u128>(), weights + of_gradients + of_optimizer, "{precision}");
+        }
     }
 }

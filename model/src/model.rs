@@ -25,6 +25,23 @@ pub enum Precision {
     Bf16,
 }
 
+impl Precision {
+    /// What a checkpoint is best used in without training: as it is stored on the CPU, which computes in f32 whatever weights are
+    /// kept in; on GPUs in bf16 where the checkpoint's matrices are bf16, in f32 elsewhere.
+    ///
+    /// # Errors
+    /// A folder that is no model.
+    pub fn for_use(folder: &Path, device: &Device) -> Result<Self> {
+        if device.is_cpu() {
+            return Ok(Self::AsStored);
+        }
+        Ok(match WeightFiles::open(folder)?.stored_dtype("model.embed_tokens.weight") {
+            DType::Bf16 => Self::Bf16,
+            _ => Self::F32,
+        })
+    }
+}
+
 /// A transformer or hybrid with its weights.
 #[derive(Clone, Debug)]
 pub struct Model {

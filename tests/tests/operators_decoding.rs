@@ -4,9 +4,9 @@
 // Helpers of tests fail as tests do.
 #![allow(clippy::unwrap_used)]
 
-use autograd::ops::{self, MambaStepInputs};
+use autograd::ops::{self, CacheStep, MambaStepInputs, RotaryScaling, RotaryTable};
 use autograd::{DType, Tape, Tensor, Var};
-use grafter_tests::check::{agree, cases, tensor, widened};
+use grafter_tests::check::{agree, cases, indices, tensor, widened};
 use grafter_tests::random::Random;
 use grafter_tests::reference;
 use proptest::prelude::*;
@@ -182,4 +182,68 @@ fn sizes_that_leave_nothing_for_x_are_refused() {
     let (mut window, mut state) = (case.window.clone(), case.state.clone());
     let message = ops::mamba_step(&mut window, &mut state, case.inputs()).unwrap_err().to_string();
     assert!(message.contains("rows of 64 in `projected` leave 0 elements for x"), "{message}");
+}
+
+proptest! {
+    #![proptest_config(cases(96))]
+
+    /// One token per row, each row at a position of its own: as rotation, writing and attention over so long a cache.
+    #[test]
+    fn steps_on_caches_of_keys_and_values(
+        batch in 0..=3usize, key_heads in 1..=3usize, group in 1..=3usize, half in prop_oneof![1..=5usize, Just(16usize), Just(32usize)],
+        room in prop_oneof![4 => 1..=40usize, 1 => 255..=258usize, 1 => Just(520usize)], window in prop::option::of(1..=300usize),
+        bf16: bool, seed: u64,
+    ) {
+        let mut random = Random::new(seed);
+        let dtype = if bf16 { DType::Bf16 } else { DType::F32 };
+        // On the CPU, caches are in f32.
+        let cache_dtype = if grafter_tests::device().is_cpu() { DType::F32 } else { dtype };
+        let (heads, size) = (key_heads * group, 2 * half);
+        let mut normal = |dtype, shape: &[usize]| tensor(dtype, shape, &random.normals(shape.iter().product(), 1.0));
+        let (query, key) = (normal(dtype, &[batch, 1, heads, size]), normal(dtype, &[batch, 1, key_heads, size]));
+        let value = normal(dtype, &[batch, 1, key_heads, size]);
+        let cache = [batch, room, key_heads, size];
+        let (old_keys, old_values) = (normal(cache_dtype, &cache), normal(cache_dtype, &cache));
+        let places: Vec<usize> = (0..batch).map(|_| random.below(room)).collect();
+        let positions = indices(&[batch, 1], &places);
+        let rotary = RotaryTable::new(size, 1e4, RotaryScaling::None).unwrap();
+
+        let (mut keys, mut values) = (old_keys.clone(), old_values.clone());
+        let step = CacheStep { query: &query, key: &key, value: &value, positions: &positions, rotary: &rotary };
+        let rotated = ops::extend_cache(&mut keys, &mut values, step).unwrap();
+        let tape = Tape::inference();
+        let rope = |tensor: &Tensor| ops::rope(&tape, &Var::constant(tensor), &positions, &rotary).unwrap();
+        prop_assert_eq!(widened(&rotated).unwrap(), widened(&rope(&query)).unwrap());
+        for (cache, old, new) in [(&keys, &old_keys, rope(&key).tensor()), (&values, &old_values, &value)] {
+            let (mut expected, new) = (widened(old).unwrap(), widened(new).unwrap());
+            let width = key_heads * size;
+            for (row, place) in places.iter().enumerate() {
+                expected[(row * room + place) * width..][..width].copy_from_slice(&new[row * width..][..width]);
+            }
+            prop_assert_eq!(widened(cache).unwrap(), expected);
+        }
+
+        let output = ops::attention_step(&rotated, &keys, &values, &positions, 0.3, window).unwrap();
+        prop_assert_eq!((output.dtype(), output.shape()), (dtype, query.shape()));
+        let got = widened(&output).unwrap();
+        let row_of = |tensor: &Tensor, row: usize| {
+            let values = widened(tensor).unwrap();
+            let mut shape = tensor.shape().to_vec();
+            let width = values.len() / shape[0];
+            shape[0] = 1;
+            self::tensor(tensor.dtype(), &shape, &values[row * width..][..width])
+        };
+        for (row, place) in places.iter().enumerate() {
+            let [query, keys, values] = [&rotated, &keys, &values].map(|tensor| row_of(tensor, row));
+            let alone = ops::attention_cached(&query, &keys, &values, place + 1, 0.3, window).unwrap();
+            prop_assert_eq!(&widened(&alone).unwrap()[..], &got[row * heads * size..][..heads * size]);
+        }
+    }
+}
+
+#[test]
+fn positions_go_on_by_one() {
+    let mut positions = indices(&[300, 1], &(0..300).collect::<Vec<usize>>());
+    ops::advance(&mut positions).unwrap();
+    assert_eq!(positions.to_vec::<u32>().unwrap(), (1..=300).collect::<Vec<u32>>());
 }

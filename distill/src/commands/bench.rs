@@ -7,6 +7,7 @@ use anyhow::Result;
 use clap::Args;
 use runtime::Device;
 
+use super::precision::PrecisionArguments;
 use super::{done, output};
 use crate::bench::{BenchOptions, bench};
 
@@ -16,8 +17,9 @@ Example:
 
 /// Time whole steps of a model: reading a prompt, decoding, a training step
 ///
-/// Medians of several repeats on tokens that mean nothing, and the process's peak resident memory in each phase. The
-/// training step is forward, backward and AdamW over all parameters in f32.
+/// Medians of several repeats on tokens that mean nothing, and the peak memory of each phase: the process's on the CPU, the
+/// device's elsewhere. Decoding takes the most likely tokens and hands each of them to the host. The training step is forward,
+/// backward and AdamW over all parameters in f32.
 #[derive(Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct Arguments {
@@ -39,6 +41,8 @@ pub(super) struct Arguments {
     /// Repeats of each; the median counts
     #[arg(long, default_value_t = 3)]
     repeats: usize,
+    #[command(flatten)]
+    precision: PrecisionArguments,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -51,6 +55,7 @@ pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
         decode_tokens: arguments.decode_tokens,
         train_tokens: arguments.train_tokens,
         repeats: arguments.repeats,
+        precision: arguments.precision.resolve(&arguments.model, &device)?,
     };
     let measurements = bench(&arguments.model, &device, &options, |phase| eprintln!("timing: {phase}"))?;
     if arguments.json {
@@ -69,7 +74,7 @@ pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
             measured.fastest,
             measured.slowest,
             measured.tokens_per_second,
-            measured.peak_resident_bytes.map_or_else(|| "not known".to_owned(), output::bytes)
+            measured.peak_bytes.map_or_else(|| "not known".to_owned(), output::bytes)
         ))?;
     }
     done()

@@ -6,11 +6,12 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 use indicatif::ProgressBar;
+use model::Model;
 use model::chat::ChatTemplate;
 use model::tokenizer::Tokenizer;
-use model::{Model, Precision};
 use runtime::Device;
 
+use super::precision::PrecisionArguments;
 use super::{done, output};
 use crate::perplexity::perplexity;
 use crate::train::models::{encoder, tokenizer_hash};
@@ -42,6 +43,8 @@ pub(super) struct Arguments {
     /// Where to compute: cpu, cuda:N or auto
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     device: String,
+    #[command(flatten)]
+    precision: PrecisionArguments,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -58,7 +61,7 @@ pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
     let tokenizer = Tokenizer::load(&arguments.model)?;
     let hash = tokenizer_hash(&arguments.model)?;
     let template = ChatTemplate::load(&arguments.model)?;
-    let model = Model::load(&arguments.model, &device, Precision::AsStored)?;
+    let model = Model::load(&arguments.model, &device, arguments.precision.resolve(&arguments.model, &device)?)?;
     let encoder = encoder(&model.config, &tokenizer, &hash, template.as_ref(), false, false)?;
     match arguments.task {
         EvalTask::Perplexity => {

@@ -5,13 +5,14 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
+use model::Model;
 use model::chat::ChatTemplate;
 use model::generate::{FinishReason, GenerateOptions, Sampling, generate};
 use model::tokenizer::Tokenizer;
-use model::{Model, Precision};
 use runtime::Device;
 use serde_json::json;
 
+use super::precision::PrecisionArguments;
 use super::{done, output};
 
 const EXAMPLES: &str = "\
@@ -62,6 +63,8 @@ pub(super) struct Arguments {
     /// Where to compute: cpu, cuda:N or auto
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     device: String,
+    #[command(flatten)]
+    precision: PrecisionArguments,
     /// Print one JSON object at the end
     #[arg(long)]
     json: bool,
@@ -80,7 +83,7 @@ pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
     } else {
         tokenizer.encode(&arguments.prompt, true)?
     };
-    let model = Model::load(folder, &device, Precision::AsStored)?;
+    let model = Model::load(folder, &device, arguments.precision.resolve(folder, &device)?)?;
     let options = GenerateOptions {
         max_tokens: arguments.max_tokens,
         sampling: if arguments.greedy {

@@ -10,6 +10,7 @@ mod generate;
 mod import;
 mod inspect;
 mod output;
+mod precision;
 mod rank;
 mod run_flags;
 mod train;

@@ -87,6 +87,15 @@ impl Device {
         !self.is_cpu()
     }
 
+    /// Bytes of shared memory that a block may ask for; none on the CPU.
+    pub fn shared_bytes(&self) -> u32 {
+        match &self.inner {
+            Inner::Cpu(_) => 0,
+            Inner::Cuda(device) => device.limits().shared_bytes,
+            Inner::Sim(_) => sim::LIMITS.shared_bytes,
+        }
+    }
+
     /// A buffer of `bytes` bytes with unspecified contents.
     ///
     /// # Errors

@@ -88,7 +88,7 @@ pub(super) fn sizes(operator: &'static str, logits: &Tensor) -> Result<(u32, u32
 /// By the kernel that computes the gradient together with the loss, where there is one.
 fn record_fused(tape: &Tape<'_>, logits: &Var, labels: &Tensor, denominator: f32) -> Result<Option<CrossEntropy>> {
     let with_gradient = tape.is_recording() && logits.needs_gradient();
-    let kernel = kernel(logits.dtype(), None, true, with_gradient, logits.last_dimension());
+    let kernel = kernel(logits.device(), logits.dtype(), None, true, with_gradient, logits.last_dimension());
     let Some(kernel) = kernel else { return Ok(None) };
     let losses = Losses { teacher: None, labels: Some(FromLabels { labels, denominator, weight: 1.0 }) };
     let mut per_token = Output::new(logits.device(), labels.shape(), DType::F32)?;

@@ -147,7 +147,8 @@ impl Rows {
     ) -> Result<Option<DivergenceLoss>> {
         let with_gradient = tape.is_recording() && student.needs_gradient();
         let from_teacher = Some((teacher.dtype(), self.student_factor));
-        let kernel = kernel(student.dtype(), from_teacher, false, with_gradient, student.last_dimension());
+        let kernel =
+            kernel(student.device(), student.dtype(), from_teacher, false, with_gradient, student.last_dimension());
         let Some(kernel) = kernel.filter(|_| self.divergence == Divergence::ReverseKl) else { return Ok(None) };
         let teacher = FromTeacher {
             logits: teacher,

@@ -306,7 +306,7 @@ impl Work<'_> {
         let from_teacher = teacher.map(|teacher| (teacher.hidden.dtype(), 1.0 / teacher.options.student_temperature));
         let vocabulary = self.head.shape()[0];
         let labels = self.labels.is_some();
-        let kernel = kernel(self.hidden.dtype(), from_teacher, labels, self.wants_gradient(), vocabulary);
+        let kernel = kernel(device, self.hidden.dtype(), from_teacher, labels, self.wants_gradient(), vocabulary);
         let reverse = teacher.is_none_or(|teacher| teacher.options.divergence == Divergence::ReverseKl);
         let Some(kernel) = kernel.filter(|_| reverse && !device.is_cpu()) else { return Ok(None) };
         let weights = match &self.teacher {

@@ -3,7 +3,7 @@
 
 use kernels_ptx::kernels::scale_by::ScaleBy;
 use kernels_ptx::kernels::vocabulary_loss::VocabularyLoss;
-use runtime::Argument;
+use runtime::{Argument, Device};
 
 use super::cross_entropy::sizes;
 use crate::gpu::{self, Output};
@@ -44,6 +44,7 @@ pub(super) struct Losses<'a> {
 
 /// The kernel for losses of logits of these types, if there is one; of a teacher is told its logits' type and the student's factor.
 pub(super) fn kernel(
+    device: &Device,
     student: DType,
     teacher: Option<(DType, f32)>,
     labels: bool,
@@ -54,7 +55,7 @@ pub(super) fn kernel(
     // Both losses are of one distribution.
     let one_distribution = !labels || teacher.is_none_or(|(_, factor)| factor == 1.0);
     let vocabulary = u32::try_from(vocabulary).ok().filter(|_| narrow && one_distribution)?;
-    VocabularyLoss::new(teacher.is_some(), labels, gradient, vocabulary)
+    VocabularyLoss::new(teacher.is_some(), labels, gradient, vocabulary, device.shared_bytes())
 }
 
 /// Where the results go: one number per row of the whole problem, and the gradient of some of its rows.

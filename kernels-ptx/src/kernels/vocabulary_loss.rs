@@ -57,13 +57,15 @@ pub enum Row {
     Medium,
     /// In registers and shared memory of 512 threads, one block on a multiprocessor.
     Long,
+    /// The same with the shared memory that Hopper has.
+    Longest,
 }
 
 impl Row {
     fn threads(self) -> u32 {
         match self {
             Self::Short | Self::Medium => 256,
-            Self::Long => 512,
+            Self::Long | Self::Longest => 512,
         }
     }
 
@@ -71,16 +73,16 @@ impl Row {
     fn held(self) -> u32 {
         match self {
             Self::Short => 0,
-            Self::Medium | Self::Long => HELD_ROUNDS * self.threads() * VECTOR,
+            Self::Medium | Self::Long | Self::Longest => HELD_ROUNDS * self.threads() * VECTOR,
         }
     }
 
     /// Columns in shared memory.
     fn shared(self) -> u32 {
         let rounds = match self {
-            Self::Short | Self::Medium => 14,
-            // What every GPU since 2020 has: 163 KiB.
+            // 163 KiB of shared memory are what every GPU that runs this has.
             Self::Long => 10,
+            Self::Short | Self::Medium | Self::Longest => 14,
         };
         rounds * self.threads() * VECTOR
     }
@@ -90,19 +92,23 @@ impl Row {
             Self::Short => "short",
             Self::Medium => "medium",
             Self::Long => "long",
+            Self::Longest => "longest",
         }
     }
 }
 
 impl VocabularyLoss {
-    /// The kernel for rows of so many logits; `None` where there is none.
-    pub fn new(divergence: bool, labels: bool, gradient: bool, vocabulary: u32) -> Option<Self> {
+    /// The kernel for rows of so many logits on a GPU whose blocks may have so many bytes of shared memory; `None` where there is
+    /// none.
+    pub fn new(divergence: bool, labels: bool, gradient: bool, vocabulary: u32, shared_bytes: u32) -> Option<Self> {
         /// Beyond this length one block to a multiprocessor re-reads less.
         const LONG: u32 = 1 << 16;
+        const HOPPER: u32 = 227 << 10;
         let row = match vocabulary {
             _ if vocabulary < Row::Medium.held() => Row::Short,
             _ if vocabulary <= LONG => Row::Medium,
-            _ => Row::Long,
+            _ if shared_bytes < HOPPER => Row::Long,
+            _ => Row::Longest,
         };
         let exists = (divergence || labels) && vocabulary.is_multiple_of(VECTOR) && vocabulary <= i32::MAX as u32;
         exists.then(|| Self { divergence, labels, gradient: gradient.then_some(row) })
@@ -111,7 +117,7 @@ impl VocabularyLoss {
     /// Blocks for so many rows. With the gradient: as many as an H100 runs at a time.
     pub fn grid(&self, rows: u32) -> [u32; 3] {
         let most = match self.gradient {
-            Some(Row::Long) if self.divergence => 132,
+            Some(Row::Long | Row::Longest) if self.divergence => 132,
             Some(_) => 264,
             None => i32::MAX as u32,
         };
@@ -257,7 +263,7 @@ impl KernelSource for VocabularyLoss {
     fn configurations() -> Vec<Self> {
         let mut all = Vec::new();
         for (divergence, labels) in [(true, false), (false, true), (true, true)] {
-            for gradient in [None, Some(Row::Short), Some(Row::Medium), Some(Row::Long)] {
+            for gradient in [None, Some(Row::Short), Some(Row::Medium), Some(Row::Long), Some(Row::Longest)] {
                 all.push(Self { divergence, labels, gradient });
             }
         }

@@ -16,7 +16,7 @@ use crate::launch::{check_kernel, check_launch};
 use crate::{Argument, Error, Limits, Result};
 
 /// What the simulated device can launch: as much as a GPU of compute capability 8.0.
-pub(super) const LIMITS: Limits = Limits {
+pub(crate) const LIMITS: Limits = Limits {
     compute_capability: (8, 0),
     threads_per_block: 1024,
     block: [1024, 1024, 64],

@@ -37,7 +37,7 @@ mod warp;
 
 pub use case::{Case, CaseParameter, CaseReport};
 pub use fault::Fault;
-pub(crate) use launch::Function;
+pub(crate) use launch::{Function, LIMITS};
 pub use launch::{Statistics, statistics};
 pub(crate) use memory::{Block, GlobalMemory};
 pub use text::{TextArgument, TextLaunch, TextMemory, run_text};

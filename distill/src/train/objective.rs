@@ -1,7 +1,7 @@
 //! What a run minimises, and the search for the first tensor that is not finite.
 
 use anyhow::{Result, bail};
-use autograd::ops::{self, Divergence, DivergenceOptions};
+use autograd::ops::{self, Divergence, DivergenceOptions, HeadLabels, HeadTeacher};
 use autograd::{DType, Gradients, Parameters, Tape, Tensor, Var};
 use model::Model;
 
@@ -100,40 +100,53 @@ impl Objective {
     ) -> Result<(Var, Unread)> {
         let denominator = positions as f32;
         // The teacher first: what its layers need in passing is free again before the student's are kept.
-        let teacher_logits = self.teacher_logits(teacher, batch)?;
-        let logits = student.logits(tape, &batch.tokens)?;
-        let mut terms: Vec<Var> = Vec::new();
-        let (mut divergence, mut cross_entropy) = (None, None);
-        if let Some(teacher_logits) = &teacher_logits {
-            let options = DivergenceOptions {
+        let teacher = self.teacher(teacher);
+        let teacher_states = match teacher {
+            Some(teacher) => {
+                let tape = Tape::inference();
+                let hidden = teacher.hidden(&tape, &batch.tokens)?.tensor().clone();
+                Some((hidden, teacher.head_weight(&tape).tensor().clone()))
+            }
+            None => None,
+        };
+        let head_teacher = teacher_states.as_ref().map(|(hidden, head)| HeadTeacher {
+            hidden,
+            head,
+            options: DivergenceOptions {
                 divergence: self.divergence,
                 student_temperature: self.student_temperature,
                 teacher_temperature: self.teacher_temperature,
                 mask: Some(&batch.mask),
                 denominator,
-            };
-            let loss = ops::divergence(tape, &logits, teacher_logits, options)?.loss;
-            divergence = Some(loss.tensor().clone());
-            terms.push(scaled(tape, loss, self.divergence_weight)?);
+            },
+            weight: self.divergence_weight as f32,
+        });
+        let head_labels = (self.cross_entropy_weight > 0.0 || with_cross_entropy).then(|| HeadLabels {
+            labels: &batch.labels,
+            denominator,
+            weight: self.cross_entropy_weight as f32,
+        });
+        if head_teacher.is_none() && self.cross_entropy_weight <= 0.0 {
+            bail!("neither divergence nor cross-entropy has a weight");
         }
-        if self.cross_entropy_weight > 0.0 || with_cross_entropy {
-            let loss = ops::cross_entropy(tape, &logits, &batch.labels, denominator)?.loss;
-            cross_entropy = Some(loss.tensor().clone());
-            if self.cross_entropy_weight > 0.0 {
-                terms.push(scaled(tape, loss, self.cross_entropy_weight)?);
-            }
-        }
-        let mut terms = terms.into_iter();
-        let Some(mut total) = terms.next() else { bail!("neither divergence nor cross-entropy has a weight") };
-        for term in terms {
-            total = ops::add(tape, &total, &term)?;
-        }
-        let unread = Unread { total: total.tensor().clone(), divergence, cross_entropy };
-        Ok((total, unread))
+        let hidden = student.hidden(tape, &batch.tokens)?;
+        let _range = runtime::range("head and losses");
+        let loss = ops::head_loss(tape, &hidden, &student.head_weight(tape), head_teacher, head_labels)?;
+        let unread = Unread {
+            total: loss.loss.tensor().clone(),
+            divergence: loss.divergence,
+            cross_entropy: loss.cross_entropy,
+        };
+        Ok((loss.loss, unread))
+    }
+
+    /// The teacher, if the loss looks at it.
+    fn teacher<'a>(&self, teacher: Option<&'a Model>) -> Option<&'a Model> {
+        teacher.filter(|_| self.divergence_weight > 0.0)
     }
 
     fn teacher_logits(&self, teacher: Option<&Model>, batch: &Batch) -> Result<Option<Tensor>> {
-        match teacher.filter(|_| self.divergence_weight > 0.0) {
+        match self.teacher(teacher) {
             Some(teacher) => Ok(Some(teacher.logits(&Tape::inference(), &batch.tokens)?.tensor().clone())),
             None => Ok(None),
         }
@@ -158,10 +171,6 @@ impl Objective {
         let culprit = culprit.unwrap_or_else(|| "the loss itself".to_owned());
         bail!("the loss is {}; the first tensor that is not finite: {culprit}", loss.total);
     }
-}
-
-fn scaled(tape: &Tape<'_>, value: Var, weight: f64) -> Result<Var> {
-    if weight == 1.0 { Ok(value) } else { Ok(ops::scale(tape, &value, weight as f32)?) }
 }
 
 /// The first parameter, in the model's order, that holds a NaN or an infinity.

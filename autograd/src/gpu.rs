@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use kernels_ptx::KernelSource;
+use kernels_ptx::kernels::column_sums::ColumnSums;
 use kernels_ptx::kernels::sum_parts::SumParts;
 use runtime::{Argument, Buffer, Device, DeviceKind, Function};
 
@@ -154,5 +155,18 @@ fn sum_pass(operator: &'static str, parts: &Tensor, splits: u32, shape: &[usize]
     let arguments = [sum.write(), read(parts), Argument::U32(count), Argument::U32(splits)];
     let sizes = [u64::from(count), u64::from(splits)];
     launch(operator, parts.device(), &SumParts, SumParts::grid(count.into()), &sizes, &arguments)?;
+    Ok(sum.tensor())
+}
+
+/// The sum of `splits` equal parts as [`sum_parts`], in one launch whose blocks take the parts in turn: for many parts.
+///
+/// # Errors
+/// [`Error::Invalid`] for a problem that is too large; runtime errors.
+pub(crate) fn column_sums(operator: &'static str, parts: &Tensor, splits: u32, shape: &[usize]) -> Result<Tensor> {
+    let count = size(operator, "the number of elements", shape.iter().product())?;
+    let mut sum = Output::new(parts.device(), shape, DType::F32)?;
+    let arguments = [sum.write(), read(parts), Argument::U32(splits), Argument::U32(count), Argument::U32(splits)];
+    let (kernel, sizes) = (ColumnSums { element: kernels_ptx::Element::F32 }, [u64::from(splits), u64::from(count)]);
+    launch(operator, parts.device(), &kernel, ColumnSums::grid(count, 1), &sizes, &arguments)?;
     Ok(sum.tensor())
 }

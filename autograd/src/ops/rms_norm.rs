@@ -1,7 +1,6 @@
 //! Root-mean-square normalisation.
 
 use half::bf16;
-use kernels_ptx::kernels::column_sums::ColumnSums;
 use kernels_ptx::kernels::rms_norm::{Layout, RmsNormBackward, RmsNormForward};
 use kernels_ptx::kernels::rms_norm_any_width::{
     RmsNormAnyWidthForward, RmsNormAnyWidthInputGradient, RmsNormAnyWidthWeightGradient, rows_grid,
@@ -181,7 +180,8 @@ fn backward_held(
     let sizes = [u64::from(*rows), u64::from(*width)];
     gpu::launch(OPERATOR, device, &kernel, Some([blocks, 1, 1]), &sizes, &arguments)?;
     drop(arguments);
-    let weight_gradient = weight_needed.then(|| column_sums(&sums.tensor(), blocks, *width)).transpose()?;
+    let weight_gradient =
+        weight_needed.then(|| gpu::column_sums(OPERATOR, &sums.tensor(), blocks, &[*width as usize])).transpose()?;
     Ok((input_gradient.tensor(), weight_gradient))
 }
 
@@ -250,17 +250,7 @@ fn weight_gradient_any_width(saved: &Saved, gradient: &Tensor) -> Result<Tensor>
     ];
     let (grid, sizes) = (RmsNormAnyWidthWeightGradient::grid(*width, parts), [u64::from(*rows), u64::from(*width)]);
     gpu::launch(OPERATOR, input.device(), &kernel, grid, &sizes, &arguments)?;
-    column_sums(&sums.tensor(), parts, *width)
-}
-
-/// The sum of all rows of a matrix.
-fn column_sums(sums: &Tensor, rows: u32, width: u32) -> Result<Tensor> {
-    let mut total = Output::new(sums.device(), &[width as usize], DType::F32)?;
-    let arguments = [total.write(), gpu::read(sums), Argument::U32(rows), Argument::U32(width), Argument::U32(rows)];
-    let kernel = ColumnSums { element: kernels_ptx::Element::F32 };
-    let sizes = [rows.into(), width.into()];
-    gpu::launch(OPERATOR, sums.device(), &kernel, ColumnSums::grid(width, 1), &sizes, &arguments)?;
-    Ok(total.tensor())
+    gpu::column_sums(OPERATOR, &sums.tensor(), parts, &[*width as usize])
 }
 
 /// The result, and `1 / sqrt(mean(x²) + epsilon)` of every row.

@@ -2,17 +2,18 @@
 //! per channel, its gradients, and its decoding step. Tensors are `[batch, time, channels]`.
 //!
 //! - Layout: a block takes 16 neighbouring groups of [`VECTOR`] channels and 256 steps of one row; each thread takes one
-//!   group (one access of 8 or 16 bytes per step) and 16 steps, and keeps the last `W − 1` inputs in registers. Channels
-//!   that are no multiple of [`VECTOR`] are taken one by one.
+//!   group (one access of 8 or 16 bytes per step) and 32 steps, and keeps the last `W − 1` inputs in registers. While it
+//!   works on some steps, those after them are on their way ([`Stream`]). Channels that are no multiple of [`VECTOR`] are
+//!   taken one by one.
 //! - Backward: a thread walks its steps and the `W − 1` after them, computes the gradient `dq` of the convolution's sum
 //!   again from x, and keeps the `W` sums `dx` under way in registers. The gradients of weight and bias are summed per
 //!   block in a fixed order and written as parts, one per block of time, which
-//!   [`SumParts`](super::sum_parts::SumParts) adds in order.
+//!   [`ColumnSums`](super::column_sums::ColumnSums) adds in order.
 //! - Traffic: forward reads and writes one element, backward reads two and writes one. Bound by memory.
 //! - Documents: tap `w` of step `t` counts when `t − (W − 1) + w ≥ document_start[t]`.
 //! - Source: Gu and Dao 2023, "Mamba", section 3.4.
 
-use crate::asm::{Assembler, Description, F32, Global, Pred, U32, Value, Variable};
+use crate::asm::{Assembler, Description, F32, Global, Pred, U32, U64, Value, Variable};
 use crate::{Element, Kernel, KernelSource, Target, Work};
 
 /// Neighbouring channels of a thread.
@@ -20,10 +21,10 @@ pub const VECTOR: u32 = 4;
 /// Threads of a block that lie side by side along the channels.
 const ACROSS: u32 = 16;
 /// Threads of a block that follow each other in time.
-const GROUPS: u32 = 16;
+const GROUPS: u32 = 8;
 /// Steps of a thread.
-const STEPS: u32 = 16;
-/// Steps that a thread has on their way at a time.
+const STEPS: u32 = 32;
+/// Steps that a thread works on at a time; as many are on their way meanwhile.
 const AHEAD: u32 = 4;
 /// Steps of a block.
 const BLOCK_STEPS: u32 = GROUPS * STEPS;
@@ -209,10 +210,9 @@ impl<'a> Thread<'a> {
         if self.form.vector { place.load_vector::<{ VECTOR as usize }>().to_vec() } else { vec![place.load()] }
     }
 
-    /// As [`Thread::load`], from step `step`; the last step's where there is none.
+    /// As [`Thread::load`], from step `step`.
     fn load_step(&self, memory: Global<'a>, step: Value<'a, U32>) -> Vec<Value<'a, F32>> {
-        let token = self.row.mad(self.time, step.min(self.time - 1));
-        self.load(memory.from_row(token, self.channels), self.channel)
+        self.load(memory.from_row(self.row.mad(self.time, step), self.channels), self.channel)
     }
 
     /// Writes the thread's channels of one row of the memory where the condition holds.
@@ -247,11 +247,9 @@ impl<'a> Thread<'a> {
             .collect()
     }
 
-    /// For `j` from 1 on, whether the input `j` steps before `step` belongs to its document.
-    fn visible(&self, step: Value<'a, U32>) -> Option<Vec<Value<'a, Pred>>> {
-        let starts = self.document_start?;
-        let start = starts.at(self.row.mad(self.time, step.min(self.time - 1))).load_u32();
-        Some((1..self.form.width).map(|back| (start + back).le(step)).collect())
+    /// For `j` from 1 on, whether the input `j` steps before `step` belongs to its document, which begins at `start`.
+    fn visible(&self, step: Value<'a, U32>, start: Option<Value<'a, U32>>) -> Option<Vec<Value<'a, Pred>>> {
+        start.map(|start| (1..self.form.width).map(|back| (start + back).le(step)).collect())
     }
 
     /// The values where the input `back` steps before is visible, zero elsewhere.
@@ -282,6 +280,79 @@ impl<'a> Thread<'a> {
             });
         }
         sums.unwrap_or_default()
+    }
+}
+
+/// What a thread reads step by step, ahead of its work: [`AHEAD`] steps at a time.
+struct Stream<'a> {
+    k: &'a Assembler,
+    memory: Global<'a>,
+    /// Where the next steps lie, and how many bytes apart.
+    pointer: Variable<'a, U64>,
+    stride: Value<'a, U64>,
+    /// Words of the steps on their way.
+    words: Vec<Vec<Variable<'a, U32>>>,
+    /// A word is one element, of whatever type.
+    single: bool,
+}
+
+impl<'a> Stream<'a> {
+    /// The thread's channels of every step, from its first on.
+    fn of_channels(thread: &Thread<'a>, memory: Global<'a>) -> Self {
+        let token = thread.row.mad(thread.time, thread.first);
+        let bytes = memory.element().bytes();
+        let words = if thread.form.vector { VECTOR as usize * bytes / 4 } else { 1 };
+        let first = memory.from_row(token, thread.channels).at(thread.channel).global_address();
+        Self::new(thread.k, memory, first, thread.channels.mul_wide(bytes as u32), words, !thread.form.vector)
+    }
+
+    /// The start of every step's document.
+    fn of_documents(thread: &Thread<'a>) -> Option<Self> {
+        let memory = thread.document_start?;
+        let first = memory.at(thread.row.mad(thread.time, thread.first)).global_address();
+        Some(Self::new(thread.k, memory, first, thread.k.constant(4u64), 1, false))
+    }
+
+    fn new(
+        k: &'a Assembler,
+        memory: Global<'a>,
+        first: Value<'a, U64>,
+        stride: Value<'a, U64>,
+        words: usize,
+        single: bool,
+    ) -> Self {
+        let words = (0..AHEAD).map(|_| (0..words).map(|_| k.variable(0u32)).collect()).collect();
+        Self { k, memory, pointer: k.variable(first), stride, words, single }
+    }
+
+    /// Sends for the next steps, `step` and those after it, as far as they lie below `limit`; zeros for others.
+    fn fetch(&self, step: Value<'a, U32>, limit: Value<'a, U32>) {
+        for (offset, variables) in (0..AHEAD).zip(&self.words) {
+            let (place, exists) = (self.memory.from_address(self.pointer.get()).first(), (step + offset).lt(limit));
+            let words = if self.single {
+                vec![place.load_if(exists, 0.0).bits()]
+            } else {
+                place.load_words_if(exists, variables.len())
+            };
+            for (variable, word) in variables.iter().zip(words) {
+                variable.set(word);
+            }
+            self.pointer.set(self.pointer.get() + self.stride);
+        }
+    }
+
+    /// The words of the steps that were on their way.
+    fn take(&self) -> Vec<Vec<Value<'a, U32>>> {
+        self.words.iter().map(|words| words.iter().map(|word| self.k.constant(word.get())).collect()).collect()
+    }
+
+    /// The elements in the words of one step.
+    fn values(&self, words: &[Value<'a, U32>]) -> Vec<Value<'a, F32>> {
+        if self.memory.element() == Element::Bf16 && !self.single {
+            words.iter().flat_map(|word| word.unpack_bf16()).collect()
+        } else {
+            words.iter().map(|word| word.as_f32()).collect()
+        }
     }
 }
 
@@ -329,13 +400,20 @@ impl KernelSource for ConvolutionForward {
             k.return_if(!thread.active);
             let weights = thread.weights();
             let history = thread.history();
-            k.for_(thread.first, thread.end, AHEAD, |step| {
-                let steps: Vec<Value<'_, U32>> = (0..AHEAD).map(|offset| step + offset).collect();
+            let (inputs, starts) = (Stream::of_channels(&thread, thread.input), Stream::of_documents(&thread));
+            let fetch = |step| {
+                inputs.fetch(step, thread.end);
+                starts.iter().for_each(|starts| starts.fetch(step, thread.end));
+            };
+            fetch(thread.first);
+            k.for_(thread.first, thread.end, AHEAD, |first| {
+                let (fresh, fresh_starts) = (inputs.take(), starts.as_ref().map(Stream::take));
+                fetch(first + AHEAD);
                 let mut window = window(&history);
-                let fresh: Vec<_> = steps.iter().map(|&step| thread.load_step(thread.input, step)).collect();
-                for (&step, fresh) in steps.iter().zip(fresh) {
-                    window.push(fresh);
-                    let visible = thread.visible(step);
+                for (offset, fresh) in fresh.iter().enumerate() {
+                    let step = first + offset as u32;
+                    window.push(inputs.values(fresh));
+                    let visible = thread.visible(step, fresh_starts.as_ref().map(|starts| starts[offset][0]));
                     let mut sums = thread.sum(&weights, &Thread::taps(&visible, form.width as usize, &window));
                     if form.silu {
                         sums = sums.into_iter().map(|sum| sum * sum.sigmoid_flushed()).collect();
@@ -399,33 +477,40 @@ fn backward(k: &Assembler, form: Convolution) {
         let history = thread.history();
         // dx of the steps before the one in hand, as far as it is known.
         let pending: Vec<Vec<_>> = (1..width).map(|_| (0..lanes).map(|_| k.variable(0.0f32)).collect()).collect();
-        k.for_(thread.first, thread.end + (form.width - 1), AHEAD, |step| {
-            let steps: Vec<Value<'_, U32>> = (0..AHEAD).map(|offset| step + offset).collect();
+        let last = (thread.end + (form.width - 1)).named("last");
+        let limit = last.min(thread.time).named("limit");
+        let [input_steps, gradient_steps] = [thread.input, gradient].map(|memory| Stream::of_channels(&thread, memory));
+        let starts = Stream::of_documents(&thread);
+        let fetch = |step| {
+            input_steps.fetch(step, limit);
+            // Zeros beyond the row's end: nothing comes from there.
+            gradient_steps.fetch(step, limit);
+            starts.iter().for_each(|starts| starts.fetch(step, limit));
+        };
+        fetch(thread.first);
+        k.for_(thread.first, last, AHEAD, |first| {
+            let (fresh_inputs, fresh_gradients) = (input_steps.take(), gradient_steps.take());
+            let fresh_starts = starts.as_ref().map(Stream::take);
+            fetch(first + AHEAD);
             let mut inputs = window(&history);
             // Every dx under way, from that of the oldest step on.
             let mut open = window(&pending);
-            let fresh: Vec<_> = steps
-                .iter()
-                .map(|&step| (thread.load_step(thread.input, step), thread.load_step(gradient, step)))
-                .collect();
-            for (&step, (input, gradient)) in steps.iter().zip(fresh) {
-                inputs.push(input);
-                let visible = thread.visible(step);
+            for offset in 0..AHEAD as usize {
+                let step = first + offset as u32;
+                inputs.push(input_steps.values(&fresh_inputs[offset]));
+                let gradient = gradient_steps.values(&fresh_gradients[offset]);
+                let visible = thread.visible(step, fresh_starts.as_ref().map(|starts| starts[offset][0]));
                 let taps = Thread::taps(&visible, width, &inputs);
-                let inside = step.lt(thread.time);
                 let convolved = form.silu.then(|| thread.sum(&weights, &taps));
                 let slopes: Vec<Value<'_, F32>> = gradient
                     .into_iter()
                     .enumerate()
-                    .map(|(lane, gradient)| {
-                        let slope = match &convolved {
-                            Some(convolved) => {
-                                let (q, s) = (convolved[lane], convolved[lane].sigmoid_flushed());
-                                gradient * s * q.fma(-s + 1.0, 1.0)
-                            }
-                            None => gradient,
-                        };
-                        inside.select(slope, 0.0)
+                    .map(|(lane, gradient)| match &convolved {
+                        Some(convolved) => {
+                            let (q, s) = (convolved[lane], convolved[lane].sigmoid_flushed());
+                            gradient * s * q.fma(-s + 1.0, 1.0)
+                        }
+                        None => gradient,
                     })
                     .collect();
 

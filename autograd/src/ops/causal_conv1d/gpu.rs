@@ -93,8 +93,8 @@ pub(super) fn backward(convolution: &Convolution, gradient: &Tensor) -> Result<C
     let state = state_gradient.map(Output::tensor).zip(convolution.initial_state.as_ref());
     Ok(ConvolutionGradients {
         input: input_gradient.tensor(),
-        weight: gpu::sum_parts(OPERATOR, &weight_parts.tensor(), parts, &[channels, width])?,
-        bias: bias_parts.map(|sums| gpu::sum_parts(OPERATOR, &sums.tensor(), parts, &[channels])).transpose()?,
+        weight: gpu::column_sums(OPERATOR, &weight_parts.tensor(), parts, &[channels, width])?,
+        bias: bias_parts.map(|sums| gpu::column_sums(OPERATOR, &sums.tensor(), parts, &[channels])).transpose()?,
         initial_state: state.map(|(gradient, like)| gradient.cast(like.dtype())).transpose()?,
     })
 }

@@ -248,13 +248,7 @@ impl Model {
     ///
     /// # Errors
     /// Those of the operators.
-    pub fn mixer_output(
-        &self,
-        tape: &Tape<'_>,
-        layer: usize,
-        hidden: &Var,
-        batch: &TokenBatch,
-    ) -> Result<Option<Var>> {
+    pub fn mixer_output(&self, tape: &Tape<'_>, layer: usize, hidden: &Var, batch: &TokenBatch) -> Result<Option<Var>> {
         let Some(layer) = &self.layers[layer] else { return Ok(None) };
         let normed = layer.norm(tape, &self.parameters, layer.input_norm, hidden)?;
         layer.mixer.forward(tape, &self.parameters, &normed, batch).map(Some)
@@ -352,10 +346,7 @@ impl Model {
         }
         let parameters = &self.parameters;
         let mut outputs = tape.checkpoint(&[&hidden], move |tape, inputs| {
-            layer
-                .forward(tape, parameters, &inputs[0], batch)
-                .map(|output| vec![output])
-                .map_err(Error::into_autograd)
+            layer.forward(tape, parameters, &inputs[0], batch).map(|output| vec![output]).map_err(Error::into_autograd)
         })?;
         Ok(outputs.swap_remove(0))
     }
@@ -420,13 +411,19 @@ impl Layer {
     fn forward(&self, tape: &Tape<'_>, parameters: &Parameters, hidden: &Var, batch: &TokenBatch) -> Result<Var> {
         let normed = self.norm(tape, parameters, self.input_norm, hidden)?;
         let mixed = self.mixer.forward(tape, parameters, &normed, batch)?;
-        self.mlp_block(tape, parameters, &ops::add(tape, hidden, &mixed)?)
+        let weight = parameters.var(tape, self.post_norm);
+        let (normed, hidden) = ops::rms_norm_residual(tape, hidden, &mixed, &weight, self.epsilon)?;
+        self.mlp(tape, parameters, &normed, &hidden)
     }
 
     fn mlp_block(&self, tape: &Tape<'_>, parameters: &Parameters, hidden: &Var) -> Result<Var> {
-        let normed = self.norm(tape, parameters, self.post_norm, hidden)?;
-        let gate = self.gate.apply(tape, parameters, &normed)?;
-        let up = self.up.apply(tape, parameters, &normed)?;
+        self.mlp(tape, parameters, &self.norm(tape, parameters, self.post_norm, hidden)?, hidden)
+    }
+
+    /// The MLP of the normalised residual stream, added to the stream.
+    fn mlp(&self, tape: &Tape<'_>, parameters: &Parameters, normed: &Var, hidden: &Var) -> Result<Var> {
+        let gate = self.gate.apply(tape, parameters, normed)?;
+        let up = self.up.apply(tape, parameters, normed)?;
         let activated = ops::swiglu(tape, &gate, &up)?;
         self.down.apply_onto(tape, parameters, hidden, &activated)
     }

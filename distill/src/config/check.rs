@@ -71,9 +71,9 @@ fn model(config: &RunConfig) -> Result<()> {
                 ("model.layers", !model.layers.is_empty()),
                 ("model.mil_align", model.mil_align),
                 ("stages.schedule", !config.stages.schedule.is_empty()),
-                ("loss.divergence_weight", config.loss.divergence_weight != 0.0),
             ];
-            if let Some((key, _)) = teacher_keys.iter().find(|(_, given)| *given) {
+            let weights = config.loss.teacher_weights().map(|(key, weight)| (key, weight != 0.0));
+            if let Some((key, _)) = teacher_keys.iter().chain(&weights).find(|(_, given)| *given) {
                 bail!("{key} is for `grafter distill`: `grafter train` has no teacher");
             }
         }
@@ -210,11 +210,15 @@ fn stages(config: &RunConfig) -> Result<()> {
 fn loss(config: &RunConfig) -> Result<()> {
     let loss = &config.loss;
     within("loss.temperature", loss.temperature, 1e-6, 1e6, "from 0.000001 to 1000000", true)?;
-    within("loss.divergence_weight", loss.divergence_weight, 0.0, 1e6, "0 or above", true)?;
+    for (key, weight) in loss.teacher_weights() {
+        within(key, weight, 0.0, 1e6, "0 or above", true)?;
+    }
     within("loss.cross_entropy_weight", loss.cross_entropy_weight, 0.0, 1e6, "0 or above", true)?;
+    let weights = loss.teacher_weights().map(|(_, weight)| weight);
     ensure!(
-        loss.divergence_weight as f32 > 0.0 || loss.cross_entropy_weight as f32 > 0.0,
-        "loss.divergence_weight and loss.cross_entropy_weight are both 0 (in float32): nothing would be learned"
+        weights.iter().chain([&loss.cross_entropy_weight]).any(|&weight| weight as f32 > 0.0),
+        "loss.divergence_weight, loss.cross_entropy_weight and every other weight of the loss are 0 (in float32): nothing \
+         would be learned"
     );
     Ok(())
 }

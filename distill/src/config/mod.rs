@@ -195,8 +195,8 @@ pub enum DivergenceKind {
     SoftCrossEntropy,
 }
 
-/// Section `[loss]`: `divergence_weight · divergence + cross_entropy_weight · cross-entropy`, averaged over the
-/// positions of the whole batch that count.
+/// Section `[loss]`: `divergence_weight · divergence + cross_entropy_weight · cross-entropy`, and what else has a weight,
+/// averaged over the positions of the whole batch that count.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LossSection {
@@ -210,6 +210,13 @@ pub struct LossSection {
     pub divergence_weight: f64,
     /// Weight of the cross-entropy against the data.
     pub cross_entropy_weight: f64,
+    /// `distill`: weight of the forward KL divergence, beside the one above.
+    pub forward_kl_weight: f64,
+    /// `distill`: weight of the Jensen-Shannon divergence, beside the one above.
+    pub jensen_shannon_weight: f64,
+    /// `distill`: weight of the mean norm of the differences between the outputs of the student's Mamba mixers and of the
+    /// teacher's mixers, all fed what enters the teacher's.
+    pub mixer_matching_weight: f64,
     /// Which positions count.
     pub mask: PositionsThatCount,
 }
@@ -320,6 +327,9 @@ impl RunConfig {
                 temperature_on_teacher_only: false,
                 divergence_weight: if distill { 1.0 } else { 0.0 },
                 cross_entropy_weight: if distill { 0.0 } else { 1.0 },
+                forward_kl_weight: 0.0,
+                jensen_shannon_weight: 0.0,
+                mixer_matching_weight: 0.0,
                 mask: PositionsThatCount::Answers,
             },
             stages: StagesSection {
@@ -336,6 +346,18 @@ impl RunConfig {
             checkpoint: CheckpointSection { every: 100, keep: 2 },
             evaluation: EvaluationSection { every: 100, sequences: 16 },
         }
+    }
+}
+
+impl LossSection {
+    /// The weights of everything that looks at a teacher, by key.
+    pub fn teacher_weights(&self) -> [(&'static str, f64); 4] {
+        [
+            ("loss.divergence_weight", self.divergence_weight),
+            ("loss.forward_kl_weight", self.forward_kl_weight),
+            ("loss.jensen_shannon_weight", self.jensen_shannon_weight),
+            ("loss.mixer_matching_weight", self.mixer_matching_weight),
+        ]
     }
 }
 

@@ -28,6 +28,8 @@ pub struct Batch {
     pub labels: Tensor,
     /// f32 `[batch, time]`: 1 where the position counts, 0 elsewhere.
     pub mask: Tensor,
+    /// u32 `[batch, time]`: the same, to look rows up by.
+    pub counts: Tensor,
 }
 
 impl Batch {
@@ -39,12 +41,14 @@ impl Batch {
         let rows: Vec<Vec<u32>> = sequences.iter().map(|sequence| sequence.tokens.clone()).collect();
         let lengths: Vec<Vec<usize>> = sequences.iter().map(|sequence| sequence.document_lengths.clone()).collect();
         let labels: Vec<u32> = sequences.iter().flat_map(|sequence| labels(sequence, positions)).collect();
+        let counts: Vec<u32> = labels.iter().map(|&label| u32::from(label != IGNORED_LABEL)).collect();
         let mask: Vec<f32> = labels.iter().map(|&label| f32::from(label != IGNORED_LABEL)).collect();
         let shape = [sequences.len(), rows.first().map_or(0, Vec::len)];
         Ok(Self {
             tokens: TokenBatch::new(device, &rows, Some(&lengths))?,
             labels: Tensor::from_slice(device, &shape, &labels)?,
             mask: Tensor::from_slice(device, &shape, &mask)?,
+            counts: Tensor::from_slice(device, &shape, &counts)?,
         })
     }
 }

@@ -8,6 +8,7 @@
 mod checkpoint;
 mod folder;
 mod guard;
+mod matching;
 mod metrics;
 pub(crate) mod models;
 mod objective;

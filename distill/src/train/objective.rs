@@ -5,10 +5,11 @@ use autograd::ops::{self, Divergence, DivergenceOptions, HeadLabels, HeadTeacher
 use autograd::{DType, Gradients, Parameters, Tape, Tensor, Var};
 use model::Model;
 
+use super::matching;
 use crate::config::LossSection;
 use crate::data::{Batch, PositionsThatCount};
 
-/// `divergence_weight · divergence + cross_entropy_weight · cross-entropy`.
+/// `divergence_weight · divergence + cross_entropy_weight · cross-entropy`, and what else has a weight.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Objective {
     divergence: Divergence,
@@ -16,6 +17,9 @@ pub(super) struct Objective {
     teacher_temperature: f32,
     divergence_weight: f64,
     cross_entropy_weight: f64,
+    /// Divergences beside the first, with their weights.
+    further: [(Divergence, f64); 2],
+    matching_weight: f64,
     pub positions: PositionsThatCount,
 }
 
@@ -80,6 +84,11 @@ impl Objective {
             teacher_temperature: temperature,
             divergence_weight: section.divergence_weight,
             cross_entropy_weight: section.cross_entropy_weight,
+            further: [
+                (Divergence::ForwardKl, section.forward_kl_weight),
+                (Divergence::JensenShannon, section.jensen_shannon_weight),
+            ],
+            matching_weight: section.mixer_matching_weight,
             positions: section.mask,
         }
     }
@@ -101,48 +110,80 @@ impl Objective {
         let denominator = positions as f32;
         // The teacher first: what its layers need in passing is free again before the student's are kept.
         let teacher = self.teacher(teacher);
+        let mut mixer_inputs = None;
         let teacher_states = match teacher {
             Some(teacher) => {
                 let tape = Tape::inference();
-                let hidden = teacher.hidden(&tape, &batch.tokens)?.tensor().clone();
+                let hidden = if self.matching_weight > 0.0 {
+                    let (hidden, inputs) = matching::Inputs::of(teacher, student, batch)?;
+                    mixer_inputs = Some((inputs, teacher));
+                    hidden
+                } else {
+                    teacher.hidden(&tape, &batch.tokens)?.tensor().clone()
+                };
                 Some((hidden, teacher.head_weight(&tape).tensor().clone()))
             }
             None => None,
         };
-        let head_teacher = teacher_states.as_ref().map(|(hidden, head)| HeadTeacher {
-            hidden,
-            head,
-            options: DivergenceOptions {
-                divergence: self.divergence,
-                student_temperature: self.student_temperature,
-                teacher_temperature: self.teacher_temperature,
-                mask: Some(&batch.mask),
-                denominator,
-            },
-            weight: self.divergence_weight as f32,
-        });
+        let head_teacher = |divergence: Divergence, weight: f64| {
+            teacher_states.as_ref().filter(|_| weight > 0.0).map(|(hidden, head)| HeadTeacher {
+                hidden,
+                head,
+                options: DivergenceOptions {
+                    divergence,
+                    student_temperature: self.student_temperature,
+                    teacher_temperature: self.teacher_temperature,
+                    mask: Some(&batch.mask),
+                    denominator,
+                },
+                weight: weight as f32,
+            })
+        };
         let head_labels = (self.cross_entropy_weight > 0.0 || with_cross_entropy).then(|| HeadLabels {
             labels: &batch.labels,
             denominator,
             weight: self.cross_entropy_weight as f32,
         });
-        if head_teacher.is_none() && self.cross_entropy_weight <= 0.0 {
-            bail!("neither divergence nor cross-entropy has a weight");
-        }
         let hidden = student.hidden(tape, &batch.tokens)?;
-        let _range = runtime::range("head and losses");
-        let loss = ops::head_loss(tape, &hidden, &student.head_weight(tape), head_teacher, head_labels)?;
-        let unread = Unread {
-            total: loss.loss.tensor().clone(),
-            divergence: loss.divergence,
-            cross_entropy: loss.cross_entropy,
+        let head = student.head_weight(tape);
+        let (mut divergence, mut cross_entropy) = (None, None);
+        let mut total: Option<Var> = None;
+        let mut add = |term: Var| -> Result<()> {
+            total = Some(match total.take() {
+                Some(total) => ops::add(tape, &total, &term)?,
+                None => term,
+            });
+            Ok(())
         };
-        Ok((loss.loss, unread))
+        {
+            let _range = runtime::range("head and losses");
+            let first = head_teacher(self.divergence, self.divergence_weight);
+            if first.is_some() || head_labels.is_some() {
+                let loss = ops::head_loss(tape, &hidden, &head, first, head_labels)?;
+                (divergence, cross_entropy) = (loss.divergence, loss.cross_entropy);
+                add(loss.loss)?;
+            }
+            for (which, weight) in self.further {
+                if let Some(further) = head_teacher(which, weight) {
+                    add(ops::head_loss(tape, &hidden, &head, Some(further), None)?.loss)?;
+                }
+            }
+        }
+        if let Some((inputs, teacher)) = &mixer_inputs
+            && let Some(loss) = inputs.loss(tape, student, teacher, batch, positions)?
+        {
+            add(ops::scale(tape, &loss, self.matching_weight as f32)?)?;
+        }
+        let Some(total) = total else { bail!("nothing in the loss has a weight") };
+        let unread = Unread { total: total.tensor().clone(), divergence, cross_entropy };
+        Ok((total, unread))
     }
 
     /// The teacher, if the loss looks at it.
     fn teacher<'a>(&self, teacher: Option<&'a Model>) -> Option<&'a Model> {
-        teacher.filter(|_| self.divergence_weight > 0.0)
+        let further = self.further.iter().map(|(_, weight)| *weight);
+        let weights = further.chain([self.divergence_weight, self.matching_weight]);
+        teacher.filter(|_| weights.into_iter().any(|weight| weight > 0.0))
     }
 
     fn teacher_logits(&self, teacher: Option<&Model>, batch: &Batch) -> Result<Option<Tensor>> {
@@ -201,7 +242,7 @@ mod tests {
     use runtime::Device;
 
     use super::*;
-    use crate::config::{RunConfig, Task};
+    use crate::config::{DivergenceKind, RunConfig, Task};
     use crate::data::Sequence;
 
     fn model(seed: u64) -> Model {
@@ -250,6 +291,37 @@ mod tests {
         assert!(divergence > 0.0 && cross_entropy > 0.0);
         assert!((loss.total - (divergence + 0.5 * cross_entropy)).abs() < 1e-6);
         assert!(self::loss(&student, &student).unwrap().divergence.unwrap().abs() < 1e-6);
+    }
+
+    #[test]
+    fn what_else_has_a_weight_is_added() {
+        let (student, teacher) = (model(1), model(2));
+        let total = |change: &dyn Fn(&mut LossSection)| {
+            let mut section = RunConfig::defaults(Task::Distill).loss;
+            section.divergence_weight = 0.0;
+            change(&mut section);
+            let batch = batch();
+            let objective = Objective::new(&section);
+            let (_, unread) =
+                objective.compute(&Tape::inference(), &student, Some(&teacher), &batch, 4, false).unwrap();
+            Loss::read(&[unread], None).unwrap().0[0].total
+        };
+        let of = |kind: DivergenceKind| {
+            total(&|section| {
+                section.divergence = kind;
+                section.divergence_weight = 1.0;
+            })
+        };
+        let [reverse, forward, middle] =
+            [DivergenceKind::ReverseKl, DivergenceKind::ForwardKl, DivergenceKind::JensenShannon].map(of);
+        let all = total(&|section| {
+            section.divergence_weight = 1.0;
+            section.forward_kl_weight = 0.5;
+            section.jensen_shannon_weight = 2.0;
+        });
+        let expected = reverse + 0.5 * forward + 2.0 * middle;
+        assert!((all - expected).abs() < 1e-5 * expected, "{all} instead of {expected}");
+        assert!((total(&|section| section.forward_kl_weight = 1.0) - forward).abs() < 1e-6);
     }
 
     #[test]

@@ -49,22 +49,29 @@ fn few_rows(
     shape: &[usize],
 ) -> Result<Option<Tensor>> {
     let (rows, depth, outer) = (input.rows(), input.last_dimension(), weight.shape()[0]);
-    let room = u32::try_from(rows).ok().filter(|&rows| rows > 0).and_then(FewRowsProduct::room);
-    let Some(room) = room.filter(|_| input.dtype() == DType::Bf16 && depth.is_multiple_of(8)) else { return Ok(None) };
+    let best = u32::try_from(rows).ok().filter(|&rows| rows > 0).and_then(FewRowsProduct::best);
+    let Some((room, tiles)) = best.filter(|_| input.dtype() == DType::Bf16 && depth.is_multiple_of(8)) else {
+        return Ok(None);
+    };
     let sizes = [rows as u64, outer as u64, depth as u64];
     let [rows, outer, depth] = [
         gpu::size(OPERATOR, "rows", rows)?,
         gpu::size(OPERATOR, "columns", outer)?,
         gpu::size(OPERATOR, "the depth", depth)?,
     ];
-    let kernel =
-        FewRowsProduct { output: gpu::element(DType::Bf16), bias: bias.is_some(), residual: residual.is_some(), room };
+    let kernel = FewRowsProduct {
+        output: gpu::element(DType::Bf16),
+        bias: bias.is_some(),
+        residual: residual.is_some(),
+        room,
+        tiles,
+    };
     let mut output = Output::new(input.device(), shape, DType::Bf16)?;
     let mut arguments = vec![output.write(), gpu::read(input), gpu::read(weight)];
     arguments.extend(bias.map(gpu::read));
     arguments.extend(residual.map(gpu::read));
     arguments.extend([rows, outer, depth].map(Argument::U32));
-    gpu::launch(OPERATOR, input.device(), &kernel, FewRowsProduct::grid(outer), &sizes, &arguments)?;
+    gpu::launch(OPERATOR, input.device(), &kernel, kernel.grid(outer), &sizes, &arguments)?;
     drop(arguments);
     Ok(Some(output.tensor()))
 }

@@ -12,10 +12,16 @@ use anyhow::{Context as _, Result, bail};
 use autograd::DType;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use runtime::{Device, LaunchRecord};
-use tools::profile::{BESIDE, CASES, Ceilings, Step, StepOptions, Summary, compare, run_case, summarise, write_trace};
+use tools::profile::{
+    Ceilings, Inputs, Line, Step, StepOptions, Summary, Table, compare, launches_of, lines, summarise, write_trace,
+};
 
 /// Repeats before anything is measured: kernels are compiled, memory is reserved, clocks rise.
 const WARM_UP: usize = 3;
+/// Steps that are measured unless told.
+const STEPS: usize = 5;
+/// Repeats of an operator that are measured unless told.
+const REPEATS: usize = 20;
 
 /// Prints, per kernel: calls, median time, share, and speeds beside what the device reaches (measured first).
 #[derive(Parser)]
@@ -24,8 +30,10 @@ const WARM_UP: usize = 3;
     after_help = "Examples:
   profile step smollm2 --layers 10,15,20 --device cuda:0 --trace step.json
   profile step smollm2 --layers 10,15,20 --device cuda:0 --json new.json --compare old.json
-  profile operator selective_scan attention --device cuda:0
+  profile operator --device cuda:0 --json new.json --markdown new.md --compare docs/performance.json
+  profile operator selective_scan attention_forward --device cuda:0
   profile operator --list
+  profile render docs/performance.json --into docs/performance.md
 
 Exit codes: 0 measured; 1 an error, or with --compare something became slower."
 )]
@@ -58,15 +66,29 @@ enum Command {
         #[command(flatten)]
         common: Common,
     },
-    /// Single operators at the sizes of real models, forward and backward.
+    /// Single operators at the sizes of real models: a table of times, what they reach, what is asked, and peers.
     Operator {
-        /// Which; all when none is named.
+        /// Which, by the beginning of their names; their kernels are shown as well. All, without kernels, when none is named.
         names: Vec<String>,
         /// Print the names and sizes and do nothing.
         #[arg(long)]
         list: bool,
+        /// Cuts every size down to this, to try the command where times mean nothing.
+        #[arg(long, default_value_t = usize::MAX, hide_default_value = true)]
+        limit: usize,
+        /// Writes the table as Markdown.
+        #[arg(long, value_name = "FILE")]
+        markdown: Option<PathBuf>,
         #[command(flatten)]
         common: Common,
+    },
+    /// Prints the Markdown of a table that `operator --json` wrote; needs no GPU.
+    Render {
+        /// The table.
+        table: PathBuf,
+        /// Puts it into this file instead, between the lines `<!-- profile operator -->` and `<!-- end -->`.
+        #[arg(long, value_name = "FILE")]
+        into: Option<PathBuf>,
     },
 }
 
@@ -78,9 +100,9 @@ struct Common {
     /// Element type of matrices and activations.
     #[arg(long, value_enum, default_value_t = Precision::Bf16)]
     precision: Precision,
-    /// Repeats that are measured.
-    #[arg(long, default_value_t = 5)]
-    repeats: usize,
+    /// Repeats that are measured; 5 of a step and 20 of an operator unless given.
+    #[arg(long)]
+    repeats: Option<usize>,
     /// Writes a trace of one repeat, for ui.perfetto.dev or chrome://tracing.
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
@@ -114,42 +136,21 @@ fn main() -> Result<ExitCode> {
     match Arguments::parse().command {
         Command::Operator { list: true, .. } => {
             let mut output = io::stdout().lock();
-            for case in CASES {
-                writeln!(output, "{:<24} {}", case.name, case.sizes)?;
+            for line in lines() {
+                writeln!(output, "{:<28} {}", line.name, line.sizes)?;
             }
             Ok(ExitCode::SUCCESS)
         }
-        Command::Operator { names, common, .. } => {
-            if let Some(unknown) = names.iter().find(|name| !CASES.iter().any(|case| case.name == **name)) {
-                bail!("no operator is named \"{unknown}\": `profile operator --list` prints the names");
+        Command::Operator { names, limit, markdown, common, .. } => {
+            operators(&names, limit, markdown.as_deref(), &common)
+        }
+        Command::Render { table, into } => {
+            let markdown = Table::load(&table)?.markdown();
+            match into {
+                Some(path) => put_between_marks(&path, &markdown)?,
+                None => write!(io::stdout(), "{markdown}")?,
             }
-            let device: Device = common.device.parse()?;
-            let ceilings = Ceilings::measure(&device)?;
-            let dtype = common.precision.dtype();
-            let (mut summaries, mut measured) = (Vec::new(), Vec::new());
-            for case in CASES.iter().filter(|case| names.is_empty() || names.iter().any(|name| name == case.name)) {
-                let title = format!("{} {} in {dtype}, forward and backward", case.name, case.sizes);
-                let run = || run_case(case, &device, dtype);
-                device.reset_peak_memory();
-                let summary = measure(&common, &device, ceilings, title, None, run)?;
-                measured.push((case.name, own_seconds(&summary), device.memory_usage().peak));
-                summaries.push(summary);
-            }
-            let code = report(&common, &summaries)?;
-            for (name, other) in BESIDE {
-                let find = |name: &str| measured.iter().find(|(measured, ..)| *measured == name);
-                if let (Some((_, seconds, peak)), Some((_, beside, _))) = (find(name), find(other)) {
-                    writeln!(
-                        io::stdout(),
-                        "{name}: {:.3} ms without making its inputs, {:.3} of {other}'s products ({:.3} ms); peak memory {:.2} GiB",
-                        seconds.all * 1e3,
-                        seconds.all / beside.products,
-                        beside.products * 1e3,
-                        *peak as f64 / f64::from(1 << 30)
-                    )?;
-                }
-            }
-            Ok(code)
+            Ok(ExitCode::SUCCESS)
         }
         Command::Step { teacher, layers, batch, sequence, documents, recompute_layers, common } => {
             let device: Device = common.device.parse()?;
@@ -173,6 +174,72 @@ fn main() -> Result<ExitCode> {
     }
 }
 
+/// Measures lines of the table, prints them, and writes and compares what is wanted.
+fn operators(names: &[String], limit: usize, markdown: Option<&Path>, common: &Common) -> Result<ExitCode> {
+    let all = lines();
+    for name in names {
+        if !all.iter().any(|line| line.name.starts_with(name.as_str())) {
+            bail!("no operator's name begins with \"{name}\": `profile operator --list` prints the names");
+        }
+    }
+    let is_whole = |name: &String| all.iter().any(|line| line.name == *name);
+    let chosen = |line: &&Line| {
+        let named = |name: &String| line.name == *name || !is_whole(name) && line.name.starts_with(name.as_str());
+        names.is_empty() || names.iter().any(named)
+    };
+    let device: Device = common.device.parse()?;
+    let before = common.compare.as_deref().map(Table::load).transpose()?;
+    let dtype = common.precision.dtype();
+    let repeats = common.repeats.unwrap_or(REPEATS);
+    let command = std::iter::once("profile".to_owned()).chain(std::env::args().skip(1)).collect::<Vec<_>>().join(" ");
+    let ceilings = Ceilings::measure(&device)?;
+    let mut table = Table::new(&device, dtype, command, repeats, ceilings)?;
+    let inputs = Inputs::new(&device, dtype, limit);
+    let mut output = io::stdout().lock();
+    for line in all.iter().filter(chosen) {
+        table.measure(line, &inputs)?;
+        if !names.is_empty() || common.trace.is_some() {
+            let launches = launches_of(line, &inputs, repeats)?;
+            if let (Some(path), Some(last)) = (&common.trace, launches.last()) {
+                write_trace(path, last)?;
+            }
+            let title = format!("{} {} in {dtype}", line.name, line.sizes);
+            let seconds = table.lines.last().map_or(f64::NAN, |line| line.seconds);
+            writeln!(output, "{}", summary(&device, ceilings, title, None, seconds, &launches).table())?;
+        }
+        // The next line's memory is of other sizes.
+        device.trim_memory()?;
+    }
+    write!(output, "{}", table.text())?;
+    if let Some(path) = &common.json {
+        write_file(path, &(serde_json::to_string_pretty(&table)? + "\n"))?;
+    }
+    if let Some(path) = markdown {
+        write_file(path, &table.markdown())?;
+    }
+    let Some(before) = before else { return Ok(ExitCode::SUCCESS) };
+    let (changes, lost) = table.compare(&before, common.tolerance, names.is_empty());
+    for change in changes {
+        writeln!(output, "{change}")?;
+    }
+    Ok(if lost { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+fn write_file(path: &Path, text: &str) -> Result<()> {
+    fs::write(path, text).with_context(|| format!("writing {}", path.display()))
+}
+
+/// Replaces what stands between the marks of a file.
+fn put_between_marks(path: &Path, markdown: &str) -> Result<()> {
+    const MARKS: [&str; 2] = ["<!-- profile operator -->\n", "<!-- end -->\n"];
+    let text = fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
+    let parts = text.split_once(MARKS[0]).and_then(|(head, rest)| Some((head, rest.split_once(MARKS[1])?.1)));
+    let Some((head, tail)) = parts else {
+        bail!("{} has no lines `{}` and `{}`", path.display(), MARKS[0].trim_end(), MARKS[1].trim_end());
+    };
+    write_file(path, &format!("{head}{}\n{markdown}\n{}{tail}", MARKS[0], MARKS[1]))
+}
+
 /// Times `run` by the host's clock, then records its launches.
 fn measure(
     common: &Common,
@@ -182,7 +249,7 @@ fn measure(
     tokens: Option<usize>,
     mut run: impl FnMut() -> Result<()>,
 ) -> Result<Summary> {
-    let repeats = common.repeats.max(1);
+    let repeats = common.repeats.unwrap_or(STEPS).max(1);
     for _ in 0..WARM_UP {
         run()?;
     }
@@ -205,43 +272,33 @@ fn measure(
     if let (Some(path), Some(last)) = (&common.trace, launches.last()) {
         write_trace(path, last)?;
     }
+    Ok(summary(device, ceilings, title, tokens, times[times.len() / 2], &launches))
+}
+
+/// Adds up launches, repeat by repeat.
+fn summary(
+    device: &Device,
+    ceilings: Option<Ceilings>,
+    title: String,
+    tokens: Option<usize>,
+    seconds: f64,
+    launches: &[Vec<LaunchRecord>],
+) -> Summary {
+    let repeats = launches.len();
     // Gaps count within a repeat: taking the records waits for the device.
-    let parts: Vec<(f64, f64)> = launches
-        .iter()
-        .map(|launches| {
-            let (_, busy, gaps) = summarise(launches, 1);
-            (busy, gaps)
-        })
-        .collect();
+    let gaps = launches.iter().map(|launches| summarise(launches, 1).2);
+    let gap_seconds = gaps.sum::<f64>() / repeats.max(1) as f64;
     let (kernels, busy_seconds, _) = summarise(&launches.concat(), repeats);
-    Ok(Summary {
+    Summary {
         title,
         device: device.to_string(),
         repeats,
-        seconds: times[times.len() / 2],
+        seconds,
         tokens,
         busy_seconds,
-        gap_seconds: parts.iter().map(|(_, gaps)| gaps).sum::<f64>() / repeats as f64,
+        gap_seconds,
         ceilings,
         kernels,
-    })
-}
-
-/// Seconds of an operator's own kernels.
-struct OwnSeconds {
-    /// All but those that make inputs.
-    all: f64,
-    /// Matrix products.
-    products: f64,
-}
-
-fn own_seconds(summary: &Summary) -> OwnSeconds {
-    let of = |wanted: fn(&str) -> bool| {
-        summary.kernels.iter().filter(|kernel| wanted(&kernel.name)).map(|kernel| kernel.total_seconds).sum()
-    };
-    OwnSeconds {
-        all: of(|name| !name.starts_with("fill_") && !name.starts_with("cast_")),
-        products: of(|name| name.starts_with("matrix_product")),
     }
 }
 

@@ -13,7 +13,7 @@ const SIDE: usize = 8192;
 const REPEATS: usize = 10;
 
 /// Measured speeds.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Ceilings {
     /// Bytes read and written per second by a copy on the device.
     pub copy_bytes_per_second: f64,

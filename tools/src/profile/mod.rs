@@ -2,14 +2,16 @@
 
 mod ceilings;
 mod comparison;
-mod operators;
+mod lines;
 mod step;
 mod summary;
+mod table;
 mod trace;
 
 pub use ceilings::Ceilings;
 pub use comparison::{Change, compare};
-pub use operators::{BESIDE, CASES, Case, run_case};
+pub use lines::{Inputs, Line, Prepared, lines};
 pub use step::{Step, StepOptions};
 pub use summary::{KernelSummary, Summary, summarise};
+pub use table::{Goal, Measured, Peer, Stopwatch, Table, launches_of};
 pub use trace::write_trace;

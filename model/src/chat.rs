@@ -275,7 +275,7 @@ fn strftime(format: &str, seconds: u64) -> String {
 
 /// Year, month and day of a day counted from 1970-01-01, by Hinnant's algorithm
 /// (<https://howardhinnant.github.io/date_algorithms.html#civil_from_days>).
-fn civil_date(days: u64) -> (u64, u64, u64) {
+pub fn civil_date(days: u64) -> (u64, u64, u64) {
     let shifted = days + 719_468;
     let era = shifted / 146_097;
     let day_of_era = shifted % 146_097;

@@ -95,10 +95,19 @@ proptest! {
     }
 
     #[test]
-    fn embedding(tokens in prop_oneof![1 => Just(0usize), 6 => size()], vocabulary in 1..40usize, width in size(), seed: u64) {
+    fn embedding(
+        tokens in prop_oneof![1 => Just(0usize), 6 => size(), 1 => 255..=257usize, 1 => Just(2100usize)],
+        vocabulary in 1..40usize,
+        width in prop_oneof![6 => size(), 1 => Just(1028usize)],
+        // Thirds of the tokens whose id is that of padding.
+        padding in 0..3usize,
+        seed: u64,
+    ) {
+        let width = if tokens > 256 { width % 40 + 1 } else { width };
         let mut random = Random::new(seed);
         // Few ids for many tokens, so that most repeat and their gradients add up.
-        let ids: Vec<usize> = (0..tokens).map(|_| random.below(vocabulary)).collect();
+        let ids: Vec<usize> =
+            (0..tokens).map(|_| if random.below(3) < padding { 0 } else { random.below(vocabulary) }).collect();
         let id_tensor = indices(&[1, tokens], &ids);
         let inputs = [Input::normal("weight", &[vocabulary, width], &mut random)];
         for (precision, output) in [

@@ -43,7 +43,9 @@ struct ConvolutionCase {
 }
 
 fn convolutions() -> impl Strategy<Value = ConvolutionCase> {
-    (0..3usize, times(), channels(), 1..6usize, any::<[bool; 4]>(), any::<u64>()).prop_map(
+    // Around the steps of a block as well.
+    let times = prop_oneof![10 => times(), 1 => 255..=258usize];
+    (0..3usize, times, channels(), 1..6usize, any::<[bool; 4]>(), any::<u64>()).prop_map(
         |(batch, time, channels, width, [silu, bias, documents, initial], seed)| {
             let mut random = Random::new(seed);
             let starts = || (0..batch).flat_map(|_| random.document_starts(time)).collect();

@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 
 use half::bf16;
-use kernels_ptx::kernels::embedding::{EmbeddingBackward, EmbeddingForward, EmbeddingOrder};
+use kernels_ptx::kernels::embedding::{
+    EmbeddingBackward, EmbeddingForward, EmbeddingOrder, EmbeddingRepeated, EmbeddingRuns,
+};
 use rayon::prelude::*;
 use runtime::Argument;
 
@@ -63,22 +65,39 @@ fn forward_gpu(ids: &Tensor, weight: &Tensor, output: DType) -> Result<Tensor> {
 /// Sorts the tokens by id, then sums each id's.
 fn backward_gpu(gradient: &Tensor, ids: &Tensor, shape: &[usize]) -> Result<Tensor> {
     let (device, [tokens, vocabulary, width]) = (gradient.device(), sizes(ids, shape)?);
-    let [mut order, mut runs] = [Output::like(ids)?, Output::like(ids)?];
-    let arguments = [order.write(), runs.write(), gpu::read(ids), Argument::U32(tokens)];
-    let grid = EmbeddingOrder::grid(tokens);
+    let mut order = Output::like(ids)?;
+    let arguments = [order.write(), gpu::read(ids), Argument::U32(tokens), Argument::U32(vocabulary)];
+    let grid = EmbeddingOrder::grid(tokens, vocabulary);
     gpu::launch(OPERATOR, device, &EmbeddingOrder, grid, &[tokens.into()], &arguments)?;
-    let (order, runs) = (order.tensor(), runs.tensor());
+    let order = order.tensor();
 
-    let kernel = EmbeddingBackward::new(gpu::element(gradient.dtype()), width);
+    let mut runs = Output::new(device, &[2, shape[0]], DType::U32)?;
+    runs.set_zero()?;
+    let arguments = [runs.write(), gpu::read(ids), gpu::read(&order), Argument::U32(tokens), Argument::U32(vocabulary)];
+    let grid = EmbeddingRuns::grid(tokens);
+    gpu::launch(OPERATOR, device, &EmbeddingRuns, grid, &[tokens.into()], &arguments)?;
+    let runs = runs.tensor();
+
     let mut weight_gradient = Output::new(device, shape, DType::F32)?;
-    weight_gradient.set_zero()?;
+    let kernel = EmbeddingBackward::new(gpu::element(gradient.dtype()), width);
+    let arguments = [
+        weight_gradient.write(),
+        gpu::read(gradient),
+        gpu::read(&order),
+        gpu::read(&runs),
+        Argument::U32(vocabulary),
+        Argument::U32(width),
+    ];
+    let sizes = [tokens.into(), vocabulary.into(), width.into()];
+    gpu::launch(OPERATOR, device, &kernel, kernel.grid(vocabulary, width), &sizes, &arguments)?;
+
+    let kernel = EmbeddingRepeated::new(gpu::element(gradient.dtype()), width);
     let arguments = [
         weight_gradient.write(),
         gpu::read(gradient),
         gpu::read(ids),
         gpu::read(&order),
         gpu::read(&runs),
-        Argument::U32(tokens),
         Argument::U32(vocabulary),
         Argument::U32(width),
     ];

@@ -514,6 +514,11 @@ impl<'a> Value<'a, F32> {
         self.unary("abs.f32")
     }
 
+    /// `self - other`, kept between 0 and 1; 0 for NaN.
+    pub fn sub_saturated(self, other: impl Operand<'a, F32>) -> Self {
+        self.binary("sub.sat.f32", other)
+    }
+
     /// The greater; NaN when either is.
     pub fn max_or_nan(self, other: impl Operand<'a, F32>) -> Self {
         self.binary("max.NaN.f32", other)

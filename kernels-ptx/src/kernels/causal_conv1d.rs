@@ -111,18 +111,21 @@ impl Convolution {
         )
     }
 
-    /// What models use: width 4 with bias and SiLU, packed documents or not.
+    /// What models use: width 4 with bias and SiLU, packed documents or not; and the way of channels that are no multiple
+    /// of [`VECTOR`].
     fn configurations() -> Vec<Self> {
-        let of = |element, documents| Self {
+        let of = |element, documents, vector| Self {
             element,
             width: 4,
             bias: true,
             silu: true,
             documents,
             initial: false,
-            vector: true,
+            vector,
         };
-        [Element::F32, Element::Bf16].into_iter().flat_map(|element| [of(element, false), of(element, true)]).collect()
+        let forms = [(false, true), (true, true), (false, false)];
+        let all = |element| forms.map(|(documents, vector)| of(element, documents, vector));
+        super::float_elements(all).concat()
     }
 }
 

@@ -111,7 +111,7 @@ impl KernelSource for Rope {
     }
 
     fn configurations() -> Vec<Self> {
-        super::float_elements(|element| Self { element, vector: true })
+        super::float_elements(|element| [true, false].map(|vector| Self { element, vector })).concat()
     }
 }
 

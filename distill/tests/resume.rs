@@ -411,3 +411,36 @@ fn batches_whose_loss_leaps_are_counted_and_a_run_that_continues_passes_over_the
     assert!(output.status.success(), "{}", stderr(&output));
     assert_same(&result(&folder), &expected, "after three signals");
 }
+
+#[test]
+fn every_loss_is_learned_from_and_continues_to_the_same_bits() {
+    let workshop = Workshop::new();
+    let mut arguments = RUN.to_vec();
+    for assignment in [
+        "loss.divergence_weight=0",
+        "loss.cross_entropy_weight=0.1",
+        "loss.forward_kl_weight=0.5",
+        "loss.jensen_shannon_weight=0.5",
+        "loss.mixer_matching_weight=0.2",
+        "model.recompute_layers=true",
+    ] {
+        arguments.extend(["--set", assignment]);
+    }
+    let expected = reference_of(&workshop, &arguments);
+    let validation: Vec<f64> = String::from_utf8(expected["metrics.jsonl"].clone())
+        .unwrap()
+        .lines()
+        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()["validation_loss"].as_f64())
+        .collect();
+    assert!(validation.last().unwrap() < &(0.97 * validation[0]), "{validation:?}");
+    let folder = workshop.path("ended");
+    let arguments = workshop.distill("ended", &arguments);
+    let mut child = start(&arguments);
+    if wait_for_lines(&mut child, &folder, 20) {
+        signal(&child, "-KILL");
+    }
+    child.wait().unwrap();
+    let output = run(&borrowed(&arguments));
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_same(&result(&folder), &expected, "after a kill");
+}

@@ -120,7 +120,10 @@ fn new_mixers_come_from_the_teacher_and_the_rest_from_the_hybrid_before() {
         fs::read(run.join("stage-02/run/model/model.safetensors")).unwrap()
     });
     let config = fs::read_to_string(run.join("stage-02/run/config.toml")).unwrap();
-    assert!(config.contains("\nlearning_rate = 0.00000000000000000000000000000") && config.contains("layers = [0]"), "{config}");
+    assert!(
+        config.contains("\nlearning_rate = 0.00000000000000000000000000000") && config.contains("layers = [0]"),
+        "{config}"
+    );
 }
 
 #[test]

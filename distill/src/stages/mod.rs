@@ -423,7 +423,7 @@ impl<'a> Stage<'a> {
             },
         );
         record.validation_before = validations.next();
-        record.validation_after = validations.last().or(record.validation_before);
+        record.validation_after = validations.next_back().or(record.validation_before);
         record.finished = true;
         Ok(record)
     }

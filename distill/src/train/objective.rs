@@ -139,7 +139,7 @@ impl Objective {
                 weight: weight as f32,
             })
         };
-        let head_labels = (self.cross_entropy_weight > 0.0 || with_cross_entropy).then(|| HeadLabels {
+        let head_labels = (self.cross_entropy_weight > 0.0 || with_cross_entropy).then_some(HeadLabels {
             labels: &batch.labels,
             denominator,
             weight: self.cross_entropy_weight as f32,

@@ -325,7 +325,7 @@ impl Model {
             if let (Some(layer), Some(cache)) = (layer, cache) {
                 let normed = layer.norm(&tape, &self.parameters, layer.input_norm, &hidden)?;
                 let mixed = layer.mixer.step(&self.parameters, &normed, Some(&hidden), positions, cache)?;
-                hidden = layer.mlp_block(&tape, &self.parameters, &Var::constant(&mixed))?;
+                hidden = layer.mlp_step(&self.parameters, &Var::constant(&mixed))?;
             }
         }
         let normed = self.final_norm(&tape, &hidden)?;
@@ -426,6 +426,18 @@ impl Layer {
         let up = self.up.apply(tape, parameters, normed)?;
         let activated = ops::swiglu(tape, &gate, &up)?;
         self.down.apply_onto(tape, parameters, hidden, &activated)
+    }
+
+    /// As [`Layer::mlp_block`] without a tape, in fewer launches on GPUs.
+    fn mlp_step(&self, parameters: &Parameters, hidden: &Var) -> Result<Var> {
+        let tape = Tape::inference();
+        if self.gate.bias.is_some() || self.up.bias.is_some() {
+            return self.mlp_block(&tape, parameters, hidden);
+        }
+        let normed = self.norm(&tape, parameters, self.post_norm, hidden)?;
+        let value = |projection: &Projection| &parameters.get(projection.weight).value;
+        let activated = ops::linear_swiglu(&normed, value(&self.gate), value(&self.up))?;
+        self.down.apply_onto(&tape, parameters, hidden, &Var::constant(&activated))
     }
 
     fn norm(&self, tape: &Tape<'_>, parameters: &Parameters, weight: ParameterId, hidden: &Var) -> Result<Var> {

@@ -85,6 +85,27 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(cases(64))]
+
+    #[test]
+    fn gated_products_are_two_products_and_swiglu(rows in few_rows(), depth in depth(), outer in 1..=20usize, seed: u64) {
+        let mut random = Random::new(seed);
+        for dtype in [DType::F32, DType::Bf16] {
+            let input = matrix(dtype, rows, depth, &mut random);
+            let [gate, up] = [0, 1].map(|_| matrix(dtype, outer, depth, &mut random));
+            let tape = Tape::inference();
+            let product = |weight: &Tensor| {
+                ops::linear(&tape, &Var::constant(&input), &Var::constant(weight), None).unwrap()
+            };
+            let expected = ops::swiglu(&tape, &product(&gate), &product(&up)).unwrap();
+            let found = ops::linear_swiglu(&input, &gate, &up).unwrap();
+            prop_assert_eq!((found.dtype(), found.shape()), (dtype, expected.shape()));
+            prop_assert_eq!(widened(&found).unwrap(), widened(&expected).unwrap());
+        }
+    }
+}
+
 /// The inputs of a step of a Mamba mixer.
 #[derive(Clone)]
 struct MambaCase {

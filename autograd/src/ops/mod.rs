@@ -39,7 +39,7 @@ pub use elementwise::{add, add_in_place, mul, negative_exp, scale, scale_in_plac
 pub use embedding::embedding;
 pub use head_loss::{HeadChunks, HeadLabels, HeadLoss, HeadTeacher, head_loss, head_loss_in_chunks};
 pub use layout::{repeat_chunks, split, stack};
-pub use linear::{linear, linear_residual};
+pub use linear::{linear, linear_residual, linear_swiglu};
 pub use mamba_step::{MambaStepInputs, mamba_step, mamba_step_by_operators};
 pub use rms_norm::{rms_norm, rms_norm_residual};
 pub use rope::{RotaryScaling, RotaryTable, rope};

@@ -5,6 +5,8 @@
 //!   take parts of [`PART`] of the depth in turn and their sums are added in order. Lane `l` with `g = l / 4` and `t = l mod 4` reads 16 bytes of row `g` from column `8 t` of every 32 on,
 //!   and the same columns of rows `g`, `g + 8`, … of x. `mma.m16n8k16` wants other columns in these registers, but as both
 //!   operands have the same ones, only the order of the sum differs.
+//! - [`FewRowsProduct::gated`]: two weights at once, and `silu(x Gᵀ) · (x Uᵀ)` of them, as SwiGLU's kernel after two products would
+//!   give it.
 //! - How a row's sum is formed depends on the depth alone, not on how many rows there are.
 //! - Traffic: the weight once; x once per block, from the caches. Bound by memory.
 
@@ -32,8 +34,8 @@ pub const MOST_ROWS: u32 = 64;
 
 /// `output = input weightᵀ + bias + residual`.
 ///
-/// Parameters: `output` (`[rows, outer]`, written), `input` (bf16 `[rows, depth]`), `weight` (bf16 `[outer, depth]`), `bias` (f32
-/// `[outer]`, with a bias), `residual` (like the output, with one), `rows`, `outer`, `depth` (u32). The depth is a multiple of 8.
+/// Parameters: `output` (`[rows, outer]`, written), `input` (bf16 `[rows, depth]`), `weight` (bf16 `[outer, depth]`; gated: that of the
+/// gate), `up` (like `weight`, when gated), `bias` (f32 `[outer]`, with a bias), `residual` (like the output, with one), `rows`, `outer`, `depth` (u32). The depth is a multiple of 8.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct FewRowsProduct {
     /// Type of output and residual.
@@ -46,6 +48,8 @@ pub struct FewRowsProduct {
     pub room: u32,
     /// Tiles of 8 columns of a block: 1 or 4.
     pub tiles: u32,
+    /// There are two weights. Without bias and residual.
+    pub gated: bool,
 }
 
 impl FewRowsProduct {
@@ -67,22 +71,28 @@ impl FewRowsProduct {
 
     /// Bytes of a block's piece in shared memory.
     fn slot(&self) -> u32 {
-        THREADS * self.tiles * self.steps() as u32 * 16
+        THREADS * self.weights() * self.tiles * self.steps() as u32 * 16
+    }
+
+    fn weights(&self) -> u32 {
+        if self.gated { 2 } else { 1 }
     }
 }
 
 impl KernelSource for FewRowsProduct {
     fn build(&self) -> Kernel {
-        let Self { output: output_element, bias, residual, room, tiles } = *self;
+        let Self { output: output_element, bias, residual, room, tiles, gated } = *self;
+        assert!(!gated || !(bias || residual), "a gated product takes neither bias nor residual");
         let (steps, columns) = (self.steps(), COLUMNS * tiles);
-        let slot_bytes = self.slot();
+        let (slot_bytes, weight_count) = (self.slot(), self.weights());
         let flag = |set: bool, name: &'static str| if set { name } else { "" };
         let output_bytes = output_element.bytes() as u64 * (1 + u64::from(residual));
         let description = Description {
             name: format!(
-                "few_rows_product_{output_element}_{room}x{columns}{}{}",
+                "few_rows_product_{output_element}_{room}x{columns}{}{}{}",
                 flag(bias, "_bias"),
-                flag(residual, "_residual")
+                flag(residual, "_residual"),
+                flag(gated, "_gated")
             ),
             summary: format!(
                 "output = input weight^T for at most {room} rows; {columns} rows of the weight per block, warps share the depth"
@@ -91,13 +101,15 @@ impl KernelSource for FewRowsProduct {
             target: Target::Sm80,
             sizes: &["rows", "outer", "depth"],
             work: move |sizes: &[u64]| Work {
-                bytes: 2 * sizes[2] * (sizes[0] + sizes[1]) + output_bytes * sizes[0] * sizes[1],
-                operations: 2 * sizes[0] * sizes[1] * sizes[2],
+                bytes: 2 * sizes[2] * (sizes[0] + u64::from(weight_count) * sizes[1])
+                    + output_bytes * sizes[0] * sizes[1],
+                operations: 2 * u64::from(weight_count) * sizes[0] * sizes[1] * sizes[2],
             },
         };
         Assembler::assemble(description, |k| {
             let output = k.write("output", output_element);
             let (input, weight) = (k.read("input", Element::Bf16), k.read("weight", Element::Bf16));
+            let up = gated.then(|| k.read("up", Element::Bf16));
             let bias = bias.then(|| k.read("bias", Element::F32));
             let residual = residual.then(|| k.read("residual", output_element));
             let (rows, outer, depth) = (k.u32("rows"), k.u32("outer"), k.u32("depth"));
@@ -105,21 +117,28 @@ impl KernelSource for FewRowsProduct {
             k.comment("this lane's rows of the weight and of x; rows beyond the last repeat it");
             let (group, place) = ((k.lane() >> 2).named("group"), ((k.lane() & 3) << 3).named("place"));
             let first_column = (k.block() * columns).named("first_column");
-            let weights = (0..tiles)
-                .map(|tile| weight.from_row((first_column + group + tile * COLUMNS).min(outer - 1), depth))
+            let of_tile = |tile| (first_column + group + tile * COLUMNS).min(outer - 1);
+            let rows_of_tiles: Vec<_> = (0..tiles).map(of_tile).collect();
+            let weights: Vec<_> = [Some(weight), up]
+                .into_iter()
+                .flatten()
+                .flat_map(|weight| rows_of_tiles.iter().map(move |row| weight.from_row(*row, depth)))
                 .collect();
+            let tile_count = weights.len() as u32;
             // Two rows of x per 16.
             let inputs: Vec<_> =
                 (0..room / 8).map(|half| input.from_row((group + half * 8).min(rows - 1), depth)).collect();
             // By rows of x, then by columns.
             let sums: Vec<Vec<[Variable<'_, _>; 4]>> = (0..room / 16)
-                .map(|_| (0..tiles).map(|_| std::array::from_fn(|_| k.variable(0.0f32))).collect())
+                .map(|_| (0..tile_count).map(|_| std::array::from_fn(|_| k.variable(0.0f32))).collect())
                 .collect();
 
             k.comment(
                 "every lane keeps the words that it will want in its own places of shared memory, some pieces ahead",
             );
-            let sum_count = WARPS * room * columns;
+            // Sums of one warp: by rows of x, then by weights, then by columns.
+            let width = weight_count * columns;
+            let sum_count = WARPS * room * width;
             let shared = k.shared(Element::F32, (AHEAD * slot_bytes / 4).max(sum_count));
             let begin = (k.warp() * PART).named("begin");
             let places = shared.at(k.thread() * (WIDTH / 2)).cast(Element::Bf16);
@@ -138,8 +157,8 @@ impl KernelSource for FewRowsProduct {
                 ring.fetch(piece + (AHEAD - 1), last);
                 k.wait_copies(AHEAD - 1);
                 for step in 0..steps {
-                    let weights: Vec<_> = (0..tiles)
-                        .map(|tile| ring.at(slot.get(), step as u32 * tiles + tile).load_words(WORDS))
+                    let weights: Vec<_> = (0..tile_count)
+                        .map(|tile| ring.at(slot.get(), step as u32 * tile_count + tile).load_words(WORDS))
                         .collect();
                     for (half, sums) in sums.iter().enumerate() {
                         let (lower, upper) = (&inputs[2 * half][step], &inputs[2 * half + 1][step]);
@@ -157,24 +176,35 @@ impl KernelSource for FewRowsProduct {
             k.comment("the sums over the warps, in order");
             k.wait_copies(0);
             k.barrier();
-            let own = shared.at(k.warp() * (room * columns) + (group * columns + (place >> 2)));
+            let own = shared.at(k.warp() * (room * width) + (group * width + (place >> 2)));
             for (half, sums) in (0..).zip(&sums) {
                 for (tile, sums) in (0..).zip(sums) {
                     let sums = sums.map(Variable::get);
-                    let own = own.plus(half * i64::from(16 * columns) + tile * i64::from(COLUMNS));
+                    let own = own.plus(half * i64::from(16 * width) + tile * i64::from(COLUMNS));
                     own.store_vector(&sums[..2]);
-                    own.plus(i64::from(8 * columns)).store_vector(&sums[2..]);
+                    own.plus(i64::from(8 * width)).store_vector(&sums[2..]);
                 }
             }
             k.barrier();
             for pass in 0..(room * columns).div_ceil(THREADS) {
                 let index = k.thread() + pass * THREADS;
                 let row = index >> columns.ilog2();
-                let column = first_column + (index & (columns - 1));
+                let column_of_block = index & (columns - 1);
+                let column = first_column + column_of_block;
                 k.if_(row.lt(rows) & column.lt(outer), || {
-                    let parts = shared.at(index);
-                    let sum = (0..WARPS).map(|warp| parts.plus((warp * room * columns).into()).load());
-                    let Some(mut sum) = sum.reduce(|a, b| a + b) else { unreachable!("there are warps") };
+                    let parts = shared.at(row * width + column_of_block);
+                    let sum_of = |weight: u32| {
+                        let sums =
+                            (0..WARPS).map(|warp| parts.plus((warp * room * width + weight * columns).into()).load());
+                        let Some(sum) = sums.reduce(|a, b| a + b) else { unreachable!("there are warps") };
+                        sum
+                    };
+                    let mut sum = sum_of(0);
+                    if gated {
+                        // Rounded as the results of two products are.
+                        let (gate, up) = (sum.round_to_bf16(), sum_of(1).round_to_bf16());
+                        sum = gate * gate.sigmoid() * up;
+                    }
                     if let Some(bias) = bias {
                         sum = sum + bias.at(column).load();
                     }
@@ -188,13 +218,15 @@ impl KernelSource for FewRowsProduct {
     }
 
     fn configurations() -> Vec<Self> {
-        let of = |(room, tiles), residual| Self { output: Element::Bf16, bias: false, residual, room, tiles };
+        let of =
+            |(room, tiles), residual| Self { output: Element::Bf16, bias: false, residual, room, tiles, gated: false };
         let mut all: Vec<Self> = [1, 16, 32, MOST_ROWS]
             .into_iter()
             .filter_map(Self::best)
             .flat_map(|best| [of(best, false), of(best, true)])
             .collect();
         all.push(Self { bias: true, ..all[0] });
+        all.push(Self { gated: true, ..all[0] });
         all
     }
 }

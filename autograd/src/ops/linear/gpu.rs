@@ -48,32 +48,61 @@ fn few_rows(
     residual: Option<&Tensor>,
     shape: &[usize],
 ) -> Result<Option<Tensor>> {
-    let (rows, depth, outer) = (input.rows(), input.last_dimension(), weight.shape()[0]);
-    let best = u32::try_from(rows).ok().filter(|&rows| rows > 0).and_then(FewRowsProduct::best);
-    let Some((room, tiles)) = best.filter(|_| input.dtype() == DType::Bf16 && depth.is_multiple_of(8)) else {
+    let Some(kernel) = few_rows_kernel(input, weight)? else { return Ok(None) };
+    let kernel = FewRowsProduct { bias: bias.is_some(), residual: residual.is_some(), ..kernel };
+    let added: Vec<&Tensor> = bias.into_iter().chain(residual).collect();
+    launch_few_rows(kernel, input, weight, &added, shape).map(Some)
+}
+
+/// `silu(x Gᵀ) · (x Uᵀ)` in one launch; `None` where it does not suit.
+pub(super) fn gated(input: &Tensor, gate: &Tensor, up: &Tensor) -> Result<Option<Tensor>> {
+    let same = gate.shape() == up.shape() && gate.dtype() == DType::Bf16 && up.dtype() == DType::Bf16;
+    let kernel = few_rows_kernel(input, gate)?.filter(|kernel| same && kernel.tiles == 1);
+    let Some(kernel) = kernel else { return Ok(None) };
+    let kernel = FewRowsProduct { gated: true, ..kernel };
+    launch_few_rows(kernel, input, gate, &[up], &output_shape(input, gate)).map(Some)
+}
+
+/// The kernel for so many rows, plain; `None` for too many and for depths that it does not take.
+fn few_rows_kernel(input: &Tensor, weight: &Tensor) -> Result<Option<FewRowsProduct>> {
+    if input.dtype() != DType::Bf16 || !weight.shape()[1].is_multiple_of(8) {
         return Ok(None);
-    };
-    let sizes = [rows as u64, outer as u64, depth as u64];
+    }
+    let rows = gpu::size(OPERATOR, "rows", input.rows())?;
+    let output = gpu::element(DType::Bf16);
+    Ok(FewRowsProduct::best(rows).filter(|_| rows > 0).map(|(room, tiles)| FewRowsProduct {
+        output,
+        bias: false,
+        residual: false,
+        room,
+        tiles,
+        gated: false,
+    }))
+}
+
+/// `others` are what the kernel takes after the weight, in its order.
+fn launch_few_rows(
+    kernel: FewRowsProduct,
+    input: &Tensor,
+    weight: &Tensor,
+    others: &[&Tensor],
+    shape: &[usize],
+) -> Result<Tensor> {
+    let dimensions = [input.rows(), weight.shape()[0], weight.shape()[1]];
+    let [rows, outer, depth] = dimensions;
     let [rows, outer, depth] = [
         gpu::size(OPERATOR, "rows", rows)?,
         gpu::size(OPERATOR, "columns", outer)?,
         gpu::size(OPERATOR, "the depth", depth)?,
     ];
-    let kernel = FewRowsProduct {
-        output: gpu::element(DType::Bf16),
-        bias: bias.is_some(),
-        residual: residual.is_some(),
-        room,
-        tiles,
-    };
     let mut output = Output::new(input.device(), shape, DType::Bf16)?;
     let mut arguments = vec![output.write(), gpu::read(input), gpu::read(weight)];
-    arguments.extend(bias.map(gpu::read));
-    arguments.extend(residual.map(gpu::read));
+    arguments.extend(others.iter().map(|other| gpu::read(other)));
     arguments.extend([rows, outer, depth].map(Argument::U32));
+    let sizes = dimensions.map(|size| size as u64);
     gpu::launch(OPERATOR, input.device(), &kernel, kernel.grid(outer), &sizes, &arguments)?;
     drop(arguments);
-    Ok(Some(output.tensor()))
+    Ok(output.tensor())
 }
 
 fn input_gradient(gradient: &Tensor, input: &Tensor, weight: &Tensor) -> Result<Tensor> {

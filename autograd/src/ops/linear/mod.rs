@@ -46,6 +46,30 @@ pub fn linear_residual(tape: &Tape<'_>, residual: &Var, input: &Var, weight: &Va
     record(tape, input, weight, bias, Some(residual))
 }
 
+/// `silu(x Gᵀ) · (x Uᵀ)`, outside any tape: for decoding, where GPUs do it in one launch.
+///
+/// - `input` `[…, in]`, `gate` and `up` `[out, in]`, result `[…, out]` of the input's element type, the same bits as those of
+///   [`linear()`] twice and [`swiglu`](super::swiglu())
+///
+/// # Errors
+/// Shape errors that name the argument.
+pub fn linear_swiglu(input: &Tensor, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    check::is_float(OPERATOR, "input", input)?;
+    for (name, weight) in [("gate", gate), ("up", up)] {
+        check::is_float(OPERATOR, name, weight)?;
+        check::rank(OPERATOR, name, weight, 2, "[out, in]")?;
+        check::shape(OPERATOR, name, weight, &[gate.shape()[0], input.last_dimension()])?;
+    }
+    if input.device().is_gpu()
+        && let Some(output) = gpu::gated(input, gate, up)?
+    {
+        return Ok(output);
+    }
+    let (tape, input) = (Tape::inference(), Var::constant(input));
+    let product = |weight: &Tensor| linear(&tape, &input, &Var::constant(weight), None);
+    Ok(super::swiglu(&tape, &product(gate)?, &product(up)?)?.tensor().clone())
+}
+
 fn record(tape: &Tape<'_>, input: &Var, weight: &Var, bias: Option<&Var>, residual: Option<&Var>) -> Result<Var> {
     check::is_float(OPERATOR, "input", input)?;
     check::is_float(OPERATOR, "weight", weight)?;

@@ -8,10 +8,10 @@
 //! - The sums are formed in one pass: where a greater logit comes, `S` and `T` are scaled, and
 //!   `W` becomes `2^δ (W + S (δ − δ'))`, δ and δ' being what the maxima of student and teacher moved by.
 //! - Layout: a block takes one row after the other (every `blocks`-th). What it has read of a row stays on the chip as far
-//!   as there is room: 8 vectors of 16 bytes of each row per thread in registers, 10 or 14 in shared memory; the rest is read again, soon
-//!   enough to come from the L2 cache. The row's own order is registers, shared memory, rest; for the gradient it is rest,
-//!   shared memory, registers, and the places in shared memory that become free take in the next row at once. A thread
-//!   reads only what it wrote to shared memory itself.
+//!   as there is room: 8 vectors of 16 bytes of each model's row per thread in registers, 20 or 28 of both together in
+//!   shared memory. The rest is read again, from the L2 cache as far as it is still there: it is the last part of the row for
+//!   the sums and the first one for the gradient, and then backwards. Places in shared memory that become free take in the
+//!   next row at once. A thread reads only what it wrote to shared memory itself.
 //! - Rows that do not count (weight 0, label ignored) are not read; their losses are 0 and their gradient is set to zero.
 //! - Traffic: each logit is read once and the gradient is written once. Bound by memory; the next bound are the exponentials, two
 //!   and, with the gradient, three for a pair of logits.
@@ -77,14 +77,14 @@ impl Row {
         }
     }
 
-    /// Columns in shared memory.
-    fn shared(self) -> u32 {
+    /// Columns in shared memory, of each of so many matrices.
+    fn shared(self, matrices: u32) -> u32 {
         let rounds = match self {
             // 163 KiB of shared memory are what every GPU that runs this has.
-            Self::Long => 10,
-            Self::Short | Self::Medium | Self::Longest => 14,
+            Self::Long => 20,
+            Self::Short | Self::Medium | Self::Longest => 28,
         };
-        rounds * self.threads() * VECTOR
+        rounds / matrices * self.threads() * VECTOR
     }
 
     fn name(self) -> &'static str {
@@ -117,7 +117,7 @@ impl VocabularyLoss {
     /// Blocks for so many rows. With the gradient: as many as an H100 runs at a time.
     pub fn grid(&self, rows: u32) -> [u32; 3] {
         let most = match self.gradient {
-            Some(Row::Long | Row::Longest) if self.divergence => 132,
+            Some(Row::Long | Row::Longest) => 132,
             Some(_) => 264,
             None => i32::MAX as u32,
         };
@@ -138,7 +138,7 @@ impl VocabularyLoss {
 impl KernelSource for VocabularyLoss {
     fn build(&self) -> Kernel {
         let Self { divergence, labels, gradient } = *self;
-        let matrices = if divergence { 2 } else { 1 };
+        let matrices: u32 = if divergence { 2 } else { 1 };
         let layout = gradient.unwrap_or(Row::Short);
         let description = Description {
             name: self.name(),
@@ -150,8 +150,8 @@ impl KernelSource for VocabularyLoss {
             target: Target::Sm80,
             sizes: &["rows", "vocabulary"],
             work: move |sizes: &[u64]| Work {
-                bytes: (2 * (matrices + u64::from(gradient.is_some())) * sizes[1] + 16) * sizes[0],
-                operations: (5 * matrices + if gradient.is_some() { 6 } else { 0 }) * sizes[0] * sizes[1],
+                bytes: (2 * (u64::from(matrices) + u64::from(gradient.is_some())) * sizes[1] + 16) * sizes[0],
+                operations: (5 * u64::from(matrices) + if gradient.is_some() { 6 } else { 0 }) * sizes[0] * sizes[1],
             },
         };
         Assembler::assemble(description, |k| {
@@ -167,7 +167,7 @@ impl KernelSource for VocabularyLoss {
             let vocabulary = k.u32("vocabulary");
             let is_first = k.thread().eq(0).named("is_first");
             let scratch = k.shared(Element::F32, layout.threads() / LANES * Statistics::COUNT);
-            let shared = |wanted: bool| wanted.then(|| k.shared(Element::Bf16, layout.shared()));
+            let shared = |wanted: bool| wanted.then(|| k.shared(Element::Bf16, layout.shared(matrices)));
             let parts = Parts {
                 k,
                 layout,
@@ -662,7 +662,7 @@ impl<'a> Parts<'a> {
         (refill, next): (Value<'a, Pred>, &Logits<'a>),
     ) {
         let k = self.k;
-        self.for_rest(|column, count| {
+        self.for_rest_backwards(|column, count| {
             let words = logits.load(column, self.step(), count);
             let target = target.at(column);
             for (index, words) in (0u32..).zip(&words) {
@@ -702,17 +702,22 @@ impl<'a> Parts<'a> {
         }
     }
 
+    /// Columns in registers and in shared memory.
+    fn kept_columns(&self) -> u32 {
+        let matrices = if self.teacher.is_some() { 2 } else { 1 };
+        if self.student.is_some() { self.held() + self.layout.shared(matrices) } else { 0 }
+    }
+
     /// Runs `body` with the first column of each of the thread's vectors in shared memory.
     fn for_shared(&self, body: impl FnOnce(Value<'a, U32>)) {
-        let end = self.vocabulary.min(self.held() + self.layout.shared());
+        let end = self.vocabulary.min(self.kept_columns());
         self.k.for_(self.start + self.held(), end, self.step(), body);
     }
 
     /// Runs `body` with the thread's columns that are kept nowhere: the first one, and how many (two or one) `step` apart.
     fn for_rest(&self, body: impl Fn(Value<'a, U32>, u32)) {
-        let kept = if self.student.is_some() { self.held() + self.layout.shared() } else { 0 };
         let (k, step) = (self.k, self.step());
-        let column = k.variable(self.start + kept);
+        let column = k.variable(self.start + self.kept_columns());
         k.while_(
             || (column.get() + step).lt(self.vocabulary),
             || {
@@ -721,6 +726,22 @@ impl<'a> Parts<'a> {
             },
         );
         k.if_(column.get().lt(self.vocabulary), || body(column.get(), 1));
+    }
+
+    /// The same from the last column to the first: what was read last is still in the cache.
+    fn for_rest_backwards(&self, body: impl Fn(Value<'a, U32>, u32)) {
+        let (k, step) = (self.k, self.step());
+        let first = k.constant(self.start + self.kept_columns());
+        let rounds = (self.vocabulary.max(first) - first + (step - 1)) >> step.ilog2();
+        let end = k.variable(rounds.mad(step, first));
+        k.while_(
+            || (first + 2 * step).le(end.get()),
+            || {
+                end.set(end.get() - 2 * step);
+                body(end.get(), 2);
+            },
+        );
+        k.if_(first.lt(end.get()), || body(first, 1));
     }
 }
 

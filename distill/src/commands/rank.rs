@@ -88,6 +88,9 @@ pub(super) struct Arguments {
     /// exact-match: longest answer, in tokens
     #[arg(long, value_name = "N", default_value_t = 256)]
     max_tokens: usize,
+    /// mmr, mse: let every query chunk of a new mixer meet its own keys, as in `grafter distill --mil-align`
+    #[arg(long)]
+    mil_align: bool,
     /// Seed of new mixers and of the data's order
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
@@ -125,6 +128,7 @@ pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
         learning_rate: arguments.learning_rate,
         together: arguments.together,
         max_tokens: arguments.max_tokens,
+        mil_align: arguments.mil_align,
         seed: arguments.seed,
         precision: arguments.precision,
         device: arguments.device,

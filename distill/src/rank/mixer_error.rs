@@ -16,7 +16,8 @@ pub(super) fn rank(bench: &Bench<'_>, file: &TokenFile, interruption: &Interrupt
     let config = bench.config;
     let model = &bench.model;
     let teacher = bench.teacher.as_ref().unwrap_or(model);
-    let mut hybrid = graft(model, teacher, &bench.layers, &GraftOptions { seed: config.seed, align: false })?;
+    let mut hybrid =
+        graft(model, teacher, &bench.layers, &GraftOptions { seed: config.seed, align: config.mil_align })?;
     if config.precision == PrecisionKind::Bf16 {
         hybrid = hybrid.into_bf16()?;
     }

@@ -103,6 +103,8 @@ pub struct RankConfig {
     pub together: usize,
     /// `exact-match`: longest answer, in tokens.
     pub max_tokens: usize,
+    /// `mmr`, `mse`: whether new mixers are made with query chunks permuted to meet their own keys.
+    pub mil_align: bool,
     /// Seed of new mixers and of the rows' order.
     pub seed: u64,
     /// Element type of matrices and activations.
@@ -132,6 +134,7 @@ impl RankConfig {
             learning_rate: 5e-4,
             together: 4,
             max_tokens: 256,
+            mil_align: false,
             seed: 0,
             precision: PrecisionKind::F32,
             device: "cpu".to_owned(),

@@ -209,7 +209,7 @@ fn schedule(config: &RankConfig) -> Schedule {
 impl Candidate {
     fn new(bench: &Bench<'_>, layer: usize) -> Result<Self> {
         let teacher = bench.teacher.as_ref().unwrap_or(&bench.model);
-        let options = GraftOptions { seed: bench.config.seed, align: false };
+        let options = GraftOptions { seed: bench.config.seed, align: bench.config.mil_align };
         let mut model = graft(&bench.model, teacher, &[layer], &options)?;
         if bench.config.precision == PrecisionKind::Bf16 {
             model = model.into_bf16()?;

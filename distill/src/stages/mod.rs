@@ -463,6 +463,7 @@ fn ranking_of(config: &RunConfig, base: &Path, method: Method) -> Result<RankCon
     ranking.begin_token = config.data.begin_token;
     ranking.batch_size = config.training.batch_size;
     ranking.micro_batch = config.training.micro_batch;
+    ranking.mil_align = config.model.mil_align;
     ranking.seed = config.training.seed;
     ranking.precision = config.training.precision;
     ranking.device.clone_from(&config.device);

@@ -231,6 +231,24 @@ mod tests {
     }
 
     #[test]
+    fn a_full_disk_is_named_and_what_was_known_stays() {
+        let parent = tempfile::tempdir().unwrap();
+        let folder = parent.path().join("ranking");
+        let config = RankConfig::new("m".into(), Method::Loo, "d".into());
+        let mut store = Store::open(&folder, &config, &hashes()).unwrap();
+        let score = |layer: usize| LayerScore { layer, score: 0.5, score_at_start: None };
+        store.add(score(0)).unwrap();
+        // Every write to it fails.
+        store.log = OpenOptions::new().append(true).open("/dev/full").unwrap();
+        let message = format!("{:#}", store.add(score(1)).unwrap_err());
+        assert!(message.contains("layers.jsonl; what was ranked before is kept: No space left"), "{message}");
+        assert!(store.known(1).is_none());
+        drop(store);
+        let store = Store::open(&folder, &config, &hashes()).unwrap();
+        assert_eq!((store.known(0), store.known(1)), (Some(&score(0)), None));
+    }
+
+    #[test]
     fn another_beginning_is_refused_by_name() {
         let parent = tempfile::tempdir().unwrap();
         let folder = parent.path().join("ranking");

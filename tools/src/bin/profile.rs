@@ -165,7 +165,7 @@ fn main() -> Result<ExitCode> {
                 &device,
             )?;
             let tokens = step.tokens();
-            let summary = measure(&common, &device, ceilings, title, Some(tokens), || step.run().map(drop))?;
+            let summary = measure(&common, &device, ceilings, title, tokens, &mut step)?;
             let memory = device.memory_usage();
             let code = report(&common, &[summary])?;
             writeln!(io::stdout(), "peak memory of the pool: {:.2} GiB", memory.peak as f64 / (1_u64 << 30) as f64)?;
@@ -240,24 +240,24 @@ fn put_between_marks(path: &Path, markdown: &str) -> Result<()> {
     write_file(path, &format!("{head}{}\n{markdown}\n{}{tail}", MARKS[0], MARKS[1]))
 }
 
-/// Times `run` by the host's clock, then records its launches.
+/// Times steps by the host's clock, then records their launches.
 fn measure(
     common: &Common,
     device: &Device,
     ceilings: Option<Ceilings>,
     title: String,
-    tokens: Option<usize>,
-    mut run: impl FnMut() -> Result<()>,
+    tokens: usize,
+    step: &mut Step,
 ) -> Result<Summary> {
     let repeats = common.repeats.unwrap_or(STEPS).max(1);
     for _ in 0..WARM_UP {
-        run()?;
+        step.run()?;
     }
     device.synchronize()?;
     let mut times = Vec::new();
     for _ in 0..repeats {
         let start = Instant::now();
-        run()?;
+        step.run()?;
         device.synchronize()?;
         times.push(start.elapsed().as_secs_f64());
     }
@@ -265,14 +265,16 @@ fn measure(
     let recording = device.record_launches()?;
     let mut launches: Vec<Vec<LaunchRecord>> = Vec::new();
     for _ in 0..repeats {
-        run()?;
-        launches.push(recording.take_records()?);
+        step.run()?;
+        let mut of_step = recording.take_records()?;
+        step.count_visible(&mut of_step);
+        launches.push(of_step);
     }
     drop(recording);
     if let (Some(path), Some(last)) = (&common.trace, launches.last()) {
         write_trace(path, last)?;
     }
-    Ok(summary(device, ceilings, title, tokens, times[times.len() / 2], &launches))
+    Ok(summary(device, ceilings, title, Some(tokens), times[times.len() / 2], &launches))
 }
 
 /// Adds up launches, repeat by repeat.

@@ -104,6 +104,8 @@ pub fn lines() -> Vec<Line> {
             .asked(NEAR_COPY)
             .peer("torch.compile", 0.255),
         Line::new("rms_norm_backward", "16384 x 5120", |make| rms_norm(make, backward)).asked(NEAR_COPY),
+        Line::new("rms_norm_residual_forward", "16384 x 5120", |make| rms_norm_residual(make, false)).asked(NEAR_COPY),
+        Line::new("rms_norm_residual_backward", "16384 x 5120", |make| rms_norm_residual(make, true)).asked(NEAR_COPY),
         Line::new("rope_forward", "16384 x 32 heads of 128", |make| rope(make, forward)).asked(NEAR_COPY),
         Line::new("rope_backward", "16384 x 32 heads of 128", |make| rope(make, backward)).asked(NEAR_COPY),
         Line::new("swiglu_forward", "16384 x 14336", |make| swiglu(make, forward))
@@ -196,8 +198,11 @@ pub struct Prepared {
     /// timed one by one.
     pub calls: usize,
     /// Runs once.
-    pub run: Box<dyn FnMut(&mut Stopwatch) -> Result<()>>,
+    pub run: Run,
 }
+
+/// Runs something once, the timed part within [`Stopwatch::time`].
+type Run = Box<dyn FnMut(&mut Stopwatch) -> Result<()>>;
 
 /// Makes inputs: normally distributed numbers, since a GPU's clocks depend on what it computes with.
 pub struct Inputs<'a> {
@@ -246,7 +251,7 @@ impl<'a> Inputs<'a> {
     fn random(&self, shape: &[usize], dtype: DType, deviation: f32) -> Result<Tensor> {
         let count: usize = shape.iter().product();
         let values = self.values.get_or_init(|| (0..ROW * ROWS).map(|_| self.normal()).collect());
-        if count % ROW != 0 || count < values.len() {
+        if !count.is_multiple_of(ROW) || count < values.len() {
             let start = (self.uniform() * values.len() as f64) as usize;
             let values: Vec<f32> =
                 values.iter().cycle().skip(start).take(count).map(|value| deviation * value).collect();
@@ -348,13 +353,12 @@ fn seed_like(seed: &mut Option<Tensor>, output: &Var) -> Result<Tensor> {
     Ok(seed.insert(made).clone())
 }
 
+/// A call of a short operator.
+type Call = Box<dyn FnMut() -> Result<Tensor>>;
+
 /// A short operator, run on one set of buffers after the other: so many that no call finds its own in the L2 cache. On a GPU
 /// the calls are captured in a graph, as decoding does.
-fn rotating(
-    make: &Inputs<'_>,
-    bytes: usize,
-    mut set: impl FnMut() -> Result<Box<dyn FnMut() -> Result<Tensor>>>,
-) -> Result<Prepared> {
+fn rotating(make: &Inputs<'_>, bytes: usize, mut set: impl FnMut() -> Result<Call>) -> Result<Prepared> {
     /// Bytes that all sets have together, if as few as [`MOST`] do.
     const TOGETHER: usize = 256 << 20;
     const MOST: usize = 128;
@@ -427,7 +431,7 @@ fn mamba_step(make: &Inputs<'_>, batch: usize) -> Result<Prepared> {
     const TAPS: usize = 4;
     let (batch, channels) = (make.size(batch), STATES * make.size(256));
     let xb = channels / 4;
-    let set = || -> Result<Box<dyn FnMut() -> Result<Tensor>>> {
+    let set = || -> Result<Call> {
         let projected = make.tensor(&[batch, 2 * (channels + xb)], 0.5)?;
         let delta = make.tensor(&[batch, channels], 0.5)?;
         let (conv_weight, conv_bias) = (make.filled(&[channels, TAPS], 0.3)?, make.filled(&[channels], 0.1)?);
@@ -459,6 +463,27 @@ fn rms_norm(make: &Inputs<'_>, way: Way) -> Result<Prepared> {
     let inputs = vec![make.tensor(&[rows, width], 1.0)?, make.filled(&[width], 1.1)?];
     let operator: Operator = Box::new(|tape, inputs| Ok(ops::rms_norm(tape, &inputs[0], &inputs[1], 1e-5)?));
     Ok(way(inputs, operator, [elements(2 * rows * width), elements(3 * rows * width)]))
+}
+
+/// With the sum of a residual stream and a branch: forward reads both and writes the sum and its norm, backward reads the sum
+/// and two gradients and writes one, which is that of both.
+fn rms_norm_residual(make: &Inputs<'_>, backward: bool) -> Result<Prepared> {
+    let (rows, width) = (make.size(16_384), make.size(5120));
+    let random = || make.tensor(&[rows, width], 1.0);
+    let inputs = [random()?, random()?, make.filled(&[width], 1.1)?];
+    let seeds = [random()?, random()?];
+    Ok(prepared(elements(4 * rows * width), move |watch| {
+        let tape = Tape::new();
+        let [input, branch, weight] = inputs.each_ref().map(|input| tape.leaf(input));
+        let forward = || Ok(ops::rms_norm_residual(&tape, &input, &branch, &weight, 1e-5)?);
+        if !backward {
+            return watch.time(forward).map(drop);
+        }
+        let (normed, sum) = forward()?;
+        let pairs = [normed, sum].into_iter().zip(seeds.iter().cloned()).collect();
+        watch.time(|| Ok(tape.backward_from(pairs)?))?;
+        Ok(())
+    }))
 }
 
 fn rope(make: &Inputs<'_>, way: Way) -> Result<Prepared> {
@@ -678,7 +703,7 @@ fn linear(make: &Inputs<'_>, sizes: [usize; 3], way: Way) -> Result<Prepared> {
 /// A product of few rows as decoding has it: without a way back.
 fn few_rows(make: &Inputs<'_>, rows: usize, inner: usize, outer: usize) -> Result<Prepared> {
     let [rows, inner, outer] = [rows, inner, outer].map(|size| make.size(size));
-    let set = || -> Result<Box<dyn FnMut() -> Result<Tensor>>> {
+    let set = || -> Result<Call> {
         let input = Var::constant(&make.tensor(&[rows, inner], 1.0)?);
         let weight = Var::constant(&make.tensor(&[outer, inner], 0.02)?);
         Ok(Box::new(move || Ok(ops::linear(&Tape::inference(), &input, &weight, None)?.tensor().clone())))

@@ -3,12 +3,12 @@
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
-use autograd::ops::{self, Divergence, DivergenceOptions};
+use autograd::ops::{self, Divergence, DivergenceOptions, HeadTeacher};
 use autograd::optimizer::{AdamW, AdamWOptions, clip_gradients, gradient_norm};
 use autograd::{DType, Tape};
 use model::initialise::{GraftOptions, graft};
 use model::{Model, Precision, TokenBatch};
-use runtime::Device;
+use runtime::{Device, LaunchRecord};
 
 /// What is distilled.
 #[derive(Clone, Debug)]
@@ -69,9 +69,7 @@ impl Step {
         };
         let rows: Vec<Vec<u32>> =
             (0..options.batch).map(|_| (0..options.sequence).map(|_| token()).collect()).collect();
-        let documents = options.documents.clamp(1, options.sequence);
-        let mut lengths = vec![options.sequence / documents; documents];
-        lengths[0] += options.sequence % documents;
+        let lengths = document_lengths(options.sequence, options.documents);
         let batch = TokenBatch::new(device, &rows, Some(&vec![lengths; options.batch]))?;
         Ok(Self { options, teacher, student, optimizer, batch })
     }
@@ -81,19 +79,35 @@ impl Step {
         self.options.batch * self.options.sequence
     }
 
-    /// One update. Waits for its loss and its gradient norm, as training does.
+    /// The part of the causal triangle that the documents of a row leave: a kernel's description knows how long rows are, but
+    /// not where documents begin.
+    pub fn visible_part(&self) -> f64 {
+        let pairs = |length: usize| length as f64 * (length as f64 + 1.0);
+        let documents = document_lengths(self.options.sequence, self.options.documents);
+        documents.into_iter().map(pairs).sum::<f64>() / pairs(self.options.sequence)
+    }
+
+    /// Counts, of the operations of attention, those that the documents leave.
+    pub fn count_visible(&self, launches: &mut [LaunchRecord]) {
+        count_visible(launches, self.visible_part());
+    }
+
+    /// One update, as `grafter distill` makes it: the head and the divergence together, and one wait of the host, for the
+    /// gradients' norm.
     ///
     /// # Errors
     /// Those of the operators; out of memory.
     pub fn run(&mut self) -> Result<f32> {
+        let inference = Tape::inference();
         let target = {
             let _range = runtime::range("teacher");
-            self.teacher.logits(&Tape::inference(), &self.batch)?
+            self.teacher.hidden(&inference, &self.batch)?
         };
+        let target_head = self.teacher.head_weight(&inference);
         let tape = Tape::new();
         let loss = {
             let _range = runtime::range("student");
-            let logits = self.student.logits(&tape, &self.batch)?;
+            let hidden = self.student.hidden(&tape, &self.batch)?;
             let options = DivergenceOptions {
                 divergence: Divergence::ReverseKl,
                 student_temperature: 1.0,
@@ -101,10 +115,12 @@ impl Step {
                 mask: None,
                 denominator: self.tokens() as f32,
             };
-            ops::divergence(&tape, &logits, target.tensor(), options)?.loss
+            let teacher = HeadTeacher { hidden: target.tensor(), head: target_head.tensor(), options, weight: 1.0 };
+            let _range = runtime::range("head and losses");
+            ops::head_loss(&tape, &hidden, &self.student.head_weight(&tape), Some(teacher), None)?.loss
         };
         drop(target);
-        let value = loss.item()?;
+        let value = loss.tensor().clone();
         let mut gradients = {
             let _range = runtime::range("backward");
             tape.backward(&loss)?
@@ -113,6 +129,59 @@ impl Step {
         let norm = gradient_norm(&self.student.parameters, &gradients)?;
         clip_gradients(&mut gradients, norm, 1.0)?;
         self.optimizer.update(&mut self.student.parameters, &gradients, 1e-5)?;
-        Ok(value)
+        Ok(value.item()?)
+    }
+}
+
+/// The lengths of the documents of a row: equal, but that the first takes what is left over.
+fn document_lengths(sequence: usize, documents: usize) -> Vec<usize> {
+    let documents = documents.clamp(1, sequence);
+    let mut lengths = vec![sequence / documents; documents];
+    lengths[0] += sequence % documents;
+    lengths
+}
+
+/// The kernels of attention whose operations are products over pairs of tokens; the others go over tokens.
+fn goes_over_pairs(kernel: &str) -> bool {
+    kernel.starts_with("attention_")
+        && ["_forward", "_query_gradient", "_key_gradients"].iter().any(|part| kernel.contains(part))
+}
+
+fn count_visible(launches: &mut [LaunchRecord], part: f64) {
+    for launch in launches.iter_mut().filter(|launch| goes_over_pairs(&launch.kernel)) {
+        if let Some(work) = &mut launch.work {
+            work.operations = (work.operations as f64 * part).round() as u64;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use kernels_ptx::Work;
+
+    use super::*;
+
+    #[test]
+    fn only_pairs_within_a_document_are_counted() {
+        assert_eq!(document_lengths(2048, 3), [684, 682, 682]);
+        assert_eq!(document_lengths(2, 5), [1, 1]);
+        // Of a row of 4 tokens in two documents, 2 × 3 of 10 pairs are left.
+        let launch = |kernel: &str| LaunchRecord {
+            kernel: kernel.into(),
+            grid: [1; 3],
+            block: [32, 1, 1],
+            start: Duration::ZERO,
+            duration: Duration::from_micros(1),
+            work: Some(Work { bytes: 7, operations: 1000 }),
+            ranges: Vec::new(),
+        };
+        let mut launches =
+            ["attention_forward_64", "attention_key_gradients_64", "attention_delta_bf16", "matrix_product_nn"]
+                .map(launch);
+        count_visible(&mut launches, 0.6);
+        assert_eq!(launches.each_ref().map(|launch| launch.work.unwrap().operations), [600, 600, 1000, 1000]);
+        assert!(launches.iter().all(|launch| launch.work.unwrap().bytes == 7));
     }
 }

@@ -254,7 +254,7 @@ impl Table {
             };
             let ratio = now.seconds / old.seconds;
             // A time that is not a number is a loss as well.
-            let slower = !(ratio <= 1.0 + tolerance);
+            let slower = ratio.is_nan() || ratio > 1.0 + tolerance;
             lost |= slower;
             if slower || ratio < 1.0 - tolerance {
                 texts.push(format!(

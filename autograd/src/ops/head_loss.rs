@@ -83,7 +83,8 @@ pub fn head_loss(
     teacher: Option<HeadTeacher<'_>>,
     labels: Option<HeadLabels<'_>>,
 ) -> Result<HeadLoss> {
-    let chunks = HeadChunks::of(hidden, head);
+    let vocabulary = head.shape().first().copied().unwrap_or(1);
+    let chunks = HeadChunks::new(hidden.rows(), hidden.last_dimension(), vocabulary, hidden.dtype());
     head_loss_in_chunks(tape, hidden, head, teacher, labels, chunks)
 }
 
@@ -150,16 +151,15 @@ impl HeadChunks {
     ///
     /// Together with what else a chunk needs that is less than 1 GiB. Rows come in tiles of 128, which is how products take
     /// them, and as many as make the hidden states' gradient a whole number of waves of blocks, as far as possible.
-    pub fn of(hidden: &Tensor, head: &Tensor) -> Self {
+    pub fn new(positions: usize, width: usize, vocabulary: usize, dtype: DType) -> Self {
         const TILE: usize = 128;
         /// Tiles that an H100 computes at a time.
         const WAVE: usize = 264;
         const LOGITS: usize = 160 << 20;
         const GRADIENTS: usize = 560 << 20;
-        let (vocabulary, width) = (head.shape().first().copied().unwrap_or(1), hidden.last_dimension());
-        let row_bytes = (vocabulary * hidden.dtype().size()).max(1);
+        let row_bytes = (vocabulary * dtype.size()).max(1);
         let tiles = |bytes: usize| (bytes / row_bytes / TILE).max(1);
-        let (all, most, across) = (hidden.rows().div_ceil(TILE).max(1), tiles(GRADIENTS), width.div_ceil(TILE).max(1));
+        let (all, most, across) = (positions.div_ceil(TILE).max(1), tiles(GRADIENTS), width.div_ceil(TILE).max(1));
         // How full the waves are, in parts of 1000: the fullest of the larger half, and of those the largest.
         let fullness = |rows: usize| {
             let blocks = rows * across;
@@ -486,4 +486,26 @@ fn place_rows(target: &mut Tensor, first: usize, source: &Tensor) -> Result<()> 
     let element = gpu::element(target.dtype());
     let columns = Columns { rows: 1, count, from: (0, count), to: (start, total) };
     copy_columns(OPERATOR, Argument::Write(target.make_unique()?, element), source, &columns)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chunks_take_less_than_a_gibibyte_and_fill_their_waves() {
+        let cases = [(16_384, 5120, 131_072), (8192, 5120, 131_072), (16_384, 576, 49_152), (65_536, 4096, 128_256)];
+        for (positions, width, vocabulary) in cases {
+            let chunks = HeadChunks::new(positions, width, vocabulary, DType::Bf16);
+            let rows = 2 * chunks.logits + chunks.gradients;
+            let states = 2 * (chunks.logits + chunks.gradients) * width;
+            assert!((rows * vocabulary + states) * DType::Bf16.size() <= 1 << 30, "{chunks:?}");
+            assert!(chunks.logits >= 512 && chunks.gradients >= 1024, "{chunks:?}");
+            assert!(chunks.logits.is_multiple_of(128) && chunks.gradients.is_multiple_of(128), "{chunks:?}");
+        }
+        let large = HeadChunks::new(16_384, 5120, 131_072, DType::Bf16);
+        // 13 x 40 tiles are two waves of 264 but for 8.
+        assert_eq!(large, HeadChunks { logits: 640, gradients: 1664 });
+        assert_eq!(HeadChunks::new(300, 64, 1000, DType::F32), HeadChunks { logits: 384, gradients: 384 });
+    }
 }

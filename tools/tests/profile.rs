@@ -74,3 +74,19 @@ fn a_name_that_no_operator_has_is_an_error() {
     assert_eq!(output.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&output.stderr).contains("--list"), "{output:?}");
 }
+
+#[test]
+fn the_page_shows_the_committed_figures() {
+    let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs");
+    let json = docs.join("performance.json");
+    if !json.exists() {
+        // No figures are committed, so none can differ.
+        return;
+    }
+    let rendered = profile(&["render", json.to_str().unwrap()]);
+    assert!(rendered.status.success(), "{rendered:?}");
+    let table = String::from_utf8(rendered.stdout).unwrap();
+    let page = fs::read_to_string(docs.join("performance.md")).unwrap();
+    let shown = format!("<!-- profile operator -->\n\n{table}\n<!-- end -->\n");
+    assert!(page.contains(&shown), "profile render docs/performance.json --into docs/performance.md");
+}

@@ -172,3 +172,49 @@ impl Sampling {
 fn uniform(random: &mut ChaCha8Rng) -> f32 {
     (random.next_u32() >> 8) as f32 * (0.5f32).powi(24)
 }
+
+#[cfg(test)]
+mod tests {
+    use autograd::TensorId;
+    use runtime::Device;
+    use serde_json::json;
+
+    use super::*;
+    use crate::TokenBatch;
+    use crate::config::ModelConfig;
+    use crate::initialise::{GraftOptions, graft};
+
+    /// What a graph would be replayed on: the memory that steps write must be the same in each of them.
+    #[test]
+    fn steps_write_in_place_until_caches_grow() {
+        let source = json!({
+            "model_type": "llama", "hidden_size": 32, "head_dim": 16, "intermediate_size": 16, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 40, "tie_word_embeddings": true,
+        });
+        let config = ModelConfig::from_json(source.as_object().unwrap()).unwrap();
+        for device in [Device::cpu(), Device::sim()] {
+            let teacher = Model::random(config.clone(), 1, &device).unwrap();
+            let hybrid = graft(&teacher, &teacher, &[1], &GraftOptions { seed: 3, align: false }).unwrap();
+            let model = if device.is_cpu() { hybrid } else { hybrid.into_bf16().unwrap() };
+            let batch = TokenBatch::new(&device, &[vec![1, 2, 3], vec![4, 5, 6]], None).unwrap();
+            let (logits, cache) = model.prefill(&batch).unwrap();
+            // Another holder of the cache, as a benchmark's repeats have it.
+            let shared = cache.clone();
+            let sampling = Sampling::Random { temperature: 1.0, top_k: None, top_p: 1.0, seed: 1 };
+            let mut decoder = Decoder::new(&model, &logits, cache, sampling).unwrap();
+            let ids = |decoder: &Decoder<'_>| -> Vec<TensorId> {
+                let State { tokens, positions, choice } = &decoder.state;
+                let Choice::Random { uniforms, .. } = choice else { unreachable!("the choice is random") };
+                [tokens, positions, uniforms].into_iter().chain(decoder.cache.tensors()).map(Tensor::id).collect()
+            };
+            decoder.step().unwrap();
+            let after_first = ids(&decoder);
+            for _ in 0..3 {
+                decoder.step().unwrap();
+                assert_eq!(ids(&decoder), after_first, "{device}");
+            }
+            assert_eq!(decoder.state.positions.to_vec::<u32>().unwrap(), [7, 7], "{device}");
+            assert_eq!(shared.length(), 3);
+        }
+    }
+}

@@ -371,6 +371,12 @@ impl Cache {
         self.layers.iter().flatten().map(|cache| cache.bytes(self.length)).sum()
     }
 
+    /// The layers' tensors, for tests that watch whether they stay in place.
+    #[cfg(test)]
+    pub(crate) fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        self.layers.iter().flatten().flat_map(MixerCache::tensors)
+    }
+
     /// Makes room for `length` tokens; whether that moved any layer's cache.
     ///
     /// # Errors

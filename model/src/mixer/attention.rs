@@ -223,6 +223,12 @@ impl AttentionCache {
         2 * shape[0] * length * shape[2] * shape[3] * self.keys.dtype().size()
     }
 
+    /// The tensors, for tests that watch whether they stay in place.
+    #[cfg(test)]
+    pub(super) fn tensors(&self) -> [&Tensor; 2] {
+        [&self.keys, &self.values]
+    }
+
     /// Makes room for `length` positions; whether that moved the cache.
     pub(super) fn reserve(&mut self, length: usize) -> Result<bool> {
         /// The least room to grow to.

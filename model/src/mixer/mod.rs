@@ -114,6 +114,15 @@ impl MixerCache {
         }
     }
 
+    /// The tensors, for tests that watch whether they stay in place.
+    #[cfg(test)]
+    pub(crate) fn tensors(&self) -> [&Tensor; 2] {
+        match self {
+            Self::Attention(cache) => cache.tensors(),
+            Self::Mamba(cache) => [&cache.conv, &cache.state],
+        }
+    }
+
     /// Makes room for `length` tokens; whether that moved the cache.
     ///
     /// # Errors

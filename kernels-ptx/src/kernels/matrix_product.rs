@@ -347,15 +347,20 @@ impl KernelSource for MatrixProduct {
             let warp_n = ((warp & (across - 1)) * warp_columns).named("warp_n");
             let a_places = a.places(warp_m, warp_rows / 16, true);
             let b_places = b.places(warp_n, warp_columns / 16, false);
-            let (fragment_row, fragment_column) = (k.lane() >> 2, (k.lane() & 3) * 2);
+            // The lane's row and columns in a fragment: found again where they are needed, which takes no registers meanwhile.
+            let in_fragment = || {
+                let lane = k.lane();
+                (lane >> 2, (lane & 3) * 2)
+            };
+            let at_start = accumulate.then(in_fragment);
             let sums: Vec<Vec<[Variable<'_, F32>; 4]>> = (0..warp_rows / 16)
                 .map(|row_group| {
                     (0..warp_columns / 8)
                         .map(|column_group| {
                             std::array::from_fn(|number| {
-                                if !accumulate {
+                                let Some((fragment_row, fragment_column)) = at_start else {
                                     return k.variable(0.0f32);
-                                }
+                                };
                                 // Half of a fragment's numbers are 8 rows below the others.
                                 let (half, lane) = (number as u32 / 2, number as u32 % 2);
                                 let row = tile_m + warp_m + fragment_row + (row_group * 16 + half * 8);
@@ -406,6 +411,7 @@ impl KernelSource for MatrixProduct {
             });
 
             k.comment("the sums go out, two neighbouring columns at a time");
+            let (fragment_row, fragment_column) = in_fragment();
             let c = c.from(part.mul_wide(m) * n.wide());
             for (row_group, sums) in sums.iter().enumerate() {
                 for half in 0..2 {

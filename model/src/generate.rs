@@ -112,6 +112,7 @@ fn continue_tokens(
     options: &GenerateOptions,
     mut after_step: impl FnMut(&[Vec<u32>]) -> Result<bool>,
 ) -> Result<Vec<(Vec<u32>, bool)>> {
+    options.sampling.check()?;
     let rows = prompts.len();
     let mut tokens = vec![Vec::new(); rows];
     let mut ended = vec![false; rows];

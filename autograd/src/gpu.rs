@@ -33,6 +33,11 @@ pub(crate) fn launch<K: KernelSource>(
     Ok(function(device, kernel)?.launch_sized(grid, arguments, sizes)?)
 }
 
+/// A grid of so many blocks in x; `None` when one launch cannot have them.
+pub(crate) fn line(blocks: u64) -> Option<[u32; 3]> {
+    i32::try_from(blocks).ok().map(|blocks| [blocks.unsigned_abs(), 1, 1])
+}
+
 /// The kernel, loaded on the device. Its text is written once per configuration, not at every launch.
 fn function<K: KernelSource>(device: &Device, kernel: &K) -> Result<Function> {
     let key = (device.kind(), kernel.clone());

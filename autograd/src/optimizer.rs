@@ -2,7 +2,7 @@
 
 use kernels_ptx::kernels;
 use rayon::prelude::*;
-use runtime::Argument;
+use runtime::{Argument, Table, Word};
 
 use crate::gpu;
 use crate::{DType, Error, Gradients, Parameters, Result, Tensor, check, cpu, ops};
@@ -40,12 +40,15 @@ pub struct AdamW {
     moments: Vec<Option<(Tensor, Tensor)>>,
     /// Per parameter in bf16: its value in f32; `None` while never updated.
     masters: Vec<Option<Tensor>>,
+    /// Where GPUs find the parameters in bf16, and those in f32.
+    tables: [Table; 2],
 }
 
 impl AdamW {
     /// An optimizer that has taken no step.
     pub fn new(options: AdamWOptions, parameters: &Parameters) -> Self {
-        Self { options, step: 0, moments: vec![None; parameters.len()], masters: vec![None; parameters.len()] }
+        let (moments, masters) = (vec![None; parameters.len()], vec![None; parameters.len()]);
+        Self { options, step: 0, moments, masters, tables: Default::default() }
     }
 
     /// Number of steps taken.
@@ -97,7 +100,7 @@ impl AdamW {
                 }
             }
         }
-        Ok(Self { options, step, moments, masters })
+        Ok(Self { options, step, moments, masters, tables: Default::default() })
     }
 
     /// Updates every trainable parameter that has a gradient.
@@ -105,8 +108,23 @@ impl AdamW {
     /// # Errors
     /// Shape errors; out of memory.
     pub fn update(&mut self, parameters: &mut Parameters, gradients: &Gradients, learning_rate: f32) -> Result<()> {
+        self.update_scaled(parameters, gradients, learning_rate, 1.0)
+    }
+
+    /// The same with all gradients multiplied by `scale` as they are read: see [`clip_factor`].
+    ///
+    /// # Errors
+    /// As [`AdamW::update`].
+    pub fn update_scaled(
+        &mut self,
+        parameters: &mut Parameters,
+        gradients: &Gradients,
+        learning_rate: f32,
+        scale: f32,
+    ) -> Result<()> {
         self.step += 1;
-        let of_step = Factors::new(&self.options, self.step, learning_rate);
+        let factors = Factors::new(&self.options, self.step, learning_rate, scale);
+        let mut updates = Vec::new();
         let states = self.moments.iter_mut().zip(&mut self.masters);
         for ((_, parameter), (moments, master)) in parameters.iter_mut().zip(states) {
             if !parameter.trainable {
@@ -116,29 +134,52 @@ impl AdamW {
             check::shape(OPERATOR, "gradient", gradient, parameter.value.shape())?;
             check::is_float(OPERATOR, "gradient", gradient)?;
             check::is_float(OPERATOR, "parameter", &parameter.value)?;
-            let factors = Factors { decay: if parameter.decay { of_step.decay } else { 0.0 }, ..of_step };
-            let (first, second) = match moments {
-                Some(moments) => moments,
+            let [first, second] = match moments {
+                Some((first, second)) => [first, second],
                 None => {
                     let zeros = || Tensor::zeros(gradient.device(), gradient.shape(), DType::F32);
-                    moments.insert((zeros()?, zeros()?))
+                    let (first, second) = moments.insert((zeros()?, zeros()?));
+                    [first, second]
                 }
             };
-            let master = match (parameter.value.dtype(), &mut *master) {
-                (DType::F32, _) => None,
-                (_, Some(master)) => Some(master),
-                (_, None) => Some(master.insert(parameter.value.cast(DType::F32)?)),
-            };
-            let step = if gradient.device().is_cpu() { Factors::step_cpu } else { Factors::step_gpu };
-            step(&factors, &mut parameter.value, master, [first, second], gradient)?;
+            let is_wide = parameter.value.dtype() == DType::F32;
+            if !is_wide && master.is_none() {
+                *master = Some(parameter.value.cast(DType::F32)?);
+            }
+            let master = master.as_mut().filter(|_| !is_wide);
+            let (value, decay) = (&mut parameter.value, parameter.decay);
+            // The kernels read f32.
+            let gradient = if gradient.device().is_cpu() { gradient.clone() } else { gradient.cast(DType::F32)? };
+            updates.push(Update { value, master, first, second, gradient, decay });
+        }
+        let (of_cpu, of_gpu): (Vec<_>, Vec<_>) =
+            updates.into_iter().partition(|update| update.gradient.device().is_cpu());
+        for update in of_cpu {
+            factors.step_cpu(update)?;
+        }
+        let (narrow, wide): (Vec<_>, Vec<_>) = of_gpu.into_iter().partition(|update| update.master.is_some());
+        for (updates, table) in [narrow, wide].into_iter().zip(&self.tables) {
+            factors.step_gpu(updates, table)?;
         }
         Ok(())
     }
 }
 
+/// A parameter and what its step takes.
+struct Update<'a> {
+    value: &'a mut Tensor,
+    /// The value in f32, where the parameter itself is not.
+    master: Option<&'a mut Tensor>,
+    first: &'a mut Tensor,
+    second: &'a mut Tensor,
+    gradient: Tensor,
+    decay: bool,
+}
+
 /// The numbers of a step: see [`kernels::adamw`].
 #[derive(Clone, Copy)]
 struct Factors {
+    scale: f32,
     old_first: f32,
     new_first: f32,
     old_second: f32,
@@ -150,11 +191,12 @@ struct Factors {
 }
 
 impl Factors {
-    fn new(options: &AdamWOptions, step: u64, learning_rate: f32) -> Self {
+    fn new(options: &AdamWOptions, step: u64, learning_rate: f32, scale: f32) -> Self {
         let AdamWOptions { beta1, beta2, epsilon, weight_decay } = *options;
         // Powers in f64: 1 - beta2^t loses all its digits in f32 for the first steps.
         let exponent = step as f64;
         Self {
+            scale,
             old_first: beta1 as f32,
             new_first: (1.0 - beta1) as f32,
             old_second: beta2 as f32,
@@ -167,15 +209,11 @@ impl Factors {
         }
     }
 
-    /// One step on a parameter, whose value is in f32 unless it has a master.
-    fn step_cpu(
-        &self,
-        value: &mut Tensor,
-        mut master: Option<&mut Tensor>,
-        [first, second]: [&mut Tensor; 2],
-        gradient: &Tensor,
-    ) -> Result<()> {
+    /// One step on a parameter.
+    fn step_cpu(&self, update: Update<'_>) -> Result<()> {
+        let Update { value, mut master, first, second, gradient, decay } = update;
         let gradient = gradient.host_f32()?;
+        let decay = if decay { self.decay } else { 0.0 };
         let wide = master.as_deref_mut().unwrap_or(value);
         wide.make_mut::<f32>()?
             .par_chunks_mut(BLOCK)
@@ -187,11 +225,11 @@ impl Factors {
                     #[inline(always)]
                     || {
                         for index in 0..value.len() {
-                            let g = gradient[index];
+                            let g = gradient[index] * self.scale;
                             first[index] = self.old_first * first[index] + self.new_first * g;
                             second[index] = self.old_second * second[index] + self.new_second * g * g;
                             let scale = second[index].sqrt() * self.inverse_root + self.epsilon;
-                            value[index] -= self.decay * value[index] + self.rate * first[index] / scale;
+                            value[index] -= decay * value[index] + self.rate * first[index] / scale;
                         }
                     },
                 );
@@ -202,30 +240,36 @@ impl Factors {
         Ok(())
     }
 
-    /// The same on a GPU.
-    fn step_gpu(
-        &self,
-        value: &mut Tensor,
-        master: Option<&mut Tensor>,
-        [first, second]: [&mut Tensor; 2],
-        gradient: &Tensor,
-    ) -> Result<()> {
+    /// One step on parameters of a GPU, of which all or none have a master, in one launch.
+    fn step_gpu(&self, updates: Vec<Update<'_>>, table: &Table) -> Result<()> {
         use kernels_ptx::Element::{Bf16, F32};
-        let gradient = gradient.cast(DType::F32)?;
-        let count = gpu::size(OPERATOR, "the number of elements", gradient.count())?;
-        let kernel = kernels::adamw::AdamW { narrow: master.is_some() };
-        let mut arguments = match master {
-            Some(master) => {
-                vec![Argument::Write(value.make_unique()?, Bf16), Argument::Write(master.make_unique()?, F32)]
-            }
-            None => vec![Argument::Write(value.make_unique()?, F32)],
-        };
-        arguments.extend([
-            Argument::Write(first.make_unique()?, F32),
-            Argument::Write(second.make_unique()?, F32),
-            gpu::read(&gradient),
-        ]);
+        let mut updates: Vec<_> = updates.into_iter().filter(|update| update.gradient.count() > 0).collect();
+        let Some(device) = updates.first().map(|update| update.gradient.device().clone()) else { return Ok(()) };
+        let narrow = updates.iter().all(|update| update.master.is_some());
+        let (mut words, mut blocks, mut elements) = (Vec::new(), 0, 0);
+        let rows = gpu::size(OPERATOR, "the number of parameters", updates.len())?;
+        for update in &mut updates {
+            let count = gpu::size(OPERATOR, "the number of elements", update.gradient.count())?;
+            let value = update.value.make_unique()?;
+            let (wide, rounded) = match &mut update.master {
+                Some(master) => (master.make_unique()?, Some(value)),
+                None => (value, None),
+            };
+            words.extend([
+                Word::Write(wide, F32),
+                Word::Write(update.first.make_unique()?, F32),
+                Word::Write(update.second.make_unique()?, F32),
+                Word::Read(update.gradient.buffer(), F32),
+                Word::U64(count.into()),
+                Word::U64(blocks),
+                Word::U64(update.decay.into()),
+            ]);
+            words.extend(rounded.map(|rounded| Word::Write(rounded, Bf16)));
+            blocks += u64::from(kernels::adamw::AdamW::blocks(count));
+            elements += u64::from(count);
+        }
         let numbers = [
+            self.scale,
             self.old_first,
             self.new_first,
             self.old_second,
@@ -235,10 +279,9 @@ impl Factors {
             self.epsilon,
             self.decay,
         ];
+        let mut arguments = vec![Argument::Table(table, words), Argument::U32(rows)];
         arguments.extend(numbers.map(Argument::F32));
-        arguments.push(Argument::U32(count));
-        let grid = kernels::adamw::AdamW::grid(count.into());
-        gpu::launch(OPERATOR, gradient.device(), &kernel, grid, &[count.into()], &arguments)
+        gpu::launch(OPERATOR, &device, &kernels::adamw::AdamW { narrow }, gpu::line(blocks), &[elements], &arguments)
     }
 }
 
@@ -276,16 +319,21 @@ fn trainable_gradients<'a>(parameters: &Parameters, gradients: &'a Gradients) ->
     trainable.filter_map(|(_, parameter)| gradients.get(&parameter.value)).collect()
 }
 
-/// Scales all gradients by `limit / (norm + 1e-6)`, as PyTorch does, when `norm` exceeds `limit`. A norm that is not a
-/// number changes nothing: whoever trains has to stop there.
+/// What clipping multiplies gradients of this norm by: `limit / (norm + 1e-6)`, as PyTorch does, when `norm` exceeds `limit`,
+/// 1 otherwise. A norm that is not a number changes nothing: whoever trains has to stop there.
+pub fn clip_factor(norm: f64, limit: f64) -> f32 {
+    if norm > limit { (limit / (norm + 1e-6)) as f32 } else { 1.0 }
+}
+
+/// Scales all gradients by their [`clip_factor`]. [`AdamW::update_scaled`] does the same in passing.
 ///
 /// # Errors
 /// Driver errors.
 pub fn clip_gradients(gradients: &mut Gradients, norm: f64, limit: f64) -> Result<()> {
-    if norm > limit {
-        gradients.scale((limit / (norm + 1e-6)) as f32)?;
+    match clip_factor(norm, limit) {
+        1.0 => Ok(()),
+        factor => gradients.scale(factor),
     }
-    Ok(())
 }
 
 fn square_sum_cpu(tensors: &[&Tensor]) -> Result<f64> {

@@ -57,6 +57,10 @@ pub enum ParameterKind {
     Read(Element),
     /// Global memory with elements of one type that the kernel writes; it may read it too.
     Write(Element),
+    /// Rows of 64-bit words in global memory, which the kernel only reads. A row has a word for each of these kinds: a
+    /// number ([`ParameterKind::U64`]), or the address of further memory ([`ParameterKind::Read`],
+    /// [`ParameterKind::Write`]).
+    Table(&'static [ParameterKind]),
 }
 
 /// The type of the elements in global memory.
@@ -165,6 +169,7 @@ impl ParameterKind {
             Self::Read(element) | Self::Write(element) => {
                 format!(".param .u64 .ptr .global .align {}", element.bytes())
             }
+            Self::Table(_) => ".param .u64 .ptr .global .align 8".to_owned(),
         }
     }
 }
@@ -193,6 +198,7 @@ impl fmt::Display for ParameterKind {
             Self::F32 => formatter.write_str("an f32 number"),
             Self::Read(element) => write!(formatter, "memory of {element} to read"),
             Self::Write(element) => write!(formatter, "memory of {element} to write"),
+            Self::Table(row) => write!(formatter, "a table of rows of {} words", row.len()),
         }
     }
 }

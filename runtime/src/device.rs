@@ -62,6 +62,11 @@ impl Device {
         Ok(Self { inner: Inner::Cuda(CudaDevice::open(ordinal)?) })
     }
 
+    /// The handle to a GPU that is open.
+    pub(crate) fn of_cuda(device: &'static CudaDevice) -> Self {
+        Self { inner: Inner::Cuda(device) }
+    }
+
     /// The simulator. All handles share one memory.
     pub fn sim() -> Self {
         static MEMORY: OnceLock<Arc<GlobalMemory>> = OnceLock::new();

@@ -2,7 +2,7 @@
 
 use kernels_ptx::{Element, Kernel, ParameterKind};
 
-use crate::{Buffer, Error, Result};
+use crate::{Buffer, Error, Result, Table, Word};
 
 /// What is passed for one parameter of a kernel.
 pub enum Argument<'a> {
@@ -16,6 +16,8 @@ pub enum Argument<'a> {
     Read(&'a Buffer, Element),
     /// A buffer with elements of this type, which the kernel writes and may read.
     Write(&'a mut Buffer, Element),
+    /// A table's rows, one after another, and where they are kept on the device. They are not empty.
+    Table(&'a Table, Vec<Word<'a>>),
 }
 
 /// What a device can launch.
@@ -34,23 +36,39 @@ pub struct Limits {
 }
 
 impl Argument<'_> {
-    /// The kind of parameter that the argument is for.
-    pub fn kind(&self) -> ParameterKind {
-        match self {
-            Self::U32(_) => ParameterKind::U32,
-            Self::U64(_) => ParameterKind::U64,
-            Self::F32(_) => ParameterKind::F32,
-            Self::Read(_, element) => ParameterKind::Read(*element),
-            Self::Write(_, element) => ParameterKind::Write(*element),
+    /// Whether the argument is of the kind that a parameter takes.
+    fn fits(&self, kind: ParameterKind) -> bool {
+        match (self, kind) {
+            (Self::U32(_), ParameterKind::U32)
+            | (Self::U64(_), ParameterKind::U64)
+            | (Self::F32(_), ParameterKind::F32)
+            | (Self::Table(..), ParameterKind::Table(_)) => true,
+            (Self::Read(_, given), ParameterKind::Read(taken))
+            | (Self::Write(_, given), ParameterKind::Write(taken)) => *given == taken,
+            _ => false,
         }
     }
 
-    pub(crate) fn buffer(&self) -> Option<(&Buffer, Element)> {
+    fn described(&self) -> String {
         match self {
-            Self::U32(_) | Self::U64(_) | Self::F32(_) => None,
-            Self::Read(buffer, element) => Some((buffer, *element)),
-            Self::Write(buffer, element) => Some((buffer, *element)),
+            Self::U32(_) => ParameterKind::U32.to_string(),
+            Self::U64(_) => ParameterKind::U64.to_string(),
+            Self::F32(_) => ParameterKind::F32.to_string(),
+            Self::Read(_, element) => ParameterKind::Read(*element).to_string(),
+            Self::Write(_, element) => ParameterKind::Write(*element).to_string(),
+            Self::Table(_, words) => format!("a table of {} words", words.len()),
         }
+    }
+
+    /// The buffers that the kernel reaches by the argument.
+    pub(crate) fn buffers(&self) -> impl Iterator<Item = (&Buffer, Element)> {
+        let (own, words) = match self {
+            Self::U32(_) | Self::U64(_) | Self::F32(_) => (None, &[][..]),
+            Self::Read(buffer, element) => (Some((*buffer, *element)), &[][..]),
+            Self::Write(buffer, element) => (Some((&**buffer, *element)), &[][..]),
+            Self::Table(_, words) => (None, words.as_slice()),
+        };
+        own.into_iter().chain(words.iter().filter_map(Word::buffer))
     }
 }
 
@@ -77,13 +95,24 @@ pub fn check_launch(kernel: &Kernel, grid: [u32; 3], arguments: &[Argument<'_>],
     }
     for (position, (parameter, argument)) in kernel.parameters.iter().zip(arguments).enumerate() {
         let place = format!("argument {} ({})", position + 1, parameter.name);
-        if parameter.kind != argument.kind() {
-            return refused(format!("{place} must be {}, but {} was given", parameter.kind, argument.kind()));
+        if !argument.fits(parameter.kind) {
+            return refused(format!("{place} must be {}, but {} was given", parameter.kind, argument.described()));
         }
-        if let Some((buffer, element)) = argument.buffer()
-            && buffer.len() % element.bytes() != 0
-        {
-            return refused(format!("{place} has {} bytes, no whole number of {element} elements", buffer.len()));
+        if let (ParameterKind::Table(row), Argument::Table(_, words)) = (parameter.kind, argument) {
+            if words.is_empty() || words.len() % row.len() != 0 {
+                return refused(format!("{place} has {} words, no whole number of rows of {}", words.len(), row.len()));
+            }
+            for (at, (word, &kind)) in words.iter().zip(row.iter().cycle()).enumerate() {
+                if word.kind() != kind {
+                    let (row, at) = (at / row.len(), at % row.len());
+                    return refused(format!("{place}: word {at} of row {row} must be {kind}, but is {}", word.kind()));
+                }
+            }
+        }
+        for (buffer, element) in argument.buffers() {
+            if buffer.len() % element.bytes() != 0 {
+                return refused(format!("{place} has {} bytes, no whole number of {element} elements", buffer.len()));
+            }
         }
     }
     Ok(())

@@ -18,6 +18,7 @@ mod nvtx;
 mod prefetch;
 mod record;
 pub mod sim;
+mod table;
 
 pub use buffer::Buffer;
 pub use device::{Device, DeviceKind, MemoryUsage};
@@ -26,3 +27,4 @@ pub use function::Function;
 pub use launch::{Argument, Limits, check_launch};
 pub use prefetch::prefetch;
 pub use record::{LaunchRecord, RangeGuard, Recording, open_range, range};
+pub use table::{Table, Word};

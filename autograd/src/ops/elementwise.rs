@@ -1,9 +1,10 @@
 //! Operators that treat every element alike, and the sum.
 
 use kernels_ptx::kernels::elementwise::{Elementwise, Operation};
+use kernels_ptx::kernels::square_sums::SquareSums;
 use kernels_ptx::kernels::sum::{Broadcast, Sum};
 use rayon::prelude::*;
-use runtime::{Argument, Device};
+use runtime::{Argument, Device, Table, Word};
 
 use crate::gpu::{self, Output};
 use crate::{DType, Error, Result, Tape, Tensor, Var, check, cpu};
@@ -121,38 +122,48 @@ fn sum_cpu(x: &Tensor) -> Result<Tensor> {
 /// Sums segments, then their sums.
 fn sum_gpu(x: &Tensor) -> Result<Tensor> {
     const OPERATOR: &str = "sum";
-    let (blocks, _) = Sum::segments(gpu::size(OPERATOR, "the number of elements", x.count())?);
-    if blocks == 1 {
-        let mut total = Output::new(x.device(), &[], DType::F32)?;
-        sum_segments_gpu(OPERATOR, &mut total, 0, x, false)?;
-        return Ok(total.tensor());
-    }
-    let mut sums = Output::new(x.device(), &[blocks as usize], DType::F32)?;
-    sum_segments_gpu(OPERATOR, &mut sums, 0, x, false)?;
-    sum_gpu(&sums.tensor())
+    let count = gpu::size(OPERATOR, "the number of elements", x.count())?;
+    let (blocks, segment) = Sum::segments(count);
+    let shape: &[usize] = if blocks == 1 { &[] } else { &[blocks as usize] };
+    let mut sums = Output::new(x.device(), shape, DType::F32)?;
+    let kernel = Sum { element: gpu::element(x.dtype()) };
+    let arguments = [sums.write(), gpu::read(x), Argument::U32(count), Argument::U32(segment)];
+    gpu::launch(OPERATOR, x.device(), &kernel, Some([blocks, 1, 1]), &[count.into()], &arguments)?;
+    if blocks == 1 { Ok(sums.tensor()) } else { sum_gpu(&sums.tensor()) }
 }
 
 /// The square of the Euclidean norm of several tensors' elements together, a scalar f32. On a GPU.
 pub(crate) fn square_sum_gpu(operator: &'static str, device: &Device, tensors: &[&Tensor]) -> Result<Tensor> {
-    let mut places = vec![0];
+    // One launch per element type; the tensors' sums are added in the order of the tensors nevertheless.
+    let mut launches = [DType::F32, DType::Bf16].map(|dtype| (dtype, Vec::new(), 0, 0));
+    let mut place = 0;
     for tensor in tensors {
-        let (blocks, _) = Sum::segments(gpu::size(operator, "the number of elements", tensor.count())?);
-        places.push(places[places.len() - 1] + blocks);
+        check::is_float(operator, "tensor", tensor)?;
+        let count = gpu::size(operator, "the number of elements", tensor.count())?;
+        let (blocks, segment) = Sum::segments(count);
+        for (dtype, words, first, elements) in &mut launches {
+            if *dtype == tensor.dtype() {
+                let numbers = [count.into(), segment.into(), *first, place].map(Word::U64);
+                words.push(Word::Read(tensor.buffer(), gpu::element(*dtype)));
+                words.extend(numbers);
+                *first += u64::from(blocks);
+                *elements += u64::from(count);
+            }
+        }
+        place += u64::from(blocks);
     }
-    let mut sums = Output::new(device, &[places[tensors.len()] as usize], DType::F32)?;
-    for (tensor, place) in tensors.iter().zip(places) {
-        sum_segments_gpu(operator, &mut sums, place, tensor, true)?;
+    let mut sums = Output::new(device, &[place as usize], DType::F32)?;
+    for (dtype, words, blocks, elements) in launches {
+        if words.is_empty() {
+            continue;
+        }
+        let kernel = SquareSums { element: gpu::element(dtype) };
+        let rows = gpu::size(operator, "the number of tensors", words.len() / SquareSums::WORDS)?;
+        let table = Table::new();
+        let arguments = [sums.write(), Argument::Table(&table, words), Argument::U32(rows)];
+        gpu::launch(operator, device, &kernel, gpu::line(blocks), &[elements], &arguments)?;
     }
     sum_gpu(&sums.tensor())
-}
-
-/// Queues the sums of x's segments, or of their squares, into `sums` from `place` on.
-fn sum_segments_gpu(operator: &'static str, sums: &mut Output, place: u32, x: &Tensor, squares: bool) -> Result<()> {
-    let count = gpu::size(operator, "the number of elements", x.count())?;
-    let (blocks, segment) = Sum::segments(count);
-    let kernel = Sum { element: gpu::element(x.dtype()), squares };
-    let arguments = [sums.write(), Argument::U32(place), gpu::read(x), Argument::U32(count), Argument::U32(segment)];
-    gpu::launch(operator, x.device(), &kernel, Some([blocks, 1, 1]), &[count.into()], &arguments)
 }
 
 /// A scalar in every place. On GPUs it is read there: the host does not wait for it.

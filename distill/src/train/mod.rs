@@ -379,7 +379,7 @@ impl Trainer<'_> {
         let rows: Vec<u64> = (first..first + training.batch_size as u64).map(|at| self.sampler.row(at)).collect();
         let positions = positions_that_count(&self.data.train, &rows, self.objective.positions)?;
         ensure!(positions > 0, "no position of its {} rows counts in the loss: use larger batches", rows.len());
-        let (mut gradients, unread) = self.gradients(&rows, positions)?;
+        let (gradients, unread) = self.gradients(&rows, positions)?;
         let square_sum = optimizer::gradient_square_sum(&self.models.student.parameters, &gradients)?;
         // Here, and nowhere else in a step, the host waits for the device.
         let (losses, square_sum) = Loss::read(&unread, square_sum.as_ref())?;
@@ -398,10 +398,9 @@ impl Trainer<'_> {
         let learning_rate = training.schedule().rate(step);
         let passed_over = self.guard.judge(loss.total)?;
         if passed_over.is_none() {
-            if training.gradient_clip > 0.0 {
-                optimizer::clip_gradients(&mut gradients, gradient_norm, training.gradient_clip)?;
-            }
-            self.optimizer.update(parameters, &gradients, learning_rate as f32)?;
+            let limit = if training.gradient_clip > 0.0 { training.gradient_clip } else { f64::INFINITY };
+            let scale = optimizer::clip_factor(gradient_norm, limit);
+            self.optimizer.update_scaled(parameters, &gradients, learning_rate as f32, scale)?;
         }
         drop(gradients);
         self.state.step = step;

@@ -16,6 +16,13 @@ pub struct Global<'a> {
     read_only: bool,
 }
 
+/// A table that a parameter points to: rows of numbers and of addresses of further memory.
+#[derive(Clone, Copy)]
+pub struct Table<'a> {
+    base: Value<'a, U64>,
+    row: &'static [ParameterKind],
+}
+
 /// A piece of the block's shared memory.
 #[derive(Clone, Copy)]
 pub struct Shared<'a> {
@@ -53,6 +60,11 @@ impl Assembler {
         Global { base: self.pointer(name, ParameterKind::Write(element)), element, read_only: false }
     }
 
+    /// Declares a parameter that points to a table whose rows have a word for each of these kinds.
+    pub fn table(&self, name: &'static str, row: &'static [ParameterKind]) -> Table<'_> {
+        Table { base: self.pointer(name, ParameterKind::Table(row)), row }
+    }
+
     fn pointer(&self, name: &'static str, kind: ParameterKind) -> Value<'_, U64> {
         let generic: Value<'_, U64> = self.parameter(name, kind, "ld.param.u64");
         self.emit_effect("cvta.to.global.u64", vec![generic.piece(), generic.piece()]);
@@ -87,6 +99,51 @@ impl Assembler {
     /// Waits until at most `groups` of this thread's groups of copies are under way. A barrier makes them seen by others.
     pub fn wait_copies(&self, groups: u32) {
         self.emit_effect("cp.async.wait_group", vec![Piece::Text(groups.to_string())]);
+    }
+}
+
+impl<'a> Table<'a> {
+    /// The table from row `index` on.
+    pub fn from_row(self, index: impl Operand<'a, U32>) -> Self {
+        let bytes = Piece::Text((8 * self.row.len()).to_string());
+        let pieces = vec![index.operand().0, bytes, self.base.piece()];
+        Self { base: self.base.assembler.emit("mad.wide.u32", pieces), ..self }
+    }
+
+    /// The lower half of word `word` of the first row, which is a number.
+    pub fn number(self, word: usize) -> Value<'a, U32> {
+        assert!(self.row[word] == ParameterKind::U64, "word {word} of the table is {}", self.row[word]);
+        let place = Piece::Address(self.base.id, 8 * word as i64);
+        self.base.assembler.emit("ld.global.nc.u32", vec![place])
+    }
+
+    /// The memory whose address is word `word` of the first row.
+    pub fn memory(self, word: usize) -> Global<'a> {
+        let (element, read_only) = match self.row[word] {
+            ParameterKind::Read(element) => (element, true),
+            ParameterKind::Write(element) => (element, false),
+            kind => panic!("word {word} of the table is {kind}"),
+        };
+        let place = Piece::Address(self.base.id, 8 * word as i64);
+        Global { base: self.base.assembler.emit("ld.global.nc.u64", vec![place]), element, read_only }
+    }
+
+    /// The row that block `block` works on, where word `word` of each of the `rows` rows, ascending from 0, is the first
+    /// block of the row.
+    pub fn row_of_block(self, rows: Value<'a, U32>, word: usize, block: Value<'a, U32>) -> Self {
+        let k = self.base.assembler;
+        // The row lies in low..high.
+        let (low, high) = (k.variable(0u32), k.variable(rows));
+        k.while_(
+            || (low.get() + 1).lt(high.get()),
+            || {
+                let middle = (low.get() + high.get()) >> 1;
+                let before = self.from_row(middle).number(word).le(block);
+                low.set(before.select(middle, low.get()));
+                high.set(before.select(high.get(), middle));
+            },
+        );
+        self.from_row(low.get())
     }
 }
 

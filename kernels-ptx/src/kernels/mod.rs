@@ -43,6 +43,7 @@ kernels! {
     rope: Rope;
     sampling: ArgMax, Sample;
     scale_by: ScaleBy;
+    square_sums: SquareSums;
     sum: Sum, Broadcast;
     selective_scan: SpanStates, ScanForward, SpanCarries, ScanBackward, CombineSpans, GroupSums, ScanStep;
     sum_parts: SumParts;

@@ -1,4 +1,4 @@
-//! The sum of all elements or of their squares, and the sum's gradient: one number in every place.
+//! The sum of all elements, and the sum's gradient: one number in every place.
 //!
 //! - Layout: [`Sum`] gives every block a segment of neighbouring elements; its threads take 8 at a time in turn, keep 8 sums
 //!   each and add them in a fixed order. A second launch with one block adds the blocks' sums.
@@ -10,16 +10,14 @@ use crate::{Element, Kernel, KernelSource, Target, Work};
 
 const THREADS: u32 = 256;
 
-/// Sums of segments: `sums[place + b] = Σ x[i]`, or of `x[i]²`, for `b · segment ≤ i < (b + 1) · segment`, one block each.
+/// Sums of segments: `sums[b] = Σ x[i]` for `b · segment ≤ i < (b + 1) · segment`, one block each.
 ///
-/// Parameters: `sums` (f32, one element per block, written), `place` (u32), `x` (`count` elements of the type), `count`,
+/// Parameters: `sums` (f32, one element per block, written), `x` (`count` elements of the type), `count`,
 /// `segment` (u32, a multiple of 8).
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Sum {
     /// Type of x.
     pub element: Element,
-    /// Whether squares are summed.
-    pub squares: bool,
 }
 
 /// `output[i] = value[0]`.
@@ -43,30 +41,24 @@ impl Sum {
 
 impl KernelSource for Sum {
     fn build(&self) -> Kernel {
-        let Self { element, squares } = *self;
+        let element = self.element;
         let bytes = element.bytes() as u64;
-        let (name, terms) = if squares { ("square_sum", "x[i]^2") } else { ("sum", "x[i]") };
         let description = Description {
-            name: format!("{name}_{element}"),
-            summary: format!(
-                "sums[place + b] = sum of {terms} over the segment of block b; 8 elements per thread at a time"
-            ),
+            name: format!("sum_{element}"),
+            summary: "sums[b] = sum of x[i] over the segment of block b; 8 elements per thread at a time".to_owned(),
             block: [THREADS, 1, 1],
             target: Target::Sm80,
             sizes: &["count"],
-            work: move |sizes: &[u64]| Work {
-                bytes: bytes * sizes[0],
-                operations: sizes[0] * if squares { 2 } else { 1 },
-            },
+            work: move |sizes: &[u64]| Work { bytes: bytes * sizes[0], operations: sizes[0] },
         };
         Assembler::assemble(description, |k| {
-            let (sums, place, x) = (k.write("sums", Element::F32), k.u32("place"), k.read("x", element));
+            let (sums, x) = (k.write("sums", Element::F32), k.read("x", element));
             let (count, segment) = (k.u32("count"), k.u32("segment"));
             let begin = (k.block() * segment).named("begin");
             let end = (begin + segment).min(count).named("end");
             let totals: [_; VECTOR as usize] = std::array::from_fn(|_| k.variable(0.0f32));
             let add = |total: &Variable<'_, F32>, value: Value<'_, F32>| {
-                total.set(if squares { value.fma(value, total.get()) } else { total.get() + value });
+                total.set(total.get() + value);
             };
             k.for_(k.thread().mad(VECTOR, begin), end, THREADS * VECTOR, |first| {
                 k.if_else(
@@ -83,12 +75,12 @@ impl KernelSource for Sum {
             let [a, b, c, d, e, f, g, h] = totals.map(|total| total.get());
             let total = ((a + b) + (c + d)) + ((e + f) + (g + h));
             let total = k.block_sum(total, THREADS, k.shared(Element::F32, THREADS / LANES));
-            sums.at(place + k.block()).store_if(k.thread().eq(0), total);
+            sums.at(k.block()).store_if(k.thread().eq(0), total);
         })
     }
 
     fn configurations() -> Vec<Self> {
-        super::float_elements(|element| [false, true].map(|squares| Self { element, squares })).concat()
+        super::float_elements(|element| Self { element })
     }
 }
 

@@ -204,6 +204,15 @@ impl CudaDevice {
     /// As [`CudaDevice::allocate`].
     pub(crate) fn upload(&'static self, source: &[u8]) -> Result<Block> {
         graph::refuse("an upload")?;
+        self.upload_now(source)
+    }
+
+    /// The same, and during a capture, too: the copy is queued now, and is no part of the graph, for what the graph finds
+    /// there in every replay.
+    ///
+    /// # Errors
+    /// As [`CudaDevice::allocate`].
+    pub(super) fn upload_now(&'static self, source: &[u8]) -> Result<Block> {
         self.activate()?;
         let stream = self.uploads().stream(self)?;
         let queue = stream.queue();

@@ -12,7 +12,7 @@ use super::module::Loaded;
 use super::recorder::Description;
 use super::stream::Queue;
 use crate::launch::{Argument, check_launch};
-use crate::{Error, Result, nvtx};
+use crate::{Buffer, Device, Error, Result, Word, nvtx};
 
 /// Checks a launch and queues it. The kernel is loaded on the stream's device; `sizes` are those of the problem, for the
 /// record.
@@ -29,17 +29,35 @@ pub(super) fn launch(
     // Every value as 64 bits in memory. Both architectures are little-endian: the first four bytes are those of a
     // 32-bit value.
     let mut values = Vec::with_capacity(arguments.len());
+    // Copies of tables on the device, which a launch uses like the buffers of its arguments.
+    let mut tables: Vec<Arc<Buffer>> = Vec::new();
     for (parameter, argument) in kernel.parameters.iter().zip(arguments) {
+        let address = |buffer: &Buffer| match buffer.cuda_block() {
+            Some(block) if ptr::eq(block.device(), device) => Ok(block.address()),
+            _ => Err(elsewhere(kernel, parameter.name, buffer, &device.to_string())),
+        };
         values.push(match argument {
             Argument::U32(value) => u64::from(*value),
             Argument::U64(value) => *value,
             Argument::F32(value) => u64::from(value.to_bits()),
-            Argument::Read(..) | Argument::Write(..) => {
-                let block = argument.buffer().and_then(|(buffer, _)| buffer.cuda_block());
-                match block {
-                    Some(block) if ptr::eq(block.device(), device) => block.address(),
-                    _ => return Err(elsewhere(kernel, parameter.name, argument, &device.to_string())),
+            Argument::Read(buffer, _) => address(buffer)?,
+            Argument::Write(buffer, _) => address(buffer)?,
+            Argument::Table(table, words) => {
+                let words = words.iter().map(|word| match word {
+                    Word::U64(value) => Ok(*value),
+                    Word::Read(buffer, _) => address(buffer),
+                    Word::Write(buffer, _) => address(buffer),
+                });
+                let words = words.collect::<Result<Vec<u64>>>()?;
+                if grid.contains(&0) {
+                    continue;
                 }
+                let home = Device::of_cuda(device);
+                let upload = |bytes: &[u8]| Ok(Buffer::cuda(home.clone(), device.upload_now(bytes)?));
+                let copy = table.on(&home, words, upload)?;
+                let place = address(&copy)?;
+                tables.push(copy);
+                place
             }
         });
     }
@@ -55,7 +73,8 @@ pub(super) fn launch(
         // Memory that the pool handed on, and what was copied into it, is in order on the home stream.
         queue.after(device.home().queue())?;
     }
-    for (buffer, _) in arguments.iter().filter_map(Argument::buffer) {
+    let given = arguments.iter().flat_map(Argument::buffers).map(|(buffer, _)| buffer);
+    for buffer in given.chain(tables.iter().map(|table| &**table)) {
         if let Some(block) = buffer.cuda_block() {
             block.use_on(queue)?;
         }
@@ -106,10 +125,9 @@ fn queue_kernel(loaded: &Loaded, queue: &Queue, grid: [u32; 3], values: &mut [u6
     queue.device().health().judge(queue.device(), launched, Some(&kernel.name))
 }
 
-fn elsewhere(kernel: &Kernel, parameter: &str, argument: &Argument<'_>, device: &str) -> Error {
-    let home = argument.buffer().map(|(buffer, _)| buffer.device().to_string()).unwrap_or_default();
+fn elsewhere(kernel: &Kernel, parameter: &str, buffer: &Buffer, device: &str) -> Error {
     Error::Launch {
         kernel: kernel.name.clone(),
-        reason: format!("the buffer for {parameter} lives on {home}, the kernel runs on {device}"),
+        reason: format!("the buffer for {parameter} lives on {}, the kernel runs on {device}", buffer.device()),
     }
 }

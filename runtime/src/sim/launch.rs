@@ -1,6 +1,6 @@
 //! Kernels on the simulated device.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLockReadGuard, RwLockWriteGuard};
 
 use kernels_ptx::{Kernel, ParameterKind};
@@ -13,7 +13,7 @@ use super::shadow::{Clock, Shadow};
 use super::spaces::{Allocation, AllocationContents, Global, Memory, Shared};
 use super::{Block, Fault, GlobalMemory};
 use crate::launch::{check_kernel, check_launch};
-use crate::{Argument, Error, Limits, Result};
+use crate::{Argument, Buffer, Device, Error, Limits, Result, Word};
 
 /// What the simulated device can launch: as much as a GPU of compute capability 8.0.
 pub(crate) const LIMITS: Limits = Limits {
@@ -50,6 +50,14 @@ impl Function {
         &self.kernel
     }
 
+    /// The memory of a buffer for the parameter of this name.
+    fn block<'b>(&self, parameter: &str, buffer: &'b Buffer) -> Result<&'b Block> {
+        buffer.sim_block().ok_or_else(|| Error::Launch {
+            kernel: self.kernel.name.clone(),
+            reason: format!("the buffer for {parameter} lives on {}, the kernel runs on sim", buffer.device()),
+        })
+    }
+
     /// Runs the function.
     ///
     /// # Errors
@@ -58,36 +66,51 @@ impl Function {
     pub(crate) fn launch(&self, grid: [u32; 3], arguments: &[Argument<'_>]) -> Result<()> {
         check_launch(&self.kernel, grid, arguments, &LIMITS)?;
         let mut values = Vec::with_capacity(arguments.len());
-        let mut held: Vec<Held<'_>> = Vec::new();
+        // Copies of tables, which are held like the buffers of the arguments.
+        let mut tables = Vec::new();
         for (parameter, argument) in self.kernel.parameters.iter().zip(arguments) {
-            let (buffer, write) = match argument {
-                Argument::U32(value) => {
-                    values.push(u64::from(*value));
-                    continue;
+            let address = |buffer: &Buffer| Ok(self.block(parameter.name, buffer)?.address());
+            values.push(match argument {
+                Argument::U32(value) => u64::from(*value),
+                Argument::U64(value) => *value,
+                Argument::F32(value) => u64::from(value.to_bits()),
+                Argument::Read(buffer, _) => address(buffer)?,
+                Argument::Write(buffer, _) => address(buffer)?,
+                Argument::Table(table, words) => {
+                    let words = words.iter().map(|word| match word {
+                        Word::U64(value) => Ok(*value),
+                        Word::Read(buffer, _) => address(buffer),
+                        Word::Write(buffer, _) => address(buffer),
+                    });
+                    let device = Device::sim();
+                    let copy = table.on(&device, words.collect::<Result<_>>()?, |bytes| device.upload(bytes))?;
+                    let place = address(&copy)?;
+                    tables.push((parameter.name, copy));
+                    place
                 }
-                Argument::U64(value) => {
-                    values.push(*value);
-                    continue;
+            });
+        }
+        let mut held = Holding::default();
+        for (parameter, argument) in self.kernel.parameters.iter().zip(arguments) {
+            let name = parameter.name;
+            match argument {
+                Argument::U32(_) | Argument::U64(_) | Argument::F32(_) => {}
+                Argument::Read(buffer, _) => held.hold(|| name.to_owned(), self.block(name, buffer)?, false),
+                Argument::Write(buffer, _) => held.hold(|| name.to_owned(), self.block(name, buffer)?, true),
+                Argument::Table(_, words) => {
+                    for (at, word) in words.iter().enumerate() {
+                        let write = matches!(word, Word::Write(..));
+                        if let Some((buffer, _)) = word.buffer() {
+                            held.hold(|| format!("word {at} of {name}"), self.block(name, buffer)?, write);
+                        }
+                    }
                 }
-                Argument::F32(value) => {
-                    values.push(u64::from(value.to_bits()));
-                    continue;
-                }
-                Argument::Read(buffer, _) => (*buffer, false),
-                Argument::Write(buffer, _) => (&**buffer, true),
-            };
-            let Some(block) = buffer.sim_block() else {
-                let reason =
-                    format!("the buffer for {} lives on {}, the kernel runs on sim", parameter.name, buffer.device());
-                return Err(Error::Launch { kernel: self.kernel.name.clone(), reason });
-            };
-            values.push(block.address());
-            // A buffer that is only read may be given more than once.
-            if write || !held.iter().any(|held| held.block.address() == block.address()) {
-                let guard = if write { Guard::Write(block.write()) } else { Guard::Read(block.read()) };
-                held.push(Held { name: parameter.name, block, guard });
             }
         }
+        for (name, copy) in &tables {
+            held.hold(|| (*name).to_owned(), self.block(name, copy)?, false);
+        }
+        let mut held = held.all;
         if grid.contains(&0) {
             return Ok(());
         }
@@ -113,9 +136,28 @@ impl Function {
     }
 }
 
+/// The buffers that a launch uses.
+#[derive(Default)]
+struct Holding<'a> {
+    all: Vec<Held<'a>>,
+    /// Addresses of those in `all`.
+    addresses: HashSet<u64>,
+}
+
+impl<'a> Holding<'a> {
+    /// Holds a buffer under a name.
+    fn hold(&mut self, name: impl FnOnce() -> String, block: &'a Block, write: bool) {
+        // A buffer that is only read may be given more than once.
+        if self.addresses.insert(block.address()) || write {
+            let guard = if write { Guard::Write(block.write()) } else { Guard::Read(block.read()) };
+            self.all.push(Held { name: name(), block, guard });
+        }
+    }
+}
+
 /// A buffer that a launch uses.
 struct Held<'a> {
-    name: &'a str,
+    name: String,
     block: &'a Block,
     guard: Guard<'a>,
 }
@@ -137,7 +179,7 @@ impl Held<'_> {
             }
         };
         Allocation {
-            name: self.name.to_owned(),
+            name: self.name.clone(),
             address: self.block.address(),
             bytes: self.block.bytes() as u64,
             contents,
@@ -255,7 +297,7 @@ fn check_description(kernel: &Kernel, program: &Program) -> Result<()> {
     for (own, described) in program.parameters.iter().zip(&kernel.parameters) {
         let bytes = match described.kind {
             ParameterKind::U32 | ParameterKind::F32 => 4,
-            ParameterKind::U64 | ParameterKind::Read(_) | ParameterKind::Write(_) => 8,
+            ParameterKind::U64 | ParameterKind::Read(_) | ParameterKind::Write(_) | ParameterKind::Table(_) => 8,
         };
         if own.bytes != bytes {
             return differs(format!("its parameter {} has {} bytes, not {bytes}", own.name, own.bytes));

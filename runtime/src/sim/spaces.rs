@@ -55,6 +55,7 @@ pub(super) struct Memory<'r> {
 /// The allocations that a launch was given.
 pub(super) struct Global<'r> {
     memory: Option<&'r GlobalMemory>,
+    /// In the order of their addresses.
     allocations: Vec<Allocation<'r>>,
     /// Granules are `1 << granule` bytes.
     granule: u32,
@@ -98,6 +99,7 @@ impl<'r> Global<'r> {
     /// Memory that consists of these allocations; `memory` knows the others.
     pub fn new(program: &Program, memory: Option<&'r GlobalMemory>, mut allocations: Vec<Allocation<'r>>) -> Self {
         let granule = program.global_granule.trailing_zeros();
+        allocations.sort_by_key(|allocation| allocation.address);
         for allocation in &mut allocations {
             if let AllocationContents::Write(data, _) = &allocation.contents {
                 allocation.shadow.resize(data.len().div_ceil(1 << granule));
@@ -121,7 +123,8 @@ impl<'r> Global<'r> {
         if self.allocations.get(self.last).is_some_and(holds) {
             return Some(self.last);
         }
-        let found = self.allocations.iter().position(holds);
+        let found = self.allocations.partition_point(|allocation| allocation.address <= address).checked_sub(1);
+        let found = found.filter(|&found| holds(&self.allocations[found]));
         self.last = found.unwrap_or(self.last);
         found
     }

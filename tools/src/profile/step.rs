@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
 use autograd::ops::{self, Divergence, DivergenceOptions, HeadTeacher};
-use autograd::optimizer::{AdamW, AdamWOptions, clip_gradients, gradient_norm};
+use autograd::optimizer::{AdamW, AdamWOptions, clip_factor, gradient_norm};
 use autograd::{DType, Tape};
 use model::initialise::{GraftOptions, graft};
 use model::{Model, Precision, TokenBatch};
@@ -121,14 +121,13 @@ impl Step {
         };
         drop(target);
         let value = loss.tensor().clone();
-        let mut gradients = {
+        let gradients = {
             let _range = runtime::range("backward");
             tape.backward(&loss)?
         };
         let _range = runtime::range("optimizer");
         let norm = gradient_norm(&self.student.parameters, &gradients)?;
-        clip_gradients(&mut gradients, norm, 1.0)?;
-        self.optimizer.update(&mut self.student.parameters, &gradients, 1e-5)?;
+        self.optimizer.update_scaled(&mut self.student.parameters, &gradients, 1e-5, clip_factor(norm, 1.0))?;
         Ok(value.item()?)
     }
 }

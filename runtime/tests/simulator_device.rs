@@ -5,7 +5,7 @@
 
 use kernels_ptx::kernels::{axpy::Axpy, fill::Fill};
 use kernels_ptx::{Element, Kernel, KernelSource, Parameter, ParameterKind};
-use runtime::{Argument, Buffer, Device, DeviceKind, Error, sim};
+use runtime::{Argument, Buffer, Device, DeviceKind, Error, Table, Word, sim};
 
 fn buffer(values: &[f32]) -> Buffer {
     Device::sim().upload(&values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>()).unwrap()
@@ -143,6 +143,43 @@ fn freed_and_foreign_buffers_are_told_apart() {
     drop(memory);
     let freed = fault(follow.launch([1, 1, 1], &[Argument::Read(&place, Element::U32)]).unwrap_err());
     assert!(freed.problem.contains("byte 4 of a buffer of 40 bytes that was freed"), "{freed}");
+}
+
+#[test]
+fn what_a_table_names_is_given_to_the_launch() {
+    const ROW: [ParameterKind; 3] =
+        [ParameterKind::Read(Element::U32), ParameterKind::U64, ParameterKind::Write(Element::U32)];
+    let copy = Device::sim()
+        .load(&kernel(
+            "copy_by_table",
+            &[("table", ParameterKind::Table(&ROW))],
+            "ld.param.u64 %rd0, [table];\nld.global.nc.u64 %rd1, [%rd0+24];\nld.global.nc.u32 %r0, [%rd0+32];\n\
+             ld.global.nc.u64 %rd2, [%rd0+40];\nmul.wide.u32 %rd3, %r0, 4;\nadd.u64 %rd4, %rd1, %rd3;\n\
+             ld.global.nc.u32 %r1, [%rd4];\nst.global.u32 [%rd2], %r1;",
+        ))
+        .unwrap();
+    let (x, mut outputs) = (buffer(&[1.0, 2.0, 3.0]), [buffer(&[0.0]), buffer(&[0.0])]);
+    let table = Table::new();
+    let mut run = |place: u64| {
+        let words = outputs
+            .iter_mut()
+            .flat_map(|output| [Word::Read(&x, Element::U32), Word::U64(place), Word::Write(output, Element::U32)]);
+        copy.launch([1, 1, 1], &[Argument::Table(&table, words.collect())])
+    };
+    run(1).unwrap();
+    let outside = fault(run(3).unwrap_err());
+    assert!(outside.problem.contains("byte 12 of word 0 of table, which has 12 bytes: out of bounds"), "{outside}");
+    run(2).unwrap();
+    assert_eq!((values(&outputs[0]), values(&outputs[1])), (vec![0.0], vec![3.0]));
+    let [mut output, _] = outputs;
+    let words =
+        vec![Word::Read(&x, Element::U32), Word::Read(&x, Element::U32), Word::Write(&mut output, Element::U32)];
+    let message = copy.launch([1, 1, 1], &[Argument::Table(&table, words)]).unwrap_err().to_string();
+    assert!(message.contains("argument 1 (table): word 1 of row 0 must be a u64 number"), "{message}");
+    let message = copy.launch([1, 1, 1], &[Argument::Table(&table, vec![Word::U64(1)])]).unwrap_err().to_string();
+    assert!(message.contains("argument 1 (table) has 1 words, no whole number of rows of 3"), "{message}");
+    let message = copy.launch([1, 1, 1], &[Argument::U64(1)]).unwrap_err().to_string();
+    assert!(message.contains("must be a table of rows of 3 words, but a u64 number was given"), "{message}");
 }
 
 #[test]

@@ -6,7 +6,7 @@
 //!
 //! - A thread that [attaches](Fake::attach) gets a GPU with a number of its own; every other thread finds what it would
 //!   find without a driver. Tests run beside each other and share nothing.
-//! - Device memory is host memory. Of kernels, `fill_u32` and `axpy_f32` do what they say, one whose name begins with
+//! - Device memory is host memory. Of kernels, `fill_u32`, `fill_by_table` and `axpy_f32` do what they say, one whose name begins with
 //!   `faulty` loses the context when it runs, all others do nothing.
 //! - Work runs as late as the rules allow: a stream's queue stands still until something waits for it, and then only what
 //!   that must wait for is run. A missing dependency therefore shows as wrong data, every time.
@@ -416,6 +416,15 @@ impl Gpu {
             ("fill_u32", &[y, value, count]) => {
                 let data: Vec<u8> = (0..count).flat_map(|_| (value as u32).to_ne_bytes()).collect();
                 self.write(y, &data, name);
+            }
+            ("fill_by_table", &[table, rows, value]) => {
+                for row in 0..rows {
+                    let words = self.read(table + 16 * row, 16, name);
+                    let word = |at: usize| {
+                        words[8 * at..][..8].iter().rev().fold(0, |word, &byte| word << 8 | u64::from(byte))
+                    };
+                    self.kernel("fill_u32", &[word(0), value, word(1)]);
+                }
             }
             ("axpy_f32", &[y, x, a, count]) => {
                 let bytes = 4 * count as usize;

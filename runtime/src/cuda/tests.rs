@@ -5,11 +5,11 @@ use std::fs;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use kernels_ptx::kernels::{axpy::Axpy, fill::Fill};
-use kernels_ptx::{Element, Kernel, KernelSource};
+use kernels_ptx::{Element, Kernel, KernelSource, Parameter, ParameterKind};
 
 use super::fake::{self, Fake};
 use super::{CudaDevice, Stream};
-use crate::{Argument, Buffer, Device, Error, Function, MemoryUsage, Result};
+use crate::{Argument, Buffer, Device, Error, Function, MemoryUsage, Result, Table, Word};
 
 /// Bytes that differ from each other and from zero, for the most part.
 fn pattern(bytes: usize, seed: usize) -> Vec<u8> {
@@ -60,6 +60,28 @@ fn faulty() -> Kernel {
     kernel.text = kernel.text.replace("fill_u32", "faulty_fill");
     kernel.name = "faulty_fill".to_owned();
     kernel
+}
+
+/// A kernel that fills several buffers, which a table names with their numbers of elements.
+fn filler_by_table() -> Kernel {
+    const ROW: [ParameterKind; 2] = [ParameterKind::Write(Element::U32), ParameterKind::U64];
+    let kinds = [("table", ParameterKind::Table(&ROW)), ("rows", ParameterKind::U32), ("value", ParameterKind::U32)];
+    let mut kernel = Fill.build();
+    kernel.text = kernel.text.replace("fill_u32", "fill_by_table");
+    kernel.name = "fill_by_table".to_owned();
+    kernel.parameters = kinds.map(|(name, kind)| Parameter { name, kind }).to_vec();
+    kernel
+}
+
+/// Writes `value` to every element of every buffer.
+fn fill_by_table(function: &Function, table: &Table, buffers: &mut [Buffer], value: u32) -> Result<()> {
+    let rows = buffers.len() as u32;
+    let words = buffers.iter_mut().flat_map(|buffer| {
+        let count = (buffer.len() / 4) as u64;
+        [Word::Write(buffer, Element::U32), Word::U64(count)]
+    });
+    let arguments = [Argument::Table(table, words.collect()), Argument::U32(rows), Argument::U32(value)];
+    function.launch([1, 1, 1], &arguments)
 }
 
 fn assert_same(found: &[u8], expected: &[u8]) {
@@ -114,6 +136,11 @@ fn everything(fake: &Fake) -> Result<()> {
         copy.set_zero()?;
         assert_same(&download(&uploaded)?, &pattern(5000, number.into()));
     }
+    // A table, by itself and in the graph below.
+    let by_table = device.load(&filler_by_table())?;
+    let mut filled = [device.allocate(400)?, device.allocate(4000)?];
+    fill_by_table(&by_table, &Table::new(), &mut filled, 5)?;
+    assert_same(&download(&filled[1])?, &words(5, 1000));
     // A graph, with memory of its own and memory from before.
     let (graph, result) = device.capture(|| -> Result<Buffer> {
         let mut ones = device.allocate(4000)?;
@@ -122,6 +149,7 @@ fn everything(fake: &Fake) -> Result<()> {
         result.set_zero()?;
         axpy(&device.load(&Axpy.build())?, &mut result, &ones)?;
         axpy(&device.load(&Axpy.build())?, &mut sum, &ones)?;
+        fill_by_table(&by_table, &Table::new(), &mut filled, 6)?;
         Ok(result)
     })?;
     let recording = device.record_launches()?;
@@ -132,7 +160,8 @@ fn everything(fake: &Fake) -> Result<()> {
     drop(recording);
     assert_same(&download(&result)?, &floats(2.0, 1000));
     assert_same(&download(&sum)?, &floats(6.5, 1000));
-    drop((buffer, sum, next, copy, graph, result));
+    assert_same(&download(&filled[0])?, &words(6, 100));
+    drop((buffer, sum, next, copy, filled, graph, result));
     device.free_and_total_memory()?;
     device.trim_memory()?;
     device.synchronize()
@@ -143,7 +172,7 @@ fn everything_works_and_nothing_is_left() {
     let fake = Fake::attach();
     everything(&fake).unwrap();
     assert_eq!(fake.violations(), [] as [&str; 0]);
-    assert_eq!(fake.compiled(), 2, "the cache was not used");
+    assert_eq!(fake.compiled(), 3, "the cache was not used");
     assert_eq!(fake.pageable_copies(), 0);
     let device = fake.open().unwrap();
     assert_eq!(device.memory_usage().in_use, 0);
@@ -512,6 +541,58 @@ fn a_graph_does_again_what_was_captured_and_nothing_before() {
     graph.replay().unwrap();
     assert_same(&download(&output).unwrap(), &floats(9.0 * 12.0, 100));
     assert_same(&download(&seen).unwrap(), &floats(0.5 * 12.0, 100));
+    assert_eq!(fake.violations(), [] as [&str; 0]);
+}
+
+#[test]
+fn a_kernel_reaches_what_its_table_names_and_a_graph_keeps_the_table() {
+    let fake = Fake::attach();
+    let device = fake.open().unwrap();
+    let set = device.load(&filler_by_table()).unwrap();
+    let buffers = |counts: &[usize]| -> Vec<Buffer> {
+        counts.iter().map(|&count| upload(&device, &words(7, count)).unwrap()).collect()
+    };
+    let check = |buffers: &[Buffer], value: u32| {
+        for buffer in buffers {
+            assert_same(&download(buffer).unwrap(), &words(value, buffer.len() / 4));
+        }
+    };
+    let (mut first, mut second) = (buffers(&[100, 1, 5000]), buffers(&[3, 90]));
+    let table = Table::new();
+    let uploaded = || fake.calls().iter().filter(|&&call| call == "cuMemcpyHtoDAsync_v2").count();
+    fill_by_table(&set, &table, &mut first, 1).unwrap();
+    let before = uploaded();
+    fill_by_table(&set, &table, &mut first, 2).unwrap();
+    assert_eq!(uploaded(), before, "the words are there already");
+    check(&first, 2);
+    fill_by_table(&set, &table, &mut second, 3).unwrap();
+    assert_eq!(uploaded(), before + 1);
+    check(&first, 2);
+    check(&second, 3);
+    // A capture may need words that are not there: they are copied at once, and the graph keeps them.
+    let mut third = buffers(&[8; 9]);
+    let (graph, own) = device
+        .capture(|| -> Result<Vec<Buffer>> {
+            let mut own = vec![device.allocate(400)?, device.allocate(4)?];
+            fill_by_table(&set, &table, &mut own, 4)?;
+            fill_by_table(&set, &table, &mut third, 5)?;
+            Ok(own)
+        })
+        .unwrap();
+    check(&third, 7);
+    fill_by_table(&set, &table, &mut first, 6).unwrap();
+    drop(table);
+    // Whatever is uploaded now does not take the place of the graph's tables.
+    let others: Vec<Buffer> = (0..100).map(|at| device.upload(&vec![9; [32, 144][at % 2]]).unwrap()).collect();
+    graph.replay().unwrap();
+    check(&own, 4);
+    check(&third, 5);
+    check(&first, 6);
+    for other in &others {
+        assert_same(&download(other).unwrap(), &vec![9; other.len()]);
+    }
+    drop((graph, own, first, second, third, others));
+    assert_eq!(device.memory_usage().in_use, 0);
     assert_eq!(fake.violations(), [] as [&str; 0]);
 }
 

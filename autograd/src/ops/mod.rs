@@ -31,7 +31,8 @@ pub use attention::{AttentionOptions, attention};
 pub use causal_conv1d::{Activation, ConvolutionOptions, causal_conv1d, causal_conv1d_step};
 pub use cross_entropy::{CrossEntropy, IGNORED_LABEL, cross_entropy};
 pub use decoding::{
-    CacheStep, advance, attention_cached, attention_step, convolution_state, extend_cache, last_step, with_room, write_time,
+    CacheStep, advance, attention_cached, attention_step, convolution_state, extend_cache, last_step, with_room,
+    write_time,
 };
 pub use divergence::{Divergence, DivergenceLoss, DivergenceOptions, divergence};
 pub(crate) use elementwise::square_sum_gpu;

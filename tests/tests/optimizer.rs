@@ -4,7 +4,9 @@
 #![allow(clippy::unwrap_used)]
 
 use approx::assert_relative_eq;
-use autograd::optimizer::{AdamW, AdamWOptions, Decay, Schedule, clip_gradients, gradient_norm, gradient_square_sum};
+use autograd::optimizer::{
+    AdamW, AdamWOptions, Decay, Schedule, clip_factor, clip_gradients, gradient_norm, gradient_square_sum,
+};
 use autograd::{DType, Gradients, Parameter, Parameters, Tape, Tensor, Var, ops};
 use grafter_tests::check::{agree, all_within, cases, indices, tensor, verdict, widened};
 use grafter_tests::compare::Bounds;
@@ -136,6 +138,84 @@ proptest! {
             let bits = |master: &Option<Tensor>| master.as_ref().map(|master| master.to_vec::<f32>().unwrap());
             prop_assert_eq!(whole.is_some(), narrow);
             prop_assert_eq!(bits(whole), bits(cut));
+        }
+    }
+
+    /// Many parameters of all sizes, in f32 and in bf16, updated together: the bits of each updated alone, of gradients that
+    /// were clipped before, and of a second run. Their norm is that of all of them.
+    #[test]
+    fn many_parameters_together_are_each_alone(
+        sizes in prop::collection::vec(
+            prop_oneof![0..9usize, 30..34usize, 1020..1030usize, 2046..2050usize, 8190..8200usize, 16384..16400usize],
+            1..30,
+        ),
+        clips: bool,
+        seed: u64,
+    ) {
+        let mut random = Random::new(seed);
+        let options = AdamWOptions { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1 };
+        let mut parameters = Parameters::default();
+        for (index, size) in sizes.iter().enumerate() {
+            let mut one = parameter(&index.to_string(), &[*size], random.below(2) == 0, &mut random);
+            if random.below(2) == 0 {
+                one.value = one.value.cast(DType::Bf16).unwrap();
+            }
+            one.trainable = random.below(9) > 0;
+            parameters.push(one);
+        }
+        let gradients: Vec<Vec<Tensor>> = (0..2)
+            .map(|_| sizes.iter().map(|&size| tensor(DType::F32, &[size], &random.normals(size, 1.0))).collect())
+            .collect();
+        let copy = |tensor: &Tensor| tensor.reshape(tensor.shape()).unwrap();
+        let (limit, rate) = (if clips { 0.5 } else { 1e9 }, 1e-2);
+        let together = || {
+            let mut parameters = parameters.clone();
+            let mut optimizer = AdamW::new(options, &parameters);
+            let mut norms = Vec::new();
+            for step in &gradients {
+                let mut gradients = Gradients::default();
+                for ((_, parameter), gradient) in parameters.iter().zip(step) {
+                    gradients.add(&parameter.value, gradient.clone()).unwrap();
+                }
+                let norm = gradient_norm(&parameters, &gradients).unwrap();
+                norms.push(norm);
+                optimizer.update_scaled(&mut parameters, &gradients, rate, clip_factor(norm, limit)).unwrap();
+            }
+            (parameters, optimizer, norms)
+        };
+        let (all, of_all, norms) = together();
+        let (again, _, norms_again) = together();
+        let bits = |tensor: &Tensor| -> Vec<u32> {
+            tensor.to_f32_vec().unwrap().into_iter().map(f32::to_bits).collect()
+        };
+        prop_assert_eq!(&norms, &norms_again);
+        for (norm, step) in norms.iter().zip(&gradients) {
+            let trainable = parameters.iter().zip(step).filter(|((_, parameter), _)| parameter.trainable);
+            let squares: f64 = trainable
+                .map(|(_, gradient)| widened(gradient).unwrap().iter().map(|value| value * value).sum::<f64>())
+                .sum();
+            assert_relative_eq!(*norm, squares.sqrt(), max_relative = 1e-6);
+        }
+        for (index, ((_, together), (_, again))) in all.iter().zip(again.iter()).enumerate() {
+            prop_assert_eq!(bits(&together.value), bits(&again.value));
+            let mut alone = Parameters::default();
+            let (_, before) = parameters.iter().nth(index).unwrap();
+            alone.push(Parameter { value: copy(&before.value), ..before.clone() });
+            let mut optimizer = AdamW::new(options, &alone);
+            for (step, norm) in gradients.iter().zip(&norms) {
+                let mut gradients = Gradients::default();
+                // In memory of its own: it is scaled in place.
+                let gradient = Tensor::from_slice(step[index].device(), step[index].shape(), &step[index].to_vec::<f32>().unwrap());
+                gradients.add(&alone.iter().next().unwrap().1.value, gradient.unwrap()).unwrap();
+                clip_gradients(&mut gradients, *norm, limit).unwrap();
+                optimizer.update(&mut alone, &gradients, rate).unwrap();
+            }
+            prop_assert_eq!(bits(&together.value), bits(&alone.iter().next().unwrap().1.value));
+            let states = |optimizer: &AdamW, index: usize| -> Vec<Vec<u32>> {
+                let moments = optimizer.moments()[index].iter().flat_map(|(first, second)| [first, second]);
+                moments.chain(optimizer.masters()[index].iter()).map(bits).collect()
+            };
+            prop_assert_eq!(states(&of_all, index), states(&optimizer, 0));
         }
     }
 

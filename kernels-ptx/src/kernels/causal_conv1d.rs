@@ -3,7 +3,7 @@
 //!
 //! - Layout: a block takes 16 neighbouring groups of [`VECTOR`] channels and 256 steps of one row; each thread takes one
 //!   group (one access of 8 or 16 bytes per step) and 32 steps, and keeps the last `W − 1` inputs in registers. While it
-//!   works on some steps, those after them are on their way ([`Stream`]). Channels that are no multiple of [`VECTOR`] are
+//!   works on some steps, those after them are on their way (`Stream`). Channels that are no multiple of [`VECTOR`] are
 //!   taken one by one.
 //! - Backward: a thread walks its steps and the `W − 1` after them, computes the gradient `dq` of the convolution's sum
 //!   again from x, and keeps the `W` sums `dx` under way in registers. The gradients of weight and bias are summed per

@@ -2,7 +2,7 @@
 //! accumulated in f32 on tensor cores. The weight is read once, straight into the registers that the products take.
 //!
 //! - Layout: a block has 8 rows of the weight, 32 for more than 8 rows of x, since x is read once per block; its warps
-//!   take parts of [`PART`] of the depth in turn and their sums are added in order. Lane `l` with `g = l / 4` and `t = l mod 4` reads 16 bytes of row `g` from column `8 t` of every 32 on,
+//!   take parts of `PART` of the depth in turn and their sums are added in order. Lane `l` with `g = l / 4` and `t = l mod 4` reads 16 bytes of row `g` from column `8 t` of every 32 on,
 //!   and the same columns of rows `g`, `g + 8`, … of x. `mma.m16n8k16` wants other columns in these registers, but as both
 //!   operands have the same ones, only the order of the sum differs.
 //! - [`FewRowsProduct::gated`]: two weights at once, and `silu(x Gᵀ) · (x Uᵀ)` of them, as SwiGLU's kernel after two products would

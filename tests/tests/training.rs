@@ -7,7 +7,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use autograd::ops::{self, Divergence, DivergenceOptions};
-use autograd::optimizer::{AdamW, AdamWOptions, clip_gradients, gradient_norm};
+use autograd::optimizer::{AdamW, AdamWOptions, clip_factor, gradient_norm};
 use autograd::{DType, Tape, Tensor};
 use grafter_tests::random::Random;
 use model::config::ModelConfig;
@@ -72,10 +72,10 @@ impl Training {
         };
         let loss = ops::divergence(&tape, &logits, target.tensor(), options).unwrap().loss;
         let value = f64::from(loss.item().unwrap());
-        let mut gradients = tape.backward(&loss).unwrap();
+        let gradients = tape.backward(&loss).unwrap();
         let norm = gradient_norm(&self.student.parameters, &gradients).unwrap();
-        clip_gradients(&mut gradients, norm, 1.0).unwrap();
-        self.optimizer.update(&mut self.student.parameters, &gradients, 3e-3).unwrap();
+        let scale = clip_factor(norm, 1.0);
+        self.optimizer.update_scaled(&mut self.student.parameters, &gradients, 3e-3, scale).unwrap();
         value
     }
 

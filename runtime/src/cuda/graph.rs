@@ -12,6 +12,8 @@
 //!   before the graph and all its blocks are gone.
 //!
 //! What a graph cannot hold (copies from and to the host, waiting, launches on other streams) is refused during a capture.
+//! The tables of launches ([`crate::Table`]) are copied at once, beside the capture: they only say where memory is, which a
+//! graph does not change, and the graph keeps its copies.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;

@@ -112,6 +112,12 @@ pub enum Error {
         /// What is wrong and what would be right.
         message: String,
     },
+    /// Models cannot be merged in the way that was asked for.
+    #[error("cannot merge: {message}")]
+    Merge {
+        /// What is wrong and what would be right.
+        message: String,
+    },
     /// Sampling options that make no sense, or logits that cannot be sampled from.
     #[error("{message}")]
     Sampling {

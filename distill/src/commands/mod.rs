@@ -9,10 +9,12 @@ mod eval;
 mod generate;
 mod import;
 mod inspect;
+mod merge;
 mod output;
 mod precision;
 mod rank;
 mod run_flags;
+mod sft;
 mod train;
 
 use std::io::Write;
@@ -50,6 +52,8 @@ enum Command {
     Rank(rank::Arguments),
     Distill(distill::Arguments),
     Train(train::Arguments),
+    Sft(sft::Arguments),
+    Merge(merge::Arguments),
     Generate(generate::Arguments),
     Eval(eval::Arguments),
     Data(data::Arguments),
@@ -87,6 +91,8 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Rank(arguments) => rank::run(arguments),
         Command::Distill(arguments) => distill::run(arguments),
         Command::Train(arguments) => train::run(arguments),
+        Command::Sft(arguments) => sft::run(arguments),
+        Command::Merge(arguments) => merge::run(arguments),
         Command::Generate(arguments) => generate::run(arguments),
         Command::Eval(arguments) => eval::run(arguments),
         Command::Data(arguments) => data::run(arguments),

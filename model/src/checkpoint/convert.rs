@@ -64,7 +64,7 @@ impl StoredType {
 }
 
 /// Widens `bytes`, elements of type `kind`, to f32.
-pub(super) fn to_f32(kind: StoredType, bytes: &[u8], output: &mut [f32]) {
+pub(crate) fn to_f32(kind: StoredType, bytes: &[u8], output: &mut [f32]) {
     let convert: fn(&[u8], &mut [f32]) = match kind {
         StoredType::F32 => |bytes, output| {
             for (value, bytes) in output.iter_mut().zip(bytes.chunks_exact(4)) {

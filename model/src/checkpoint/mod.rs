@@ -16,7 +16,8 @@ mod save;
 use autograd::DType;
 
 pub use convert::StoredType;
-pub(crate) use convert::{first_not_finite, from_f32};
+pub(crate) use convert::{first_not_finite, from_f32, to_f32};
+pub(crate) use files::View;
 pub use files::{TensorInfo, WeightFiles};
 pub(crate) use folder::{NewFolder, carry};
 pub use load::load;

@@ -5,5 +5,6 @@
 mod folders;
 mod gguf;
 mod malformed;
+mod merging;
 mod round_trips;
 mod saving;

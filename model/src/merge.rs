@@ -223,7 +223,7 @@ fn arc_factors(from: &Part<'_>, to: &Part<'_>, share: f64) -> [f64; 2] {
     }
     let cosine = dot / (from_squares.sqrt() * to_squares.sqrt());
     // Opposite tensors have no arc, and a tensor of zeros no direction.
-    if !(cosine.abs() <= PARALLEL) {
+    if cosine.is_nan() || cosine.abs() > PARALLEL {
         return [1.0 - share, share];
     }
     let angle = cosine.acos();

@@ -3,7 +3,7 @@
 // Helpers of tests fail as tests do.
 #![allow(clippy::unwrap_used)]
 
-use autograd::ops::{self, Divergence, DivergenceOptions, HeadChunks, HeadTeacher};
+use autograd::ops::{self, Divergence, DivergenceOptions, HeadChunks, HeadTeacher, TeacherSource};
 use autograd::{DType, Tape, Var};
 use grafter_tests::check::tensor;
 use grafter_tests::random::Random;
@@ -29,7 +29,11 @@ fn neither_models_logits_exist_whole() {
         mask: None,
         denominator: 1.0,
     };
-    let teacher = HeadTeacher { hidden: &teacher_hidden, head: &teacher_head, options, weight: 1.0 };
+    let teacher = HeadTeacher {
+        source: TeacherSource::Head { hidden: &teacher_hidden, head: &teacher_head },
+        options,
+        weight: 1.0,
+    };
     let chunks = HeadChunks { logits: 8, gradients: 16 };
     let logits = |positions: usize| positions * VOCABULARY * DType::Bf16.size();
     for trained in [false, true] {

@@ -5,6 +5,7 @@
 
 use autograd::ops::{
     self, Divergence, DivergenceOptions, HeadChunks, HeadLabels, HeadTeacher, IGNORED_LABEL, NO_TOKEN, SamplingOptions,
+    TeacherSource,
 };
 use autograd::{DType, Tape, Var};
 use grafter_tests::check::{Input, Precision, Tolerance, cases, check_operator, indices, tensor, verdict, widened};
@@ -236,8 +237,7 @@ impl HeadCase {
         let (weights, denominator) = ((self.weights.0 as f32, self.weights.1 as f32), Self::DENOMINATORS.1 as f32);
         if let Some(chunks) = chunks {
             let teacher = options.map(|options| HeadTeacher {
-                hidden: &teacher_hidden,
-                head: &teacher_head,
+                source: TeacherSource::Head { hidden: &teacher_hidden, head: &teacher_head },
                 options,
                 weight: weights.0,
             });

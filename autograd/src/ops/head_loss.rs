@@ -15,6 +15,7 @@ use super::cross_entropy::total_gpu;
 use super::divergence::{Divergence, DivergenceOptions, divergence};
 use super::layout::{Columns, copy_columns};
 use super::linear::products;
+use super::top_log_probabilities::TopLogProbabilities;
 use super::vocabulary_loss::{FromLabels, FromTeacher, Losses, Results, kernel, scale_by};
 use super::{add, cross_entropy, scale, scale_in_place};
 use crate::gpu::{self, Output};
@@ -25,14 +26,26 @@ const OPERATOR: &str = "head_loss";
 /// A teacher to diverge from.
 #[derive(Clone, Copy, Debug)]
 pub struct HeadTeacher<'a> {
-    /// The states before its head, `[…, width]`: as many positions as the student's.
-    pub hidden: &'a Tensor,
-    /// Its head, `[vocabulary, width]`.
-    pub head: &'a Tensor,
+    /// Where its logits come from.
+    pub source: TeacherSource<'a>,
     /// Which divergence; the mask is one number per position.
     pub options: DivergenceOptions<'a>,
     /// Multiplies the divergence in the sum of the losses.
     pub weight: f32,
+}
+
+/// What a teacher's logits are made of.
+#[derive(Clone, Copy, Debug)]
+pub enum TeacherSource<'a> {
+    /// A model.
+    Head {
+        /// The states before its head, `[…, width]`: as many positions as the student's.
+        hidden: &'a Tensor,
+        /// Its head, `[vocabulary, width]`.
+        head: &'a Tensor,
+    },
+    /// What it said before, with its temperature already applied: the options' must be 1.
+    Top(&'a TopLogProbabilities),
 }
 
 /// Labels for a cross-entropy.
@@ -104,15 +117,22 @@ pub fn head_loss_in_chunks(
     let dtype = hidden.dtype();
     // Cast once and not for every chunk.
     let narrow_head = if hidden.device().is_cpu() { head.tensor().clone() } else { head.cast(dtype)? };
-    let teacher_head = match &teacher {
-        Some(teacher) if !hidden.device().is_cpu() => Some(teacher.head.cast(teacher.hidden.dtype())?),
-        Some(teacher) => Some(teacher.head.clone()),
-        None => None,
+    let teacher_head = match teacher.map(|teacher| teacher.source) {
+        Some(TeacherSource::Head { hidden: states, head }) if !hidden.device().is_cpu() => {
+            Some(head.cast(states.dtype())?)
+        }
+        _ => None,
     };
+    let mut narrow_teacher = teacher;
+    if let (Some(HeadTeacher { source: TeacherSource::Head { head, .. }, .. }), Some(narrow)) =
+        (&mut narrow_teacher, &teacher_head)
+    {
+        *head = narrow;
+    }
     let work = Work {
         hidden: hidden.tensor(),
         head: &narrow_head,
-        teacher: teacher.zip(teacher_head.as_ref()),
+        teacher: narrow_teacher,
         labels,
         wants_hidden: tape.is_recording() && hidden.needs_gradient(),
         wants_head: tape.is_recording() && head.needs_gradient(),
@@ -187,11 +207,28 @@ fn check_arguments(
     let vocabulary = head.shape()[0];
     check::shape(OPERATOR, "head", head, &[vocabulary, hidden.last_dimension()])?;
     if let Some(teacher) = teacher {
-        check::is_float(OPERATOR, "teacher.hidden", teacher.hidden)?;
-        check::is_float(OPERATOR, "teacher.head", teacher.head)?;
-        let width = teacher.hidden.last_dimension();
-        check::shape(OPERATOR, "teacher.hidden", teacher.hidden, &[positions, &[width]].concat())?;
-        check::shape(OPERATOR, "teacher.head", teacher.head, &[vocabulary, width])?;
+        match teacher.source {
+            TeacherSource::Head { hidden, head } => {
+                check::is_float(OPERATOR, "teacher.hidden", hidden)?;
+                check::is_float(OPERATOR, "teacher.head", head)?;
+                let width = hidden.last_dimension();
+                check::shape(OPERATOR, "teacher.hidden", hidden, &[positions, &[width]].concat())?;
+                check::shape(OPERATOR, "teacher.head", head, &[vocabulary, width])?;
+            }
+            TeacherSource::Top(top) => {
+                top.check(positions)?;
+                let temperature = teacher.options.teacher_temperature;
+                if temperature != 1.0 {
+                    let message =
+                        format!("teacher_temperature is {temperature}: log-probabilities have theirs, give 1");
+                    return Err(Error::Invalid { operator: OPERATOR, message });
+                }
+                if teacher.options.divergence == Divergence::SoftCrossEntropy {
+                    let message = "the soft cross-entropy needs the teacher's whole distribution: take the forward KL,                                    whose gradient is the same";
+                    return Err(Error::Invalid { operator: OPERATOR, message: message.to_owned() });
+                }
+            }
+        }
         teacher.options.check(OPERATOR, positions)?;
     }
     if let Some(labels) = labels {
@@ -213,8 +250,8 @@ fn check_arguments(
 struct Work<'a> {
     hidden: &'a Tensor,
     head: &'a Tensor,
-    /// A teacher, and its head in the type of its hidden states.
-    teacher: Option<(HeadTeacher<'a>, &'a Tensor)>,
+    /// A teacher, its head in the type of its hidden states.
+    teacher: Option<HeadTeacher<'a>>,
     labels: Option<HeadLabels<'a>>,
     wants_hidden: bool,
     wants_head: bool,
@@ -250,7 +287,7 @@ impl Work<'_> {
             let tape = if self.wants_gradient() { Tape::new() } else { Tape::inference() };
             let logits = tape.leaf(&student);
             let mut terms = Vec::new();
-            if let (Some((given, _)), Some(teacher)) = (&self.teacher, &teacher) {
+            if let (Some(given), Some(teacher)) = (&self.teacher, &teacher) {
                 let mask = given.options.mask.map(|mask| numbers(mask, first, count)).transpose()?;
                 let options = DivergenceOptions { mask: mask.as_ref(), ..given.options };
                 let loss = divergence(&tape, &logits, teacher, options)?.loss;
@@ -302,8 +339,14 @@ impl Work<'_> {
     fn fused(&self) -> Result<Option<Computed>> {
         let device = self.hidden.device();
         let rows = self.hidden.rows();
-        let teacher = self.teacher.map(|(teacher, _)| teacher);
-        let from_teacher = teacher.map(|teacher| (teacher.hidden.dtype(), 1.0 / teacher.options.student_temperature));
+        let teacher = self.teacher;
+        let from_teacher = teacher.map(|teacher| {
+            let dtype = match teacher.source {
+                TeacherSource::Head { hidden, .. } => hidden.dtype(),
+                TeacherSource::Top(_) => self.hidden.dtype(),
+            };
+            (dtype, 1.0 / teacher.options.student_temperature)
+        });
         let vocabulary = self.head.shape()[0];
         let labels = self.labels.is_some();
         let kernel = kernel(device, self.hidden.dtype(), from_teacher, labels, self.wants_gradient(), vocabulary);
@@ -311,7 +354,7 @@ impl Work<'_> {
         let Some(kernel) = kernel.filter(|_| reverse && !device.is_cpu()) else { return Ok(None) };
         let weights = match &self.teacher {
             None => None,
-            Some((teacher, _)) => Some(match teacher.options.mask {
+            Some(teacher) => Some(match teacher.options.mask {
                 Some(mask) => mask.cast(DType::F32)?,
                 None => Tensor::filled(device, &[rows], DType::F32, 1.0)?,
             }),
@@ -340,7 +383,7 @@ impl Work<'_> {
             }
         }
         let divergence = match (divergences, &self.teacher, &weights) {
-            (Some(losses), Some((teacher, _)), Some(weights)) => {
+            (Some(losses), Some(teacher), Some(weights)) => {
                 Some(total_gpu(OPERATOR, &losses.tensor(), Some(weights), teacher.options.denominator)?)
             }
             _ => None,
@@ -355,7 +398,7 @@ impl Work<'_> {
 
     /// What the kernel is to compute of a chunk with these logits of the teacher.
     fn losses<'a>(&'a self, teacher: Option<&'a Tensor>, weights: Option<&'a Tensor>) -> Losses<'a> {
-        let from_teacher = self.teacher.zip(teacher.zip(weights)).map(|((given, _), (logits, weights))| FromTeacher {
+        let from_teacher = self.teacher.zip(teacher.zip(weights)).map(|(given, (logits, weights))| FromTeacher {
             logits,
             weights,
             factors: [1.0 / given.options.student_temperature, 1.0 / given.options.teacher_temperature],
@@ -373,11 +416,22 @@ impl Work<'_> {
     /// The logits of some positions: the student's, and the teacher's where there is one.
     fn logits(&self, first: usize, count: usize) -> Result<(Tensor, Option<Tensor>)> {
         // The teacher first: what it needs in passing is free again.
-        let teacher = match &self.teacher {
-            Some((teacher, head)) => Some(products::forward(&rows_of(teacher.hidden, first, count)?, head)?),
-            None => None,
+        let teacher = match self.teacher.map(|teacher| teacher.source) {
+            Some(TeacherSource::Head { hidden, head }) => {
+                Some(products::forward(&rows_of(hidden, first, count)?, head)?)
+            }
+            _ => None,
         };
-        Ok((products::forward(&rows_of(self.hidden, first, count)?, self.head)?, teacher))
+        let student = products::forward(&rows_of(self.hidden, first, count)?, self.head)?;
+        let teacher = match &self.teacher {
+            Some(HeadTeacher { source: TeacherSource::Top(top), options, .. }) => {
+                let part = top.map(|tensor, width| part_of(tensor, first * width, &[count, width]))?;
+                let part = TopLogProbabilities { tail: part.tail.reshape(&[count])?, ..part };
+                Some(part.logits_beside(&student, options.student_temperature)?)
+            }
+            _ => teacher,
+        };
+        Ok((student, teacher))
     }
 }
 

@@ -25,6 +25,7 @@ mod rope;
 mod sampling;
 mod selective_scan;
 mod swiglu;
+mod top_log_probabilities;
 mod vocabulary_loss;
 
 pub use attention::{AttentionOptions, attention};
@@ -38,7 +39,7 @@ pub use divergence::{Divergence, DivergenceLoss, DivergenceOptions, divergence};
 pub(crate) use elementwise::square_sum_gpu;
 pub use elementwise::{add, add_in_place, mul, negative_exp, scale, scale_in_place, silu, softplus, sub, sum};
 pub use embedding::embedding;
-pub use head_loss::{HeadChunks, HeadLabels, HeadLoss, HeadTeacher, head_loss, head_loss_in_chunks};
+pub use head_loss::{HeadChunks, HeadLabels, HeadLoss, HeadTeacher, TeacherSource, head_loss, head_loss_in_chunks};
 pub use layout::{repeat_chunks, split, stack};
 pub use linear::{linear, linear_residual, linear_swiglu};
 pub use mamba_step::{MambaStepInputs, mamba_step, mamba_step_by_operators};
@@ -49,3 +50,4 @@ pub use selective_scan::{
     ScanInputs, ScanOutput, ScanStepInputs, selective_scan, selective_scan_in_chunks, selective_scan_step,
 };
 pub use swiglu::swiglu;
+pub use top_log_probabilities::TopLogProbabilities;

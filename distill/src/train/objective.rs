@@ -1,7 +1,7 @@
 //! What a run minimises, and the search for the first tensor that is not finite.
 
 use anyhow::{Result, bail};
-use autograd::ops::{self, Divergence, DivergenceOptions, HeadLabels, HeadTeacher};
+use autograd::ops::{self, Divergence, DivergenceOptions, HeadLabels, HeadTeacher, TeacherSource};
 use autograd::{DType, Gradients, Parameters, Tape, Tensor, Var};
 use model::Model;
 

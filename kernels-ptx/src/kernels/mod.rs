@@ -48,6 +48,7 @@ kernels! {
     selective_scan: SpanStates, ScanForward, SpanCarries, ScanBackward, CombineSpans, GroupSums, ScanStep;
     sum_parts: SumParts;
     swiglu: SwigluForward, SwigluBackward;
+    teacher_logits: TeacherLogits;
     vocabulary_loss: VocabularyLoss;
 }
 

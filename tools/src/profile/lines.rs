@@ -11,7 +11,7 @@ use std::cell::{Cell, OnceCell};
 use anyhow::Result;
 use autograd::ops::{
     self, Activation, AttentionOptions, ConvolutionOptions, Divergence, DivergenceOptions, HeadTeacher,
-    MambaStepInputs, RotaryScaling, RotaryTable, ScanInputs,
+    MambaStepInputs, RotaryScaling, RotaryTable, ScanInputs, TeacherSource,
 };
 use autograd::optimizer::{AdamW, AdamWOptions, gradient_square_sum};
 use autograd::{DType, Gradients, Parameter, Parameters, Tape, Tensor, Var};
@@ -647,7 +647,11 @@ fn head_loss(make: &Inputs<'_>, sizes: [usize; 3]) -> Result<Prepared> {
     let ([hidden, head, teacher_hidden, teacher_head], cost) = heads(make, sizes)?;
     let operator: Operator = Box::new(move |tape, inputs| {
         let options = reverse_kl(inputs[0].rows());
-        let teacher = HeadTeacher { hidden: &teacher_hidden, head: &teacher_head, options, weight: 1.0 };
+        let teacher = HeadTeacher {
+            source: TeacherSource::Head { hidden: &teacher_hidden, head: &teacher_head },
+            options,
+            weight: 1.0,
+        };
         Ok(ops::head_loss(tape, &inputs[0], &inputs[1], Some(teacher), None)?.loss)
     });
     Ok(both_ways(vec![hidden, head], operator, [cost, Cost::default()]))

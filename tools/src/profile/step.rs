@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
-use autograd::ops::{self, Divergence, DivergenceOptions, HeadTeacher};
+use autograd::ops::{self, Divergence, DivergenceOptions, HeadTeacher, TeacherSource};
 use autograd::optimizer::{AdamW, AdamWOptions, clip_factor, gradient_norm};
 use autograd::{DType, Tape};
 use model::initialise::{GraftOptions, graft};
@@ -115,7 +115,11 @@ impl Step {
                 mask: None,
                 denominator: self.tokens() as f32,
             };
-            let teacher = HeadTeacher { hidden: target.tensor(), head: target_head.tensor(), options, weight: 1.0 };
+            let teacher = HeadTeacher {
+                source: TeacherSource::Head { hidden: target.tensor(), head: target_head.tensor() },
+                options,
+                weight: 1.0,
+            };
             let _range = runtime::range("head and losses");
             ops::head_loss(&tape, &hidden, &self.student.head_weight(&tape), Some(teacher), None)?.loss
         };

@@ -9,6 +9,8 @@ use std::io::{self, BufWriter, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
 
 use crate::interruption::Interruption;
@@ -32,6 +34,31 @@ pub fn write_file<T>(path: &Path, write: impl FnOnce(&mut Writer) -> Result<T>) 
         let _ = fs::remove_file(&partial);
     }
     written
+}
+
+/// Writes a value as JSON for people to read.
+///
+/// # Errors
+/// As [`write_file`].
+pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
+    write_file(path, |writer| {
+        serde_json::to_writer_pretty(&mut *writer, value)?;
+        Ok(writer.write_all(b"\n")?)
+    })
+}
+
+/// Reads a JSON file; `None` where there is none.
+///
+/// # Errors
+/// A file that cannot be read or is not what this version writes.
+pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
+    if !path.exists() {
+        return Ok(None);
+    }
+    let text = fs::read(path).with_context(|| format!("reading {}", path.display()))?;
+    serde_json::from_slice(&text)
+        .map(Some)
+        .with_context(|| format!("{} is not what this version writes", path.display()))
 }
 
 /// Writes a folder: `write` fills an empty one, then it takes its name, which must be free. On an error nothing

@@ -5,12 +5,14 @@
 //! - [`stages`]: distillation of a few layers at a time.
 //! - [`train`]: the loop behind `grafter distill` and `grafter train`, exactly resumable.
 //! - [`rank`]: which layers a model can do without.
+//! - [`teach`]: what a teacher says of the training data, kept on the disk.
 //! - [`perplexity`]: how well a model predicts documents.
 //! - [`mod@bench`], [`report`]: timings, and pages with tables and curves.
 //! - [`commands`]: the command line.
 
 #![forbid(unsafe_code)]
 
+mod begun;
 pub mod bench;
 pub mod commands;
 pub mod config;
@@ -23,4 +25,5 @@ pub mod perplexity;
 pub mod rank;
 pub mod report;
 pub mod stages;
+pub mod teach;
 pub mod train;

@@ -169,6 +169,24 @@ proptest! {
     }
 
     #[test]
+    fn of_a_head_is_of_its_logits(rows in rows(), vocabulary in 1..70usize, share in shares(), bf16: bool, seed: u64) {
+        const WIDTH: usize = 16;
+        let mut random = Random::new(seed);
+        let dtype = if bf16 { DType::Bf16 } else { DType::F32 };
+        let hidden = tensor(dtype, &[rows, WIDTH], &random.normals(rows * WIDTH, 1.0));
+        let head = tensor(DType::F32, &[vocabulary, WIDTH], &random.normals(vocabulary * WIDTH, 0.5));
+        let count = count_of(share, vocabulary);
+        let got = TopLogProbabilities::of_head(&hidden, &head, count, 2.0).unwrap();
+        let tape = Tape::inference();
+        let logits = ops::linear(&tape, &Var::constant(&hidden), &Var::constant(&head), None).unwrap();
+        let expected = TopLogProbabilities::of(logits.tensor(), count, 2.0).unwrap();
+        prop_assert_eq!(got.tokens.to_vec::<u32>().unwrap(), expected.tokens.to_vec::<u32>().unwrap());
+        let bits = |tensor: &Tensor| tensor.to_vec::<f32>().unwrap().into_iter().map(f32::to_bits).collect::<Vec<_>>();
+        prop_assert_eq!(bits(&got.log_probabilities), bits(&expected.log_probabilities));
+        prop_assert_eq!(bits(&got.tail), bits(&expected.tail));
+    }
+
+    #[test]
     fn a_head_in_chunks_gives_the_same(
         rows in 1..20usize, vocabulary in 2..70usize, share in shares(), logits in 1..9usize, groups in 1..4usize, bf16: bool, seed: u64,
     ) {

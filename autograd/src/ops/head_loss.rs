@@ -470,7 +470,7 @@ impl GradientSums {
 }
 
 /// Consecutive ranges (first, count) of at most `most` that cover `total`.
-fn ranges(total: usize, most: usize) -> impl Iterator<Item = (usize, usize)> {
+pub(super) fn ranges(total: usize, most: usize) -> impl Iterator<Item = (usize, usize)> {
     (0..total).step_by(most).map(move |first| (first, most.min(total - first)))
 }
 
@@ -488,7 +488,7 @@ fn times(mut gradient: Tensor, factor: &Tensor) -> Result<Tensor> {
 }
 
 /// Some innermost rows, `[count, width]`.
-fn rows_of(tensor: &Tensor, first: usize, count: usize) -> Result<Tensor> {
+pub(super) fn rows_of(tensor: &Tensor, first: usize, count: usize) -> Result<Tensor> {
     let width = tensor.last_dimension();
     part_of(tensor, first * width, &[count, width])
 }

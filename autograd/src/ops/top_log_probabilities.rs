@@ -6,6 +6,8 @@ use rayon::prelude::*;
 use runtime::{Argument, Device};
 
 use super::cross_entropy::sizes;
+use super::head_loss::{HeadChunks, ranges, rows_of};
+use super::linear::products;
 use crate::gpu::{self, Output};
 use crate::{DType, Error, Result, Tensor, check};
 
@@ -30,15 +32,31 @@ impl TopLogProbabilities {
     /// A count that is not from 1 to the vocabulary's size; a temperature that is not positive; driver errors.
     pub fn of(logits: &Tensor, count: usize, temperature: f32) -> Result<Self> {
         check::is_float(OPERATOR, "logits", logits)?;
-        check::positive(OPERATOR, "temperature", temperature)?;
-        let vocabulary = logits.last_dimension();
-        if !(1..=vocabulary).contains(&count) {
-            let message = format!("count is {count}: expected from 1 to the vocabulary's {vocabulary}");
-            return Err(Error::Invalid { operator: OPERATOR, message });
+        let rows = listed(logits, count, temperature)?;
+        Self::from_rows(&rows, &logits.shape()[..logits.shape().len() - 1], count)
+    }
+
+    /// Of a model's distributions, from the states before its head: `hidden` is `[…, width]`, `head` `[vocabulary, width]`. The
+    /// logits are those that [`head_loss()`](super::head_loss()) computes, and never exist whole.
+    ///
+    /// # Errors
+    /// As [`TopLogProbabilities::of`]; shape errors that name the argument.
+    pub fn of_head(hidden: &Tensor, head: &Tensor, count: usize, temperature: f32) -> Result<Self> {
+        check::is_float(OPERATOR, "hidden", hidden)?;
+        check::is_float(OPERATOR, "head", head)?;
+        check::rank(OPERATOR, "head", head, 2, "[vocabulary, width]")?;
+        check::shape(OPERATOR, "head", head, &[head.shape()[0], hidden.last_dimension()])?;
+        let head = if hidden.device().is_cpu() { head.clone() } else { head.cast(hidden.dtype())? };
+        let chunks = HeadChunks::new(hidden.rows(), hidden.last_dimension(), head.shape()[0], hidden.dtype());
+        let mut rows = Vec::with_capacity(hidden.rows());
+        for (first, positions) in ranges(hidden.rows(), chunks.logits) {
+            let logits = products::forward(&rows_of(hidden, first, positions)?, &head)?;
+            rows.extend(listed(&logits, count, temperature)?);
         }
-        let values = logits.to_f32_vec()?;
-        let rows: Vec<Row> = values.par_chunks(vocabulary).map(|row| Row::of(row, count, temperature)).collect();
-        let positions = &logits.shape()[..logits.shape().len() - 1];
+        Self::from_rows(&rows, &hidden.shape()[..hidden.shape().len() - 1], count)
+    }
+
+    fn from_rows(rows: &[Row], positions: &[usize], count: usize) -> Result<Self> {
         let listed = [positions, &[count]].concat();
         let cpu = Device::cpu();
         let tokens: Vec<u32> = rows.iter().flat_map(|row| row.tokens.iter().copied()).collect();
@@ -154,6 +172,18 @@ struct Row {
     tokens: Vec<u32>,
     log_probabilities: Vec<f32>,
     tail: f32,
+}
+
+/// The likeliest tokens of every row of logits.
+fn listed(logits: &Tensor, count: usize, temperature: f32) -> Result<Vec<Row>> {
+    check::positive(OPERATOR, "temperature", temperature)?;
+    let vocabulary = logits.last_dimension();
+    if !(1..=vocabulary).contains(&count) {
+        let message = format!("count is {count}: expected from 1 to the vocabulary's {vocabulary}");
+        return Err(Error::Invalid { operator: OPERATOR, message });
+    }
+    let values = logits.to_f32_vec()?;
+    Ok(values.par_chunks(vocabulary).map(|row| Row::of(row, count, temperature)).collect())
 }
 
 impl Row {

@@ -55,6 +55,12 @@ pub(super) struct Arguments {
     /// A hybrid from an earlier run to go on from
     #[arg(long, value_name = "DIR")]
     student: Option<PathBuf>,
+    /// What the teacher says of the training data, by `grafter teach`: it is then not run
+    #[arg(long, value_name = "DIR")]
+    train_targets: Option<PathBuf>,
+    /// What the teacher says of the validation data, by `grafter teach`
+    #[arg(long, value_name = "DIR")]
+    validation_targets: Option<PathBuf>,
     /// Let every query chunk of a new mixer meet its own keys (the published initialisation does not)
     #[arg(long)]
     mil_align: bool,
@@ -79,6 +85,12 @@ pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
         own.push(Override::flag("--layers", "model.layers", parse_layers(layers)?));
     }
     own.extend(path_override("--rank-data", "stages.rank_data", arguments.rank_data.as_deref())?);
+    for (flag, key, folder) in [
+        ("--train-targets", "data.train_targets", &arguments.train_targets),
+        ("--validation-targets", "data.validation_targets", &arguments.validation_targets),
+    ] {
+        own.extend(path_override(flag, key, folder.as_deref())?);
+    }
     if let Some(schedule) = &arguments.schedule {
         own.push(Override::flag("--schedule", "stages.schedule", parse_schedule(schedule)?));
     }

@@ -15,6 +15,7 @@ mod precision;
 mod rank;
 mod run_flags;
 mod sft;
+mod teach;
 mod train;
 
 use std::io::Write;
@@ -50,7 +51,8 @@ enum Command {
     Inspect(inspect::Arguments),
     Devices(devices::Arguments),
     Rank(rank::Arguments),
-    Distill(distill::Arguments),
+    Teach(teach::Arguments),
+    Distill(Box<distill::Arguments>),
     Train(train::Arguments),
     Sft(sft::Arguments),
     Merge(merge::Arguments),
@@ -89,7 +91,8 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Inspect(arguments) => inspect::run(arguments),
         Command::Devices(arguments) => devices::run(arguments),
         Command::Rank(arguments) => rank::run(arguments),
-        Command::Distill(arguments) => distill::run(arguments),
+        Command::Teach(arguments) => teach::run(arguments),
+        Command::Distill(arguments) => distill::run(*arguments),
         Command::Train(arguments) => train::run(arguments),
         Command::Sft(arguments) => sft::run(arguments),
         Command::Merge(arguments) => merge::run(arguments),

@@ -2,7 +2,7 @@
 
 use anyhow::{Result, bail, ensure};
 
-use super::{Init, LEAST_SPIKE_WINDOW, RunConfig, StageTarget, Task};
+use super::{DivergenceKind, Init, LEAST_SPIKE_WINDOW, RunConfig, StageTarget, Task};
 use crate::data::PackOptions;
 use crate::rank::Metric;
 
@@ -18,6 +18,7 @@ pub(super) fn check(config: &RunConfig) -> Result<()> {
     data(config)?;
     training(config)?;
     loss(config)?;
+    targets(config)?;
     stages(config)?;
     ensure!(config.checkpoint.keep >= 1, "checkpoint.keep is 0: at least one checkpoint must be kept");
     ensure!(
@@ -219,6 +220,28 @@ fn loss(config: &RunConfig) -> Result<()> {
         weights.iter().chain([&loss.cross_entropy_weight]).any(|&weight| weight as f32 > 0.0),
         "loss.divergence_weight, loss.cross_entropy_weight and every other weight of the loss are 0 (in float32): nothing \
          would be learned"
+    );
+    Ok(())
+}
+
+/// Targets on the disk know the divergences alone, and have their temperature.
+fn targets(config: &RunConfig) -> Result<()> {
+    let (data, loss) = (&config.data, &config.loss);
+    let given = [
+        ("data.train_targets", data.train_targets.is_some()),
+        ("data.validation_targets", data.validation_targets.is_some()),
+    ];
+    let Some((key, _)) = given.into_iter().find(|(_, given)| *given) else { return Ok(()) };
+    ensure!(config.task == Task::Distill, "{key} is for `grafter distill`: `grafter train` has no teacher");
+    ensure!(
+        data.validation_targets.is_none() || data.validation.is_some(),
+        "data.validation_targets is given, but data.validation is not: name the documents they are of"
+    );
+    ensure!(loss.mixer_matching_weight == 0.0, "loss.mixer_matching_weight needs the teacher itself: leave {key} out");
+    ensure!(
+        loss.divergence != DivergenceKind::SoftCrossEntropy,
+        "loss.divergence is \"soft_cross_entropy\", which needs the teacher's whole distribution: leave {key} out, or take \
+         \"forward_kl\", whose gradient is the same"
     );
     Ok(())
 }

@@ -96,6 +96,10 @@ pub struct DataSection {
     pub train: Option<PathBuf>,
     /// Validation documents, of either kind.
     pub validation: Option<PathBuf>,
+    /// `distill`: what the teacher says of the training rows, by `grafter teach`; it is then not asked.
+    pub train_targets: Option<PathBuf>,
+    /// `distill`: the same of the validation rows.
+    pub validation_targets: Option<PathBuf>,
     /// Tokens of a row.
     pub sequence_length: usize,
     /// What to do with a document longer than a row.
@@ -296,6 +300,8 @@ impl RunConfig {
             data: DataSection {
                 train: None,
                 validation: None,
+                train_targets: None,
+                validation_targets: None,
                 sequence_length: 512,
                 long_documents: LongDocuments::Refuse,
                 begin_token: false,
@@ -346,6 +352,14 @@ impl RunConfig {
             checkpoint: CheckpointSection { every: 100, keep: 2 },
             evaluation: EvaluationSection { every: 100, sequences: 16 },
         }
+    }
+}
+
+impl RunConfig {
+    /// Whether the teacher must be asked: for training, or for validation.
+    pub fn asks_teacher(&self) -> bool {
+        let data = &self.data;
+        data.train_targets.is_none() || (data.validation.is_some() && data.validation_targets.is_none())
     }
 }
 

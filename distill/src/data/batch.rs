@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use autograd::Tensor;
-use autograd::ops::IGNORED_LABEL;
+use autograd::ops::{IGNORED_LABEL, TopLogProbabilities};
 use model::TokenBatch;
 use runtime::Device;
 use serde::{Deserialize, Serialize};
@@ -30,6 +30,8 @@ pub struct Batch {
     pub mask: Tensor,
     /// u32 `[batch, time]`: the same, to look rows up by.
     pub counts: Tensor,
+    /// What the teacher said of the positions, where it is known beforehand.
+    pub targets: Option<TopLogProbabilities>,
 }
 
 impl Batch {
@@ -49,6 +51,7 @@ impl Batch {
             labels: Tensor::from_slice(device, &shape, &labels)?,
             mask: Tensor::from_slice(device, &shape, &mask)?,
             counts: Tensor::from_slice(device, &shape, &counts)?,
+            targets: None,
         })
     }
 }

@@ -330,7 +330,7 @@ pub fn run(
 /// # Errors
 /// When there is none, or it is not finished.
 pub fn read(folder: &Path) -> Result<Ranking> {
-    store::read(&folder.join(store::RANKING))?
+    files::read_json(&folder.join(store::RANKING))?
         .with_context(|| format!("{} holds no finished ranking: it has no {}", folder.display(), store::RANKING))
 }
 

@@ -5,27 +5,15 @@ use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
-use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use anyhow::{Context, Result};
 
 use super::{LayerScore, Method, RankConfig, Ranking, plot};
-use crate::files;
-use crate::train::lock_folder;
+use crate::{begun, files};
 
 /// The finished ranking.
 pub(super) const RANKING: &str = "ranking.json";
-const SETTINGS: &str = "settings.json";
 const LAYERS: &str = "layers.jsonl";
 const DATA: &str = "data";
-
-/// What a ranking was begun with.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-struct Begun {
-    settings: RankConfig,
-    hashes: BTreeMap<String, String>,
-}
 
 /// An open folder. While it is open no other process can open it.
 pub(super) struct Store {
@@ -43,34 +31,7 @@ impl Store {
     /// A folder with other things in it, or with a ranking of other settings, models or data, naming the differences;
     /// one that another process has open.
     pub fn open(folder: &Path, settings: &RankConfig, hashes: &BTreeMap<String, String>) -> Result<Self> {
-        files::create_folder(folder)?;
-        let lock = lock_folder(folder)?;
-        let wanted = Begun { settings: settings.clone(), hashes: hashes.clone() };
-        let path = folder.join(SETTINGS);
-        match read::<Begun>(&path)? {
-            Some(begun) => {
-                let differences = differences(&begun, &wanted)?;
-                ensure!(
-                    differences.is_empty(),
-                    "the ranking in {} began differently: {}; give the same, or name a new folder with --out",
-                    folder.display(),
-                    differences.join("; ")
-                );
-                files::remove_leftovers(folder)?;
-            }
-            None => {
-                let mut entries = fs::read_dir(folder).with_context(|| format!("reading {}", folder.display()))?;
-                let other = entries.find_map(|entry| entry.ok().map(|entry| entry.file_name()));
-                let other = other.filter(|name| !name.to_string_lossy().starts_with(".settings.json"));
-                ensure!(
-                    other.is_none(),
-                    "{} is no ranking's folder: it holds {}; name a new or empty folder with --out",
-                    folder.display(),
-                    other.unwrap_or_default().to_string_lossy()
-                );
-                write_json(&path, &wanted)?;
-            }
-        }
+        let lock = begun::open(folder, "ranking", settings, hashes)?;
         let path = folder.join(LAYERS);
         let (known, bytes) = known(&path)?;
         let log = OpenOptions::new()
@@ -87,7 +48,7 @@ impl Store {
     /// # Errors
     /// When it cannot be read.
     pub fn finished(&self) -> Result<Option<Ranking>> {
-        read(&self.folder.join(RANKING))
+        files::read_json(&self.folder.join(RANKING))
     }
 
     /// What is known of a layer.
@@ -121,7 +82,7 @@ impl Store {
             write("change-of-rank.svg", plot::slopes(ranking))?;
         }
         // Last: its presence means that all is there.
-        write_json(&self.folder.join(RANKING), ranking)
+        files::write_json(&self.folder.join(RANKING), ranking)
     }
 }
 
@@ -129,24 +90,6 @@ impl Store {
 pub(super) fn packed_data(folder: &Path) -> Result<PathBuf> {
     files::create_folder(&folder.join(DATA))?;
     Ok(folder.join(DATA).join("documents.tokens"))
-}
-
-/// Reads a JSON file; `None` where there is none.
-pub(super) fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
-    if !path.exists() {
-        return Ok(None);
-    }
-    let text = fs::read(path).with_context(|| format!("reading {}", path.display()))?;
-    serde_json::from_slice(&text)
-        .map(Some)
-        .with_context(|| format!("{} is not what this version writes", path.display()))
-}
-
-fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
-    files::write_file(path, |writer| {
-        serde_json::to_writer_pretty(&mut *writer, value)?;
-        Ok(writer.write_all(b"\n")?)
-    })
 }
 
 /// The whole lines of a log and how many bytes they take; a line that a killed process left torn ends it.
@@ -166,38 +109,6 @@ fn known(path: &Path) -> Result<(BTreeMap<usize, LayerScore>, u64)> {
         known.insert(score.layer, score);
     }
     Ok((known, bytes))
-}
-
-/// In what two beginnings differ, in words.
-fn differences(begun: &Begun, wanted: &Begun) -> Result<Vec<String>> {
-    let flat = |begun: &Begun| -> Result<Vec<(String, String)>> {
-        let settings = serde_json::to_value(&begun.settings)?;
-        let settings = settings.as_object().into_iter().flatten();
-        let mut keys: Vec<(String, String)> = settings.map(|(key, value)| (key.clone(), text(value))).collect();
-        let hashes = begun.hashes.iter();
-        keys.extend(
-            hashes.map(|(role, hash)| (format!("the {role}'s SHA-256"), hash.get(..12).unwrap_or(hash).to_owned())),
-        );
-        Ok(keys)
-    };
-    let (begun, wanted) = (flat(begun)?, flat(wanted)?);
-    let value = |keys: &[(String, String)], wanted: &str| {
-        keys.iter().find(|(key, _)| key == wanted).map_or("none".to_owned(), |(_, value)| value.clone())
-    };
-    let mut keys: Vec<&String> = begun.iter().map(|(key, _)| key).collect();
-    keys.extend(wanted.iter().map(|(key, _)| key).filter(|key| !begun.iter().any(|(known, _)| known == *key)));
-    Ok(keys
-        .into_iter()
-        .filter(|key| value(&begun, key) != value(&wanted, key))
-        .map(|key| format!("{key} was {}, is now {}", value(&begun, key), value(&wanted, key)))
-        .collect())
-}
-
-fn text(value: &Value) -> String {
-    match value {
-        Value::Null => "none".to_owned(),
-        other => other.to_string(),
-    }
 }
 
 #[cfg(test)]

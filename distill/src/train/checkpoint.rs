@@ -34,6 +34,9 @@ pub(super) struct DataState {
     pub identity: Identity,
     /// SHA-256 of the rows.
     pub rows: String,
+    /// SHA-256 of what the teacher says of them, where that is known beforehand.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub targets: Option<String>,
 }
 
 /// What a run continues with, beside weights and moments.

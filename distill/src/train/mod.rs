@@ -33,6 +33,7 @@ use crate::data::{self, Batch, PackOptions, PositionsThatCount, Sampler, Sequenc
 use crate::files;
 use crate::interruption::Interrupted;
 pub use crate::interruption::Interruption;
+use crate::teach::Targets;
 use checkpoint::{Checkpoint, DataState, State};
 pub(crate) use folder::{RunFolder, lock as lock_folder};
 use guard::SpikeGuard;
@@ -178,7 +179,7 @@ fn prepare<'a>(
         run,
         device: device.clone(),
         objective: Objective::new(&config.loss),
-        sampler: Sampler::new(config.training.seed, data.train.sequences()),
+        sampler: Sampler::new(config.training.seed, data.train.file.sequences()),
         models,
         data,
         optimizer,
@@ -203,9 +204,15 @@ fn warn_of_long_rows(config: &RunConfig, models: &Models, progress: &mut Progres
     }
 }
 
+/// Rows, and what the teacher says of them where that is known beforehand.
+struct Rows {
+    file: TokenFile,
+    targets: Option<Targets>,
+}
+
 struct Data {
-    train: TokenFile,
-    validation: Option<TokenFile>,
+    train: Rows,
+    validation: Option<Rows>,
 }
 
 impl Data {
@@ -257,13 +264,33 @@ impl Data {
             Some(source) => Some(prepare("validation", source)?),
             None => None,
         };
-        Ok(Self { train, validation })
+        let teacher = models.hashes.get("teacher").map_or("", String::as_str);
+        let with_targets = |file: TokenFile, role: &str, folder: &Option<PathBuf>| -> Result<Rows> {
+            let Some(folder) = folder else { return Ok(Rows { file, targets: None }) };
+            let key = format!("data.{role}_targets");
+            let targets = Targets::open(folder, interruption).with_context(|| key.clone())?;
+            targets.check(&key, teacher, &file, config.loss.temperature)?;
+            let begun = state.and_then(|state| state.data.get(role)?.targets.as_ref());
+            ensure!(
+                begun.is_none_or(|begun| *begun == targets.description().sha256),
+                "{key}: these are not the targets that the run began with: put them back, or start a new run folder"
+            );
+            Ok(Rows { file, targets: Some(targets) })
+        };
+        let (of_train, of_validation) = (&config.data.train_targets, &config.data.validation_targets);
+        Ok(Self {
+            train: with_targets(train, "train", of_train)?,
+            validation: validation.map(|file| with_targets(file, "validation", of_validation)).transpose()?,
+        })
     }
 
     fn state(&self) -> BTreeMap<String, DataState> {
-        let state =
-            |file: &TokenFile| DataState { identity: file.identity().clone(), rows: file.rows_hash().to_owned() };
-        let validation = self.validation.as_ref().map(|file| ("validation".to_owned(), state(file)));
+        let state = |Rows { file, targets }: &Rows| DataState {
+            identity: file.identity().clone(),
+            rows: file.rows_hash().to_owned(),
+            targets: targets.as_ref().map(|targets| targets.description().sha256.clone()),
+        };
+        let validation = self.validation.as_ref().map(|rows| ("validation".to_owned(), state(rows)));
         [("train".to_owned(), state(&self.train))].into_iter().chain(validation).collect()
     }
 }
@@ -377,7 +404,7 @@ impl Trainer<'_> {
         let training = &self.config.training;
         let first = self.state.sequences;
         let rows: Vec<u64> = (first..first + training.batch_size as u64).map(|at| self.sampler.row(at)).collect();
-        let positions = positions_that_count(&self.data.train, &rows, self.objective.positions)?;
+        let positions = positions_that_count(&self.data.train.file, &rows, self.objective.positions)?;
         ensure!(positions > 0, "no position of its {} rows counts in the loss: use larger batches", rows.len());
         let (gradients, unread) = self.gradients(&rows, positions)?;
         let square_sum = optimizer::gradient_square_sum(&self.models.student.parameters, &gradients)?;
@@ -425,7 +452,7 @@ impl Trainer<'_> {
             ));
         }
         self.metrics.write(&record)?;
-        let tokens = rows.len() * self.data.train.identity().sequence_length;
+        let tokens = rows.len() * self.data.train.file.identity().sequence_length;
         let tokens_per_second = self.time("step", started, Some(tokens))?;
         progress.step(&record, tokens_per_second);
         Ok(())
@@ -452,22 +479,24 @@ impl Trainer<'_> {
         Ok((sum.unwrap_or_default(), losses))
     }
 
-    fn batch(&self, file: &TokenFile, rows: &[u64]) -> Result<Batch> {
-        Batch::new(&self.device, &read_rows(file, rows)?, self.objective.positions)
+    fn batch(&self, of: &Rows, rows: &[u64]) -> Result<Batch> {
+        let targets = of.targets.as_ref().map(|targets| targets.rows(&self.device, rows)).transpose()?;
+        Ok(Batch { targets, ..Batch::new(&self.device, &read_rows(&of.file, rows)?, self.objective.positions)? })
     }
 
     /// That the loss of these rows is a number.
-    fn check_finite(&self, loss: &Loss, file: &TokenFile, rows: &[u64]) -> Result<()> {
+    fn check_finite(&self, loss: &Loss, of: &Rows, rows: &[u64]) -> Result<()> {
         if loss.total.is_finite() {
             return Ok(());
         }
-        let batch = self.batch(file, rows)?;
+        let batch = self.batch(of, rows)?;
         self.objective.check_finite(loss, &self.models.student, self.models.teacher.as_ref(), &batch)
     }
 
     /// Looks at the first rows of the validation data, if there are any.
     fn validate(&mut self, interruption: &Interruption, progress: &mut Progress) -> Result<()> {
-        let Some(file) = &self.data.validation else { return Ok(()) };
+        let Some(validation) = &self.data.validation else { return Ok(()) };
+        let file = &validation.file;
         let started = Instant::now();
         let count = file.sequences().min(self.config.evaluation.sequences);
         let rows: Vec<u64> = (0..count).collect();
@@ -477,7 +506,7 @@ impl Trainer<'_> {
         for rows in rows.chunks(self.config.training.micro_batch) {
             interruption.check()?;
             let place = || format!("validation after step {}", self.state.step);
-            let (batch, tape) = (self.batch(file, rows)?, Tape::inference());
+            let (batch, tape) = (self.batch(validation, rows)?, Tape::inference());
             let (student, teacher) = (&self.models.student, self.models.teacher.as_ref());
             let (_, unread) =
                 self.objective.compute(&tape, student, teacher, &batch, positions, true).with_context(place)?;

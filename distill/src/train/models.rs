@@ -55,6 +55,8 @@ impl Models {
         if let Some(teacher) = &teacher {
             share_frozen(&mut student, teacher)?;
         }
+        // What the student does not share is free again.
+        let teacher = teacher.filter(|_| config.asks_teacher());
         Ok(Self {
             student,
             teacher,

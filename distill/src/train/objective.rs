@@ -109,7 +109,7 @@ impl Objective {
     ) -> Result<(Var, Unread)> {
         let denominator = positions as f32;
         // The teacher first: what its layers need in passing is free again before the student's are kept.
-        let teacher = self.teacher(teacher);
+        let teacher = self.teacher(teacher).filter(|_| batch.targets.is_none());
         let mut mixer_inputs = None;
         let teacher_states = match teacher {
             Some(teacher) => {
@@ -126,13 +126,16 @@ impl Objective {
             None => None,
         };
         let head_teacher = |divergence: Divergence, weight: f64| {
-            teacher_states.as_ref().filter(|_| weight > 0.0).map(|(hidden, head)| HeadTeacher {
-                hidden,
-                head,
+            let states = || teacher_states.as_ref().map(|(hidden, head)| TeacherSource::Head { hidden, head });
+            let source = batch.targets.as_ref().map(TeacherSource::Top).or_else(states);
+            // What was said beforehand has its temperature in it.
+            let teacher_temperature = if batch.targets.is_some() { 1.0 } else { self.teacher_temperature };
+            source.filter(|_| weight > 0.0).map(|source| HeadTeacher {
+                source,
                 options: DivergenceOptions {
                     divergence,
                     student_temperature: self.student_temperature,
-                    teacher_temperature: self.teacher_temperature,
+                    teacher_temperature,
                     mask: Some(&batch.mask),
                     denominator,
                 },

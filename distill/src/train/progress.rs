@@ -74,6 +74,20 @@ impl Progress {
         }
     }
 
+    /// Shows how many rows are done.
+    pub fn rows(&mut self, done: u64) {
+        match &mut self.form {
+            Form::Silent => {}
+            Form::Bar(bar) => bar.set_position(done),
+            Form::Lines { total, last } => {
+                if done == *total || last.is_none_or(|last| last.elapsed() >= BETWEEN_LINES) {
+                    line(&format!("row {done}/{total}"));
+                    *last = Some(Instant::now());
+                }
+            }
+        }
+    }
+
     /// Shows a look at the validation data.
     pub fn validation(&mut self, record: &ValidationRecord) {
         self.say(&format!(

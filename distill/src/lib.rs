@@ -7,7 +7,8 @@
 //! - [`rank`]: which layers a model can do without.
 //! - [`teach`]: what a teacher says of the training data, kept on the disk.
 //! - [`perplexity`]: how well a model predicts documents.
-//! - [`mod@bench`], [`report`]: timings, and pages with tables and curves.
+//! - [`mod@bench`]: timings.
+//! - [`report`]: a run's folder as a page.
 //! - [`commands`]: the command line.
 
 #![forbid(unsafe_code)]
@@ -27,3 +28,4 @@ pub mod report;
 pub mod stages;
 pub mod teach;
 pub mod train;
+mod units;

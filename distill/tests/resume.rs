@@ -17,10 +17,12 @@ const STEPS: u64 = 40;
 const RUN: [&str; 10] =
     ["--steps", "40", "--batch-size", "16", "--micro-batch", "5", "--checkpoint-every", "4", "--evaluation-every", "6"];
 
-/// What must be equal bit for bit: everything but the clock's log, and of the checkpoints the last.
+/// What must be equal bit for bit: everything but what holds clock times, and of the checkpoints the last.
 fn result(run: &Path) -> BTreeMap<String, Vec<u8>> {
     let mut files = files_below(run);
     files.remove("timing.jsonl").expect("timing.jsonl is written");
+    files.remove(support::EVENTS).expect("the event file is written");
+    support::check_events(run);
     files.retain(|name, _| !name.starts_with("checkpoints/") || name.starts_with("checkpoints/step-000040/"));
     assert!(files.keys().all(|name| !name.contains("partial")), "leftovers: {:?}", files.keys());
     for name in [

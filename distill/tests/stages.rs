@@ -53,9 +53,13 @@ fn layers(value: &Value) -> Vec<u64> {
 /// What must be equal bit for bit: everything but clocks, and of the checkpoints the last. Paths of the run itself are
 /// in some files; they are given another name.
 fn result(run: &Path, name: &str) -> BTreeMap<String, Vec<u8>> {
+    for stage in 1..=3 {
+        support::check_events(&run.join(format!("stage-{stage:02}/run")));
+    }
     let mut files = files_below(run);
     files.retain(|file, _| {
         !file.ends_with("timing.jsonl")
+            && !file.ends_with(support::EVENTS)
             && (!file.contains("/checkpoints/") || file.contains("/step-000012/"))
             // It holds the hash of the configuration, and so the path.
             && !file.ends_with("state.json")

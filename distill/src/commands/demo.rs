@@ -17,8 +17,9 @@ Examples:
 
 /// Distil a small teacher into a hybrid, from nothing but this program
 ///
-/// The teacher does four-operand arithmetic step by step. Half of its layers lose their attention to Mamba mixers; a
-/// table shows what teacher, broken hybrid and distilled hybrid answer on unseen problems, and a page shows the curves.
+/// The teacher does four-operand arithmetic step by step. Its layers are ranked, and the two least important lose their
+/// attention to Mamba mixers in two stages; a table shows what teacher, hybrid without distillation and distilled hybrid
+/// answer on unseen problems, and a page (as of `grafter report`) shows the rest.
 /// Takes at most three minutes on two cores.
 #[derive(Args)]
 #[command(after_help = EXAMPLES)]
@@ -43,6 +44,7 @@ pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
         output::line(&format!("teacher   {}", world.teacher.display()))?;
         output::line(&format!("problems  {}", world.train.display()))?;
         output::line(&format!("run file  {}", world.distill_run.display()))?;
+        output::line(&format!("in stages {}", world.staged_run.display()))?;
         return done();
     }
     let interruption = Interruption::on_signals(INTERRUPTED.into())?;
@@ -59,10 +61,11 @@ pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
 }
 
 fn print(summary: &Summary) -> Result<()> {
-    let table = summary.table();
-    let widths: Vec<usize> = (0..table.header.len())
+    let (header, rows) = summary.table();
+    let header: Vec<String> = header.into_iter().map(String::from).collect();
+    let widths: Vec<usize> = (0..header.len())
         .map(|column| {
-            let cells = table.rows.iter().map(|row| &row[column]).chain([&table.header[column]]);
+            let cells = rows.iter().map(|row| &row[column]).chain([&header[column]]);
             cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
         })
         .collect();
@@ -73,8 +76,8 @@ fn print(summary: &Summary) -> Result<()> {
         output::line(padded.collect::<Vec<_>>().join("  ").trim_end())
     };
     output::line("")?;
-    line(&table.header)?;
-    for row in &table.rows {
+    line(&header)?;
+    for row in &rows {
         line(row)?;
     }
     output::line("")?;

@@ -13,6 +13,7 @@ mod merge;
 mod output;
 mod precision;
 mod rank;
+mod report;
 mod run_flags;
 mod sft;
 mod teach;
@@ -59,6 +60,7 @@ enum Command {
     Generate(generate::Arguments),
     Eval(eval::Arguments),
     Data(data::Arguments),
+    Report(report::Arguments),
     Bench(bench::Arguments),
     Demo(demo::Arguments),
 }
@@ -99,6 +101,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Generate(arguments) => generate::run(arguments),
         Command::Eval(arguments) => eval::run(arguments),
         Command::Data(arguments) => data::run(arguments),
+        Command::Report(arguments) => report::run(arguments),
         Command::Bench(arguments) => bench::run(arguments),
         Command::Demo(arguments) => demo::run(arguments),
     }

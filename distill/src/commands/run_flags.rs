@@ -166,12 +166,7 @@ fn dry_run(config: &RunConfig, interruption: &Interruption, json: bool) -> Resul
     output::line("stage  Mamba layers  ranked by   updates         tokens  ranking (s)  updates (s)")?;
     for stage in &plan.stages {
         let named = stage.layers.as_ref().map(|layers| format!("  layers {layers:?}")).unwrap_or_default();
-        let method = match stage.ranked_by {
-            Some(Method::Loo) => "loo",
-            Some(Method::Mmr) => "mmr",
-            Some(Method::Mse) => "mse",
-            None => "-",
-        };
+        let method = stage.ranked_by.map_or("-", Method::name);
         output::line(&format!(
             "{:>5}  {:>12}  {method:<9}  {:>8}  {:>13}  {:>11.1}  {:>11.1}{named}",
             stage.stage,

@@ -1,32 +1,35 @@
 //! `grafter demo`: the whole job in a small world, with nothing but what the binary carries.
 //!
-//! The teacher does four-operand arithmetic step by step. The demo replaces the attention of half its layers by Mamba
-//! mixers, shows that the hybrid is broken, distils it, and shows what it knows again.
+//! The teacher does four-operand arithmetic step by step. The demo ranks its layers, replaces the attention of the two
+//! least important ones by Mamba mixers in two stages, and examines the teacher, the hybrid as it would be without
+//! distillation, and the hybrid with it.
 
 mod evaluate;
 pub mod task;
 pub mod world;
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use model::chat::ChatTemplate;
-use model::config::MixerKind;
 use model::initialise::{GraftOptions, graft};
 use model::tokenizer::Tokenizer;
 use model::{Model, Precision};
 use runtime::Device;
 use serde::Serialize;
+use serde_json::json;
 
 pub use evaluate::{Evaluation, LONG_CONTEXT, evaluate};
-use task::{Problem, Problems, Split};
+use task::{Problem, Problems, Split, answer_of};
 
 use crate::config::{self, Override, RunConfig, Task};
 use crate::files;
 use crate::interruption::Interrupted;
-use crate::report::{Curve, Page, Plot, Table};
-use crate::train::{self, Interruption, Outcome, Progress, Record, read_metrics};
+use crate::report;
+use crate::stages;
+use crate::train::{Interruption, Outcome, Progress};
 
 /// Seed of the problems that the models are examined on; neither training nor validation draws them.
 const EXAM_SEED: u64 = 3;
@@ -40,11 +43,11 @@ pub struct Summary {
     pub replaced_layers: Vec<usize>,
     /// The teacher.
     pub teacher: Evaluation,
-    /// The hybrid as it was grafted.
+    /// The hybrid as it is grafted, without distillation.
     pub hybrid_before: Evaluation,
     /// The hybrid after distillation.
     pub hybrid_after: Evaluation,
-    /// How long distillation took, in seconds; 0 when an earlier call had done it.
+    /// How long rankings and distillation took, in seconds; about 0 when an earlier call had done them.
     pub distillation_seconds: f64,
     /// The page with curves and examples.
     pub report: PathBuf,
@@ -101,27 +104,30 @@ fn distil_and_examine(
     let teacher = Model::load(&world.teacher, &device, Precision::AsStored)?;
     progress.say(&format!("examining the teacher on {problems} unseen problems"));
     let teacher_evaluation = examine(&teacher)?;
-    let options = GraftOptions { seed: config.training.seed, align: config.model.mil_align };
-    let grafted = graft(&teacher, &teacher, &config.model.layers, &options)?;
-    progress.say(&format!("examining the hybrid with layers {:?} replaced, before distillation", config.model.layers));
-    let before = examine(&grafted)?;
-    drop(grafted);
-
-    progress.say("distilling");
+    progress.say("ranking, replacing and distilling, in two stages");
     let start = Instant::now();
     let run_folder = folder.join("run");
-    let model = match train::run(&config, &run_folder, interruption, progress)? {
+    let model = match stages::run(&config, &run_folder, None, interruption, progress)? {
         Outcome::Finished { model } => model,
         Outcome::Interrupted { signal, .. } => return Err(Interrupted { signal }.into()),
     };
     let distillation_seconds = start.elapsed().as_secs_f64();
     let hybrid = Model::load(&model, &device, Precision::AsStored)?;
-    progress.say("examining the hybrid after distillation");
+    progress.say("examining the hybrid");
     let after = examine(&hybrid)?;
 
+    let layers = stages::mamba_layers(&hybrid.config);
+    let options = GraftOptions { seed: config.training.seed, align: config.model.mil_align };
+    let grafted = graft(&teacher, &teacher, &layers, &options)?;
+    progress.say(&format!("examining the hybrid with layers {layers:?} replaced, but without distillation"));
+    let before = examine(&grafted)?;
+
+    write_evaluation(&run_folder, "1-teacher", &teacher_evaluation, &exam)?;
+    write_evaluation(&run_folder, "2-hybrid-before", &before, &exam)?;
+    write_evaluation(&run_folder, "3-hybrid-after", &after, &exam)?;
     let summary = Summary {
         problems,
-        replaced_layers: config.model.layers.clone(),
+        replaced_layers: layers,
         teacher: teacher_evaluation,
         hybrid_before: before,
         hybrid_after: after,
@@ -129,14 +135,13 @@ fn distil_and_examine(
         report: folder.join("report.html"),
         model,
     };
-    let page = report(&summary, &exam, &hybrid, &config, &run_folder)?;
-    files::write_file(&summary.report, |writer| Ok(std::io::Write::write_all(writer, page.as_bytes())?))?;
+    report::write(&run_folder, &summary.report)?;
     Ok(summary)
 }
 
 impl Summary {
-    /// The comparison of the three models.
-    pub fn table(&self) -> Table {
+    /// The comparison of the three models: names of the columns, and a row per model.
+    pub fn table(&self) -> (Vec<&'static str>, Vec<Vec<String>>) {
         let row = |name: &str, evaluation: &Evaluation| {
             vec![
                 name.to_owned(),
@@ -147,23 +152,20 @@ impl Summary {
                 format!("{:.0}", evaluation.tokens_per_second_long),
             ]
         };
-        Table {
-            header: [
-                "model",
-                "answers right",
-                "loss (nats/token)",
-                "cache per 2,048-token sequence",
-                "tokens/s (batched)",
-                "tokens/s (one sequence at 2,048)",
-            ]
-            .map(String::from)
-            .to_vec(),
-            rows: vec![
-                row("teacher", &self.teacher),
-                row("hybrid, before", &self.hybrid_before),
-                row("hybrid, after", &self.hybrid_after),
-            ],
-        }
+        let header = vec![
+            "model",
+            "answers right",
+            "loss (nats/token)",
+            "cache per 2,048-token sequence",
+            "tokens/s (batched)",
+            "tokens/s (one sequence at 2,048)",
+        ];
+        let rows = vec![
+            row("teacher", &self.teacher),
+            row("hybrid, before", &self.hybrid_before),
+            row("hybrid, after", &self.hybrid_after),
+        ];
+        (header, rows)
     }
 
     /// The share of the teacher's accuracy that the distilled hybrid keeps.
@@ -172,7 +174,7 @@ impl Summary {
     }
 }
 
-/// The run of `distill.toml`, its files where this demo keeps them.
+/// The run of `staged.toml`, its files where this demo keeps them.
 fn run_config(world: &world::World) -> Result<RunConfig> {
     let set = |key: &str, path: &Path| Override::flag("the demo", key, path.to_string_lossy().into_owned());
     let paths = [
@@ -180,7 +182,7 @@ fn run_config(world: &world::World) -> Result<RunConfig> {
         set("data.train", &world.train),
         set("data.validation", &world.validation),
     ];
-    config::resolve(Task::Distill, Some(&world.distill_run), &paths)
+    config::resolve(Task::Distill, Some(&world.staged_run), &paths)
 }
 
 /// A folder that is not there yet, is empty, or holds an earlier demo.
@@ -195,110 +197,29 @@ fn check_folder(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-fn report(summary: &Summary, exam: &[Problem], hybrid: &Model, run_config: &RunConfig, run: &Path) -> Result<String> {
-    let mut page = Page::new("grafter demo");
-    let layers = hybrid.config.mixers.len();
-    page.paragraph(&format!(
-        "A small transformer that does four-operand arithmetic step by step ({layers} layers) became a hybrid: the \
-         attention of layers {:?} was replaced by Mamba mixers that start from the attention's own weights, and the \
-         hybrid was distilled against the original with reverse KL for {} updates in {:.0} s.",
-        summary.replaced_layers, run_config.training.steps, summary.distillation_seconds
-    ));
-    page.heading("Teacher and hybrid");
-    page.paragraph(&format!(
-        "Exact match of the final answer on {} problems that no model has seen. The hybrid keeps {:.1} % of the \
-         teacher's accuracy. Caches are as this device keeps them (f32); at this size the models are too small for the \
-         cache to set the speed.",
-        summary.problems,
-        100.0 * summary.accuracy_kept()
-    ));
-    page.table(&summary.table());
-
-    let records = read_metrics(&run.join("metrics.jsonl"))?;
-    let mut steps = Vec::new();
-    let mut validation = Vec::new();
-    let mut norms = Vec::new();
-    let mut rates = Vec::new();
-    for record in &records {
-        match record {
-            Record::Step(step) => {
-                steps.push((step.step as f64, step.loss));
-                norms.push((step.step as f64, step.gradient_norm));
-                rates.push((step.step as f64, step.learning_rate));
-            }
-            Record::Validation(record) => validation.push((record.step as f64, record.validation_loss)),
-        }
-    }
-    page.heading("Distillation");
-    let plot = |title: &str, y_label: &str, logarithmic: bool, curves: Vec<Curve>| Plot {
-        title: title.to_owned(),
-        x_label: "update".to_owned(),
-        y_label: y_label.to_owned(),
-        logarithmic,
-        curves,
-    };
-    let curve = |name: &str, points: Vec<(f64, f64)>| Curve { name: name.to_owned(), points };
-    page.plot(&plot(
-        "Reverse KL from the teacher",
-        "nats per token",
-        true,
-        vec![
-            curve("training", steps.clone()),
-            curve("training, mean of 50 updates", moving_mean(&steps, 50)),
-            curve("unseen problems", validation),
-        ],
-    ))?;
-    page.plot(&plot("Gradient norm before clipping", "norm", true, vec![curve("all parameters", norms)]))?;
-    page.plot(&plot("Learning rate", "rate", false, vec![curve("AdamW", rates)]))?;
-
-    page.heading("The same problems, three models");
-    page.table(&Table {
-        header: ["problem", "right", "teacher", "hybrid, before", "hybrid, after"].map(String::from).to_vec(),
-        rows: exam
-            .iter()
-            .enumerate()
-            .take(12)
-            .map(|(index, problem)| {
-                vec![
-                    problem.question.clone(),
-                    problem.answer.to_string(),
-                    summary.teacher.solutions[index].clone(),
-                    summary.hybrid_before.solutions[index].clone(),
-                    summary.hybrid_after.solutions[index].clone(),
-                ]
-            })
-            .collect(),
-    });
-    page.heading("Layers of the hybrid");
-    page.table(&Table {
-        header: ["layer", "mixer"].map(String::from).to_vec(),
-        rows: hybrid
-            .config
-            .mixers
-            .iter()
-            .enumerate()
-            .map(|(layer, mixer)| {
-                let name = match mixer {
-                    MixerKind::Attention => "attention",
-                    MixerKind::Mamba => "Mamba",
-                    MixerKind::Identity => "identity",
-                };
-                vec![layer.to_string(), name.to_owned()]
-            })
-            .collect(),
-    });
-    page.heading("Configuration");
-    page.preformatted(&config::to_toml(run_config)?);
-    Ok(page.finish())
-}
-
-/// The mean of every point's y with those before it, `count` in all.
-fn moving_mean(points: &[(f64, f64)], count: usize) -> Vec<(f64, f64)> {
-    points
-        .windows(count.max(1))
-        .map(|window| {
-            let mean = window.iter().map(|point| point.1).sum::<f64>() / window.len() as f64;
-            (window[window.len() - 1].0, mean)
+/// Writes what a model did with the exam into the run's `evaluations/`, for the report and for whoever wants to check.
+fn write_evaluation(run: &Path, name: &str, evaluation: &Evaluation, exam: &[Problem]) -> Result<()> {
+    let samples = exam.iter().zip(&evaluation.solutions).map(|(problem, solution)| {
+        json!({
+            "prompt": problem.question,
+            "expected": problem.solution,
+            "answer": solution,
+            "right": answer_of(solution) == Some(problem.answer),
         })
-        .collect()
+    });
+    let content = json!({
+        "task": "four-operand arithmetic",
+        "metrics": {
+            "accuracy": evaluation.accuracy,
+            "loss_in_nats_per_token": evaluation.loss,
+            "cache_bytes_of_2048_tokens": evaluation.cache_bytes,
+            "tokens_per_second_batched": evaluation.tokens_per_second,
+            "tokens_per_second_at_2048_tokens": evaluation.tokens_per_second_long,
+        },
+        "samples": samples.collect::<Vec<_>>(),
+    });
+    let folder = run.join("evaluations");
+    files::create_folder(&folder)?;
+    let text = serde_json::to_string_pretty(&content)?;
+    files::write_file(&folder.join(format!("{name}.json")), |writer| Ok(writeln!(writer, "{text}")?))
 }

@@ -36,12 +36,15 @@ pub struct World {
     pub train: PathBuf,
     /// Unseen problems, to look at while training.
     pub validation: PathBuf,
-    /// What the demo does to the teacher: a run file.
+    /// A run file that replaces two layers at once.
     pub distill_run: PathBuf,
+    /// A run file that ranks and replaces in two stages: what the demo does to the teacher.
+    pub staged_run: PathBuf,
 }
 
-/// Writes the demo's world into `folder`, which is new, empty, or such a world already: `teacher/`, `train.jsonl`, `validation.jsonl`, `teacher.toml` (how the teacher
-/// was trained) and `distill.toml` (what the demo does to it).
+/// Writes the demo's world into `folder`, which is new, empty, or such a world already: `teacher/`, `train.jsonl`,
+/// `validation.jsonl`, `teacher.toml` (how the teacher was trained), `distill.toml` (a hybrid of it) and `staged.toml` (the
+/// same in stages, which is what the demo does).
 ///
 /// # Errors
 /// A folder with other things in it; files that cannot be written.
@@ -71,10 +74,12 @@ pub fn write(folder: &Path) -> Result<World> {
         train: folder.join("train.jsonl"),
         validation: folder.join("validation.jsonl"),
         distill_run: folder.join("distill.toml"),
+        staged_run: folder.join("staged.toml"),
     };
     problems(&world.train, Split::Train, TRAIN_SEED, TRAIN_PROBLEMS)?;
     problems(&world.validation, Split::Unseen, VALIDATION_SEED, VALIDATION_PROBLEMS)?;
     run_file(&world.distill_run, DISTILL_RUN, folder)?;
+    run_file(&world.staged_run, STAGED_RUN, folder)?;
     Ok(world)
 }
 
@@ -89,8 +94,11 @@ fn run_file(path: &Path, text: &str, folder: &Path) -> Result<()> {
 /// How the teacher was trained; paths are relative to where the command is given.
 const TEACHER_RUN: &str = include_str!("teacher.toml");
 
-/// What the demo does.
+/// A hybrid of it.
 const DISTILL_RUN: &str = include_str!("distill.toml");
+
+/// What the demo does.
+const STAGED_RUN: &str = include_str!("staged.toml");
 
 fn problems(path: &Path, split: Split, seed: u64, count: usize) -> Result<()> {
     files::write_file(path, |writer| {

@@ -13,7 +13,7 @@
 mod examination;
 mod leave_one_out;
 mod mixer_error;
-mod plot;
+pub(crate) mod plot;
 mod questions;
 mod replacement;
 mod store;
@@ -49,6 +49,17 @@ pub enum Method {
     Mmr,
     /// Error of each new mixer's output before it learns
     Mse,
+}
+
+impl Method {
+    /// What it is called on the command line.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Loo => "loo",
+            Self::Mmr => "mmr",
+            Self::Mse => "mse",
+        }
+    }
 }
 
 /// What leaving a layer out makes worse.

@@ -11,7 +11,7 @@ const BLUE: RGBColor = RGBColor(31, 119, 180);
 const ORANGE: RGBColor = RGBColor(214, 95, 14);
 
 /// A bar per layer. Scores before learning, where there are any, are paler bars behind.
-pub(super) fn bars(ranking: &Ranking) -> Result<String> {
+pub(crate) fn bars(ranking: &Ranking) -> Result<String> {
     let scores = &ranking.scores;
     let starts = scores.iter().filter_map(|score| score.score_at_start);
     let values: Vec<f64> = scores.iter().map(|score| score.score).chain(starts).collect();
@@ -80,7 +80,7 @@ fn axis(ranking: &Ranking) -> &'static str {
 
 /// Ranks at the start on the left, ranks after learning on the right, a line per layer; where lines cross learning
 /// changed the order. Lines that move by more than a tenth of all ranks are coloured.
-pub(super) fn slopes(ranking: &Ranking) -> String {
+pub(crate) fn slopes(ranking: &Ranking) -> String {
     let start: Vec<LayerScore> = ranking
         .scores
         .iter()

@@ -162,7 +162,7 @@ fn base_of(config: &RunConfig, folder: &Path, number: usize) -> Result<PathBuf> 
     base.cloned().context("model.teacher is missing")
 }
 
-fn mamba_layers(model: &ModelConfig) -> Vec<usize> {
+pub(crate) fn mamba_layers(model: &ModelConfig) -> Vec<usize> {
     (0..model.mixers.len()).filter(|&layer| model.mixers[layer] == MixerKind::Mamba).collect()
 }
 
@@ -471,7 +471,7 @@ fn ranking_of(config: &RunConfig, base: &Path, method: Method) -> Result<RankCon
 }
 
 /// What a stage trains, and why.
-fn parts(hybrid: &ModelConfig, new_layers: &[usize], later: bool, trainable: Trainable) -> Vec<Part> {
+pub(crate) fn parts(hybrid: &ModelConfig, new_layers: &[usize], later: bool, trainable: Trainable) -> Vec<Part> {
     let what = |name: &str| -> &'static str {
         if name.contains(".mixer.") {
             let new = new_layers.iter().any(|layer| name.starts_with(&format!("model.layers.{layer}.")));

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
+use super::events::EVENTS;
 use crate::files;
 
 /// An open run folder. While it is open no other process can open it.
@@ -40,6 +41,11 @@ impl RunFolder {
     /// What took how long.
     pub fn timing(&self) -> PathBuf {
         self.path.join("timing.jsonl")
+    }
+
+    /// What TensorBoard reads.
+    pub fn events(&self) -> PathBuf {
+        self.path.join(EVENTS)
     }
 
     /// Packed data.

@@ -1,11 +1,13 @@
 //! A run: from a resolved configuration to a trained model.
 //!
 //! Everything a run knows lies in its folder: `config.toml`, `metrics.jsonl` (what was computed), `timing.jsonl` (how
-//! long it took), `data/` (packed tokens), `checkpoints/`, and at the end `model/`. A run that is killed at any moment
-//! and started again with the same command continues from its newest checkpoint and ends with the same bits: every
-//! update is a function of the checkpoint's state, and what was written after it is dropped.
+//! long it took), both once more for TensorBoard (`events.out.tfevents.…`), `data/` (packed tokens), `checkpoints/`, and
+//! at the end `model/`. A run that is killed at any moment and started again with the same command continues from its
+//! newest checkpoint and ends with the same bits: every update is a function of the checkpoint's state, and what was
+//! written after it is dropped.
 
 mod checkpoint;
+pub(crate) mod events;
 mod folder;
 mod guard;
 mod matching;
@@ -35,6 +37,7 @@ use crate::interruption::Interrupted;
 pub use crate::interruption::Interruption;
 use crate::teach::Targets;
 use checkpoint::{Checkpoint, DataState, State};
+use events::Events;
 pub(crate) use folder::{RunFolder, lock as lock_folder};
 use guard::SpikeGuard;
 use metrics::Log;
@@ -167,8 +170,10 @@ fn prepare<'a>(
         }
     };
     let metrics = Log::open(&run.metrics(), state.metrics_bytes)?;
-    let guard = SpikeGuard::new(&config.training, &read_metrics(&run.metrics())?);
+    let records = read_metrics(&run.metrics())?;
+    let guard = SpikeGuard::new(&config.training, &records);
     let timing = Log::open(&run.timing(), metrics::timing_bytes(&run.timing(), state.step))?;
+    let events = Events::open(&run.events(), &records, &events::read_timing(&run.timing()))?;
     progress.say(&models.description());
     for warning in &models.warnings {
         progress.say(warning);
@@ -188,6 +193,7 @@ fn prepare<'a>(
         guard,
         metrics,
         timing,
+        events,
     })
 }
 
@@ -368,6 +374,7 @@ struct Trainer<'a> {
     guard: SpikeGuard,
     metrics: Log,
     timing: Log,
+    events: Events,
 }
 
 impl Trainer<'_> {
@@ -453,8 +460,9 @@ impl Trainer<'_> {
         }
         self.metrics.write(&record)?;
         let tokens = rows.len() * self.data.train.file.identity().sequence_length;
-        let tokens_per_second = self.time("step", started, Some(tokens))?;
-        progress.step(&record, tokens_per_second);
+        let timing = self.time("step", started, Some(tokens))?;
+        progress.step(&record, timing.tokens_per_second.unwrap_or_default());
+        self.events.write(&Record::Step(record), &timing)?;
         Ok(())
     }
 
@@ -524,8 +532,9 @@ impl Trainer<'_> {
         };
         self.metrics.write(&record)?;
         let tokens = rows.len() * file.identity().sequence_length;
-        self.time("validation", started, Some(tokens))?;
+        let timing = self.time("validation", started, Some(tokens))?;
         progress.validation(&record);
+        self.events.write(&Record::Validation(record), &timing)?;
         Ok(())
     }
 
@@ -540,7 +549,8 @@ impl Trainer<'_> {
             &self.optimizer,
             self.config.checkpoint.keep,
         )?;
-        self.time("checkpoint", started, None)?;
+        let timing = self.time("checkpoint", started, None)?;
+        self.events.pass(&timing);
         Ok(())
     }
 
@@ -553,17 +563,17 @@ impl Trainer<'_> {
         Ok(Outcome::Finished { model })
     }
 
-    fn time(&mut self, what: &str, started: Instant, tokens: Option<usize>) -> Result<f64> {
+    fn time(&mut self, what: &str, started: Instant, tokens: Option<usize>) -> Result<TimingRecord> {
         let seconds = started.elapsed().as_secs_f64();
-        let tokens_per_second = tokens.map(|tokens| tokens as f64 / seconds.max(1e-9));
-        self.timing.write(&TimingRecord {
+        let record = TimingRecord {
             step: self.state.step,
             what: what.to_owned(),
             seconds,
-            tokens_per_second,
+            tokens_per_second: tokens.map(|tokens| tokens as f64 / seconds.max(1e-9)),
             peak_memory_bytes: self.device.memory_usage().peak as u64,
-        })?;
-        Ok(tokens_per_second.unwrap_or_default())
+        };
+        self.timing.write(&record)?;
+        Ok(record)
     }
 }
 

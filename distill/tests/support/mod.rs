@@ -198,3 +198,87 @@ pub fn files_below(folder: &Path) -> BTreeMap<String, Vec<u8>> {
     }
     files
 }
+
+/// The name of a run's event file.
+pub const EVENTS: &str = "events.out.tfevents.0.grafter";
+
+/// That a run's event file says what its loss log says: every scalar of every line, and nothing else.
+pub fn check_events(run: &Path) {
+    let bits = |value: &Value| (value.as_f64().unwrap() as f32).to_bits();
+    let mut expected = Vec::new();
+    for line in fs::read_to_string(run.join("metrics.jsonl")).unwrap().lines() {
+        let record: Value = serde_json::from_str(line).unwrap();
+        let step = record["step"].as_u64().unwrap();
+        for (key, value) in record.as_object().unwrap() {
+            let tag = match key.as_str() {
+                "loss" | "divergence" | "cross_entropy" | "gradient_norm" | "learning_rate" => format!("train/{key}"),
+                other => match other.strip_prefix("validation_") {
+                    Some(what) if what != "tokens" => format!("validation/{what}"),
+                    _ => continue,
+                },
+            };
+            expected.push((step, tag, bits(value)));
+        }
+    }
+    let mut found = events(&fs::read(run.join(EVENTS)).unwrap());
+    let speeds = found.iter().filter(|(_, tag, _)| tag == "train/tokens_per_second").count();
+    found.retain(|(_, tag, _)| tag != "train/tokens_per_second");
+    assert!(found == expected, "{}: {} scalars instead of {}", run.display(), found.len(), expected.len());
+    assert_eq!(speeds, expected.iter().filter(|(_, tag, _)| tag == "train/loss").count());
+}
+
+/// The scalars of an event file: step, tag, and the value's bits. Checksums are left to TensorBoard's own reader, which
+/// `.ci/tensorboard` runs.
+fn events(mut file: &[u8]) -> Vec<(u64, String, u32)> {
+    let mut found = Vec::new();
+    while !file.is_empty() {
+        let length = u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
+        let event = fields(&file[12..12 + length]);
+        file = &file[16 + length..];
+        let step = event.iter().find(|(field, _)| *field == 2).map(|(_, value)| varint(&mut &value[..]));
+        for (_, summary) in event.iter().filter(|(field, _)| *field == 5) {
+            for (_, value) in fields(summary) {
+                let value = fields(&value);
+                let tag = String::from_utf8(value[0].1.clone()).unwrap();
+                found.push((step.unwrap(), tag, u32::from_le_bytes(value[1].1[..].try_into().unwrap())));
+            }
+        }
+    }
+    found
+}
+
+/// Number and bytes of every field of a protocol buffer.
+fn fields(mut message: &[u8]) -> Vec<(u64, Vec<u8>)> {
+    let mut found = Vec::new();
+    while !message.is_empty() {
+        let key = varint(&mut message);
+        let start = message;
+        let length = match key & 7 {
+            0 => {
+                varint(&mut message);
+                start.len() - message.len()
+            }
+            1 => 8,
+            2 => varint(&mut message) as usize,
+            5 => 4,
+            other => panic!("wire type {other}"),
+        };
+        let from = if key & 7 == 0 { start } else { message };
+        found.push((key >> 3, from[..length].to_vec()));
+        message = &from[length..];
+    }
+    found
+}
+
+fn varint(bytes: &mut &[u8]) -> u64 {
+    let mut value = 0;
+    for shift in (0..64).step_by(7) {
+        let (first, rest) = bytes.split_first().unwrap();
+        *bytes = rest;
+        value |= u64::from(first & 0x7f) << shift;
+        if first & 0x80 == 0 {
+            break;
+        }
+    }
+    value
+}

@@ -37,6 +37,7 @@ pub(crate) fn bars(ranking: &Ranking) -> Result<String> {
             .configure_mesh()
             .disable_x_mesh()
             .light_line_style(RGBColor(245, 245, 245))
+            .label_style(("sans-serif", 15))
             .x_labels(scores.len().min(26))
             .x_label_formatter(&|x| format!("{x:.0}"))
             .x_desc("layer")

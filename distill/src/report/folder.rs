@@ -18,7 +18,7 @@ use crate::train::{Record, StepRecord, TimingRecord, ValidationRecord};
 
 /// Everything that a report shows.
 pub(super) struct Contents {
-    /// The folder's name.
+    /// The folder's name, after that of the folder it is in.
     pub name: String,
     /// What the run does; absent in a ranking's folder.
     pub config: Option<RunConfig>,
@@ -114,7 +114,7 @@ pub(super) fn read(folder: &Path) -> Result<Contents> {
     }
     let full = folder.canonicalize().with_context(|| format!("reading {}", folder.display()))?;
     let mut contents = Contents {
-        name: full.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+        name: named(&full),
         config: None,
         stages: Vec::new(),
         planned_stages: 0,
@@ -300,6 +300,12 @@ fn folders(folder: &Path) -> Result<Vec<PathBuf>> {
     folders.retain(|path| path.is_dir());
     folders.sort();
     Ok(folders)
+}
+
+/// A folder's name with that of the folder it is in: many runs are called `run`.
+fn named(folder: &Path) -> String {
+    let above = folder.parent().map(name_of).filter(|name| !name.is_empty());
+    above.map(|above| format!("{above}/")).unwrap_or_default() + &name_of(folder)
 }
 
 fn name_of(path: &Path) -> String {

@@ -490,6 +490,8 @@ fn value(value: f64) -> String {
     let size = value.abs();
     if !value.is_finite() {
         value.to_string()
+    } else if value.fract() == 0.0 && (1e4..1e15).contains(&value) {
+        thousands(value as u64)
     } else if size >= 1e6 {
         number(value)
     } else if value.fract() == 0.0 {
@@ -528,7 +530,7 @@ mod tests {
 
     #[test]
     fn many_points_become_few_and_keep_their_mean() {
-        let points: Vec<(f64, f64)> = (0..10_000).map(|x| (f64::from(x), f64::from(x % 2))).collect();
+        let points: Vec<(f64, f64)> = (0..10_400).map(|x| (f64::from(x), f64::from(x % 2))).collect();
         let few = thinned(&points);
         assert!(few.len() <= MOST_POINTS && few.iter().all(|point| (point.1 - 0.5).abs() < 0.04), "{}", few.len());
         assert_eq!(thinned(&points[..5]), points[..5]);
@@ -540,8 +542,8 @@ mod tests {
         assert_eq!(list(&[]), "–");
         assert_eq!(list(&[0, 2, 3, 5, 6, 7]), "0, 2, 3, 5–7");
         assert_eq!(
-            [0.0, 0.98123, 1e-5, 512.25, 200.0, f64::NAN].map(value),
-            ["0", "0.9812", "1.00e-5", "512.2", "200", "NaN"]
+            [0.0, 0.98123, 1e-5, 512.25, 4194304.0, f64::NAN].map(value),
+            ["0", "0.9812", "1.00e-5", "512.2", "4 194 304", "NaN"]
         );
         assert_eq!([0.25, 75.0, 7300.0].map(duration), ["0.2 s", "1 min 15 s", "2 h 01 min"]);
         assert_eq!(median(vec![3.0, 1.0, 2.0]), Some(2.0));

@@ -198,11 +198,13 @@ mod tests {
         page.folded(bad, bad);
         page.figures(&[(cell(), cell(), cell())]);
         page.layer_map(1, &[(cell(), Vec::new(), Vec::new())]);
-        page.table(&Table { caption: cell(), header: vec![cell()], rows: vec![vec![cell(), cell()]], prose: true });
+        let table = Table { caption: cell(), header: vec![cell()], rows: vec![vec![cell(), cell()]], prose: true };
+        page.table(&table);
+        page.folded_table(bad, &table);
         page.drawing(bad, "<svg width=\"1\" height=\"1\" viewBox=\"0 0 1 1\"><rect/></svg>", &[bad]);
         let html = page.finish();
         assert!(!html.contains("<script") && !html.contains("\" onload") && !html.contains('\u{0}'), "{html}");
-        assert_eq!(html.matches("&lt;script&gt;").count(), 21, "every place shows it");
+        assert_eq!(html.matches("&lt;script&gt;").count(), 28, "every place shows it");
         assert!(html.contains("<svg role=\"img\"") && html.contains("viewBox=\"0 0 1 1\"><title>"), "{html}");
     }
 }

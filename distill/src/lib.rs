@@ -7,7 +7,7 @@
 //! - [`rank`]: which layers a model can do without.
 //! - [`teach`]: what a teacher says of the training data, kept on the disk.
 //! - [`perplexity`]: how well a model predicts documents.
-//! - [`mod@bench`]: timings.
+//! - [`mod@bench`][]: timings.
 //! - [`report`]: a run's folder as a page.
 //! - [`commands`]: the command line.
 

@@ -53,8 +53,8 @@ fn a_run_in_stages_shows_everything() {
     let evil = "<script>alert(1)</script>";
     for (name, answer) in [("before", "5"), ("after", evil)] {
         let evaluation = json!({
-            "task": evil, "metrics": { "accuracy": 0.25, evil: 3, "words": "not a number" }, "more": [1],
-            "samples": [{ "prompt": "2+2", "expected": 4, "answer": answer, "right": false }],
+            "task": evil, "metrics": { "accuracy": { "value": 0.25, "standard_error": 0.01 }, evil: 3, "words": "not a number" },
+            "samples": [{ "of": "another form" }, { "prompt": "2+2", "expected": 4, "answer": answer, "right": false }],
         });
         fs::write(evaluations.join(format!("{name}.json")), evaluation.to_string()).unwrap();
     }
@@ -73,7 +73,10 @@ fn a_run_in_stages_shows_everything() {
     let html = page(&run);
     all(&html, &["<h2>Stages</h2>", "<h2>Curves</h2>", "<h2>Importance of layers</h2>", "<h2>Evaluation</h2>"]);
     all(&html, &["<h2>Samples</h2>", "<h2>Throughput</h2>", "<h2>Configuration</h2>", "· finished", "4 of 4"]);
-    all(&html, &["Ranking before stage 1", "Change of rank, before stage 1", "Ranking beside", ">0.2500<", "✗ 5"]);
+    all(
+        &html,
+        &["Ranking before stage 1", "Change of rank, before stage 1", "Ranking beside", ">0.2500 ± 0.0100<", "✗ 5"],
+    );
     all(&html, &["&lt;script&gt;alert(1)&lt;/script&gt;", "evaluations/&lt;b&gt;.json is not an evaluation"]);
     all(&html, &["12 / 12", "new Mamba mixers", "the teacher&#39;s attention", "rank_steps = 3"]);
     assert!(!html.contains("Ranking foreign") && !html.contains("Ranking before stage 2"), "{html}");

@@ -74,10 +74,20 @@ pub(super) struct Evaluation {
     pub task: String,
     /// The measures that are numbers.
     #[serde(deserialize_with = "numbers")]
-    pub metrics: Vec<(String, f64)>,
-    /// What the model was asked, and what it answered.
-    #[serde(default)]
+    pub metrics: Vec<(String, Measure)>,
+    /// What the model was asked, and what it answered; samples of another form are left out.
+    #[serde(default, deserialize_with = "samples")]
     pub samples: Vec<Sample>,
+}
+
+/// A measure, written as a number or as an object of these.
+#[derive(Clone, Copy, Deserialize)]
+pub(super) struct Measure {
+    /// The number.
+    pub value: f64,
+    /// Its standard error, where it has one.
+    #[serde(default)]
+    pub standard_error: Option<f64>,
 }
 
 /// A question and an answer.
@@ -313,9 +323,19 @@ fn name_of(path: &Path) -> String {
 }
 
 /// The numbers of an object, in its order.
-fn numbers<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Vec<(String, f64)>, D::Error> {
+fn numbers<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Vec<(String, Measure)>, D::Error> {
+    let measure = |value: Value| match value.as_f64() {
+        Some(value) => Some(Measure { value, standard_error: None }),
+        None => serde_json::from_value(value).ok(),
+    };
     let metrics = serde_json::Map::deserialize(deserializer)?;
-    Ok(metrics.into_iter().filter_map(|(name, value)| Some((name, value.as_f64()?))).collect())
+    Ok(metrics.into_iter().filter_map(|(name, value)| Some((name, measure(value)?))).collect())
+}
+
+/// The elements of a list that are samples.
+fn samples<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Vec<Sample>, D::Error> {
+    let samples = Vec::<Value>::deserialize(deserializer)?;
+    Ok(samples.into_iter().filter_map(|sample| serde_json::from_value(sample).ok()).collect())
 }
 
 impl Contents {

@@ -312,7 +312,10 @@ fn evaluations(page: &mut Page, contents: &Contents) {
         let row = |evaluation: &&Evaluation| -> Vec<String> {
             let cell = |column: &&str| {
                 let found = evaluation.metrics.iter().find(|(name, _)| name == column);
-                found.map_or("–".to_owned(), |(_, number)| value(*number))
+                found.map_or("–".to_owned(), |(_, measure)| match measure.standard_error {
+                    Some(error) => format!("{} ± {}", value(measure.value), value(error)),
+                    None => value(measure.value),
+                })
             };
             [evaluation.name.clone()].into_iter().chain(columns.iter().map(cell)).collect()
         };

@@ -6,9 +6,9 @@
 //! - [`train`]: the loop behind `grafter distill` and `grafter train`, exactly resumable.
 //! - [`rank`]: which layers a model can do without.
 //! - [`teach`]: what a teacher says of the training data, kept on the disk.
-//! - [`perplexity`]: how well a model predicts documents.
 //! - [`mod@bench`][]: timings.
 //! - [`report`]: a run's folder as a page.
+//! - [`evaluate`]: how well a model predicts documents, chooses and answers.
 //! - [`commands`]: the command line.
 
 #![forbid(unsafe_code)]
@@ -19,10 +19,10 @@ pub mod commands;
 pub mod config;
 pub mod data;
 pub mod demo;
+pub mod evaluate;
 pub mod files;
 pub mod interruption;
 mod memory;
-pub mod perplexity;
 pub mod rank;
 pub mod report;
 pub mod stages;

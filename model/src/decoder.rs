@@ -140,9 +140,11 @@ impl State {
 }
 
 impl Sampling {
+    /// That its numbers make sense.
+    ///
     /// # Errors
     /// [`Error::Sampling`] for options that make no sense.
-    pub(crate) fn check(self) -> Result<()> {
+    pub fn check(self) -> Result<()> {
         let Self::Random { temperature, top_k, top_p, .. } = self else { return Ok(()) };
         let message = if !(temperature > 0.0 && temperature.is_finite()) {
             format!("temperature {temperature} must be above 0; for the most likely token use greedy")

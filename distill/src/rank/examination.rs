@@ -9,8 +9,9 @@ use model::tokenizer::Tokenizer;
 use runtime::Device;
 
 use super::RankConfig;
-use super::questions::{Choice, MultipleChoice, ToAnswer};
 use crate::data::{Batch, PositionsThatCount, Sequence, TokenFile};
+use crate::evaluate::multiple_choice::{Place, packed};
+use crate::evaluate::questions::{MultipleChoice, ToAnswer};
 use crate::interruption::Interruption;
 
 /// A metric with its held-out data.
@@ -34,17 +35,6 @@ enum Kind {
     Accuracy { places: Vec<Place>, answers: Vec<usize> },
 }
 
-/// Where a question's choice is written.
-struct Place {
-    question: usize,
-    choice: usize,
-    /// Row over all batches.
-    row: usize,
-    positions: std::ops::Range<usize>,
-    /// What the log-likelihood is divided by: bytes of the choice.
-    length: f64,
-}
-
 /// Prompts and what should follow.
 pub(super) struct Answers<'a> {
     questions: Vec<ToAnswer>,
@@ -65,46 +55,9 @@ impl<'a> Examination<'a> {
 
     /// The accuracy on multiple-choice questions: every choice is a document of its own behind the question, several in
     /// a row.
-    pub fn accuracy(questions: Vec<MultipleChoice>, config: &RankConfig, device: &Device) -> Result<Self> {
-        let length = config.sequence_length;
-        let mut rows: Vec<Sequence> = Vec::new();
-        let mut places = Vec::new();
-        let mut answers = Vec::new();
-        for (question, asked) in questions.into_iter().enumerate() {
-            answers.push(asked.answer);
-            for (choice, written) in asked.choices.into_iter().enumerate() {
-                let tokens = written.tokens.len();
-                ensure!(
-                    tokens <= length,
-                    "{}: choice {} takes {tokens} tokens with its question, more than a row of {length}: use a greater \
-                     --sequence-length",
-                    asked.place,
-                    choice + 1
-                );
-                if rows.last().is_none_or(|row| row.tokens.len() + tokens > length) {
-                    rows.push(Sequence {
-                        tokens: Vec::new(),
-                        answers: Vec::new(),
-                        padding: Vec::new(),
-                        document_lengths: Vec::new(),
-                    });
-                }
-                let at = rows.len() - 1;
-                let start = rows[at].tokens.len();
-                add(&mut rows[at], &written);
-                let positions = start..start + tokens;
-                places.push(Place { question, choice, row: at, positions, length: written.bytes.max(1) as f64 });
-            }
-        }
-        for row in &mut rows {
-            let padding = length - row.tokens.len();
-            if padding > 0 {
-                row.document_lengths.push(padding);
-            }
-            row.tokens.resize(length, 0);
-            row.answers.resize(length, false);
-            row.padding.resize(length, true);
-        }
+    pub fn accuracy(questions: &[MultipleChoice], config: &RankConfig, device: &Device) -> Result<Self> {
+        let answers = questions.iter().map(|question| question.answer).collect();
+        let (rows, places) = packed(questions, config.sequence_length)?;
         let batches = batches(&rows, config, device)?;
         Ok(Self::Predictions(Predictions { batches, kind: Kind::Accuracy { places, answers } }))
     }
@@ -121,14 +74,6 @@ impl<'a> Examination<'a> {
             _ => whole - without,
         }
     }
-}
-
-fn add(row: &mut Sequence, written: &Choice) {
-    let tokens = written.tokens.len();
-    row.tokens.extend(&written.tokens);
-    row.answers.extend((0..tokens).map(|at| at >= written.prompt));
-    row.padding.extend(std::iter::repeat_n(false, tokens));
-    row.document_lengths.push(tokens);
 }
 
 fn batches(rows: &[Sequence], config: &RankConfig, device: &Device) -> Result<Vec<Batch>> {
@@ -165,7 +110,7 @@ impl Predictions {
             Kind::Accuracy { places, answers } => {
                 let mut best: Vec<(f64, usize)> = vec![(f64::INFINITY, usize::MAX); answers.len()];
                 for place in places {
-                    let loss = sum(&losses[place.row][place.positions.clone()]) / place.length;
+                    let loss = sum(&losses[place.row][place.positions.clone()]) / place.bytes.max(1) as f64;
                     if loss < best[place.question].0 {
                         best[place.question] = (loss, place.choice);
                     }

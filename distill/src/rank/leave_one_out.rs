@@ -134,7 +134,7 @@ mod tests {
 
     use super::*;
     use crate::data::{Batch, PositionsThatCount, Sequence};
-    use crate::rank::questions::{Choice, MultipleChoice};
+    use crate::evaluate::questions::{Choice, MultipleChoice};
     use crate::rank::{Method, RankConfig};
 
     fn model() -> Model {
@@ -150,11 +150,14 @@ mod tests {
         (0..7u32)
             .map(|question| MultipleChoice {
                 place: String::new(),
+                id: None,
+                task: None,
+                prompt: String::new(),
                 choices: (0..3u32)
                     .map(|choice| Choice {
+                        text: "x".repeat(2 + choice as usize),
                         tokens: vec![1 + question, 2, 3 + question, 5 + choice, 6 + (question * choice) % 11],
                         prompt: 3,
-                        bytes: 2 + choice as usize,
                     })
                     .collect(),
                 answer: question as usize % 3,
@@ -181,7 +184,7 @@ mod tests {
                     let tape = Tape::inference();
                     let logits = model.logits(&tape, &batch.tokens).unwrap();
                     let loss = autograd::ops::cross_entropy(&tape, &logits, &batch.labels, 1.0).unwrap().loss;
-                    f64::from(loss.item().unwrap()) / choice.bytes as f64
+                    f64::from(loss.item().unwrap()) / choice.text.len() as f64
                 })
                 .collect();
             let best = (0..3).min_by(|a, b| losses[*a].total_cmp(&losses[*b])).unwrap();
@@ -204,7 +207,7 @@ mod tests {
             teacher: None,
             layers: vec![0, 1, 2, 3],
         };
-        let examination = Examination::accuracy(questions(), &config, &Device::cpu()).unwrap();
+        let examination = Examination::accuracy(&questions(), &config, &Device::cpu()).unwrap();
         let mut store = Store::open(&folder.path().join("ranking"), &config, &Default::default()).unwrap();
         let found = rank(&bench, &examination, &mut store, &Interruption::new(), &mut Progress::silent()).unwrap();
         let whole = naive(&model, None);

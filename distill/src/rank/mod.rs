@@ -14,7 +14,6 @@ mod examination;
 mod leave_one_out;
 mod mixer_error;
 pub(crate) mod plot;
-mod questions;
 mod replacement;
 mod store;
 
@@ -32,6 +31,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::PrecisionKind;
 use crate::data::{self, LongDocuments, PackOptions, TokenFile};
+use crate::evaluate::questions;
 use crate::files;
 use crate::interruption::Interruption;
 use crate::train::Progress;
@@ -312,11 +312,15 @@ pub fn run(
             let examination = match config.metric {
                 Metric::Loss => Examination::loss(&documents(progress)?, config, &bench.device)?,
                 Metric::Accuracy => {
-                    let questions = questions::multiple_choice(config, &tokenizer)?;
-                    Examination::accuracy(questions, config, &bench.device)?
+                    let questions =
+                        questions::multiple_choice(&config.data, config.samples, questions::PROMPT, &tokenizer)?;
+                    Examination::accuracy(&questions, config, &bench.device)?
                 }
                 Metric::ExactMatch => {
-                    Examination::exact_match(questions::to_answer(config, &tokenizer, template.as_ref())?, &tokenizer)
+                    let template = template.as_ref();
+                    let questions =
+                        questions::to_answer(&config.data, config.samples, questions::PROMPT, &tokenizer, template)?;
+                    Examination::exact_match(questions, &tokenizer)
                 }
             };
             leave_one_out::rank(&bench, &examination, &mut store, interruption, progress)?

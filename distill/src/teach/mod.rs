@@ -201,7 +201,7 @@ fn say_everything(
             count(&file, done)?;
             counted = done.rows;
         }
-        progress.rows(done.rows);
+        progress.count("row", done.rows, description.sequences);
     }
     progress.end();
     Ok(done.tail)

@@ -74,14 +74,17 @@ impl Progress {
         }
     }
 
-    /// Shows how many rows are done.
-    pub fn rows(&mut self, done: u64) {
+    /// Shows how many of something (`what` one of them is called) are done.
+    pub fn count(&mut self, what: &str, done: u64, total: u64) {
         match &mut self.form {
             Form::Silent => {}
-            Form::Bar(bar) => bar.set_position(done),
-            Form::Lines { total, last } => {
-                if done == *total || last.is_none_or(|last| last.elapsed() >= BETWEEN_LINES) {
-                    line(&format!("row {done}/{total}"));
+            Form::Bar(bar) => {
+                bar.set_length(total);
+                bar.set_position(done);
+            }
+            Form::Lines { last, .. } => {
+                if done == total || last.is_none_or(|last| last.elapsed() >= BETWEEN_LINES) {
+                    line(&format!("{what} {done}/{total}"));
                     *last = Some(Instant::now());
                 }
             }

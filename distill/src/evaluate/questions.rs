@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
+use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use model::chat::ChatTemplate;
@@ -10,12 +11,18 @@ use model::tokenizer::Tokenizer;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::RankConfig;
+use super::extract::is_right;
 
 /// A question with written-out choices.
-pub(super) struct MultipleChoice {
+pub(crate) struct MultipleChoice {
     /// File and line, for messages.
     pub place: String,
+    /// Its name in the data, if it has one.
+    pub id: Option<String>,
+    /// What it belongs to, if the data say.
+    pub task: Option<String>,
+    /// What stands before each choice.
+    pub prompt: String,
     /// Each choice behind the question.
     pub choices: Vec<Choice>,
     /// Which one is right.
@@ -23,57 +30,41 @@ pub(super) struct MultipleChoice {
 }
 
 /// A question followed by one of its choices.
-pub(super) struct Choice {
+pub(crate) struct Choice {
+    /// The choice alone.
+    pub text: String,
     /// Both.
     pub tokens: Vec<u32>,
     /// How many of them are the question's.
     pub prompt: usize,
-    /// Bytes of the choice.
-    pub bytes: usize,
 }
 
 /// A question whose answer the model writes.
-pub(super) struct ToAnswer {
-    /// The question.
+pub(crate) struct ToAnswer {
+    /// Its name in the data, if it has one.
+    pub id: Option<String>,
+    /// What it belongs to, if the data say.
+    pub task: Option<String>,
+    /// The question, as the model reads it.
+    pub text: String,
+    /// The same as tokens.
     pub prompt: Vec<u32>,
-    right: Vec<String>,
+    /// The answer, and others that are as good.
+    pub right: Vec<String>,
 }
 
 impl ToAnswer {
     /// Whether what was written is the answer: word by word, whatever the white space; where the answer is a number, the
     /// last number written.
     pub fn is_right(&self, written: &str) -> bool {
-        let plain = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ").to_lowercase();
-        self.right.iter().any(|right| {
-            let numeric = number(right).is_some_and(|(start, end)| end - start == right.trim().len());
-            match number(written).filter(|_| numeric) {
-                Some((start, end)) => written[start..end].replace(',', "") == right.trim().replace(',', ""),
-                None => plain(written) == plain(right),
-            }
-        })
+        is_right(&self.right, written)
     }
-}
-
-/// The last number in a text, sign and thousands' commas included, as a range of bytes.
-fn number(text: &str) -> Option<(usize, usize)> {
-    let bytes = text.as_bytes();
-    let end = bytes.iter().rposition(u8::is_ascii_digit)? + 1;
-    let belongs = |at: usize| {
-        let byte = bytes[at];
-        byte.is_ascii_digit() || (matches!(byte, b',' | b'.') && at > 0 && bytes[at - 1].is_ascii_digit())
-    };
-    let mut start = end;
-    while start > 0 && belongs(start - 1) {
-        start -= 1;
-    }
-    if start > 0 && bytes[start - 1] == b'-' {
-        start -= 1;
-    }
-    Some((start, end))
 }
 
 #[derive(Deserialize)]
 struct Line {
+    id: Option<Value>,
+    task: Option<String>,
     question: Option<String>,
     choices: Option<Vec<String>>,
     answer: Option<Value>,
@@ -82,9 +73,14 @@ struct Line {
     messages: Option<Vec<Value>>,
 }
 
-/// The first `samples` lines of the data, each with its place.
-fn lines(config: &RankConfig) -> Result<Vec<(String, Line)>> {
-    let path = &config.data;
+impl Line {
+    fn name(&self) -> Option<String> {
+        self.id.as_ref().map(|id| id.as_str().map_or_else(|| id.to_string(), str::to_owned))
+    }
+}
+
+/// The first `most` lines of the data, each with its place.
+fn lines(path: &Path, most: u64) -> Result<Vec<(String, Line)>> {
     let file = File::open(path).with_context(|| format!("opening the questions {}", path.display()))?;
     let mut lines = Vec::new();
     for (index, line) in BufReader::new(file).lines().enumerate() {
@@ -93,7 +89,7 @@ fn lines(config: &RankConfig) -> Result<Vec<(String, Line)>> {
         if line.trim().is_empty() {
             continue;
         }
-        if lines.len() as u64 == config.samples {
+        if lines.len() as u64 == most {
             break;
         }
         let parsed: Line = serde_json::from_str(&line).with_context(|| format!("{place}: not a question"))?;
@@ -103,15 +99,29 @@ fn lines(config: &RankConfig) -> Result<Vec<(String, Line)>> {
     Ok(lines)
 }
 
-/// Multiple-choice questions.
+/// How a question is put where nothing else is said.
+pub(crate) const PROMPT: &str = "Question: {question}\nAnswer:";
+
+fn put(form: &str, question: &str) -> String {
+    form.replace("{question}", question.trim())
+}
+
+/// The first `most` multiple-choice questions, put in the form `form`, which has `{question}` in it.
 ///
 /// # Errors
 /// Lines that are none, named.
-pub(super) fn multiple_choice(config: &RankConfig, tokenizer: &Tokenizer) -> Result<Vec<MultipleChoice>> {
-    lines(config)?.into_iter().map(|(place, line)| choices(&place, line, tokenizer).with_context(|| place)).collect()
+pub(crate) fn multiple_choice(
+    path: &Path,
+    most: u64,
+    form: &str,
+    tokenizer: &Tokenizer,
+) -> Result<Vec<MultipleChoice>> {
+    let read = |(place, line): (String, Line)| choices(&place, line, form, tokenizer).with_context(|| place);
+    lines(path, most)?.into_iter().map(read).collect()
 }
 
-fn choices(place: &str, line: Line, tokenizer: &Tokenizer) -> Result<MultipleChoice> {
+fn choices(place: &str, line: Line, form: &str, tokenizer: &Tokenizer) -> Result<MultipleChoice> {
+    let id = line.name();
     let (Some(question), Some(choices), Some(answer)) = (line.question, line.choices, line.answer) else {
         bail!("a multiple-choice question has \"question\", \"choices\" and \"answer\"");
     };
@@ -124,7 +134,7 @@ fn choices(place: &str, line: Line, tokenizer: &Tokenizer) -> Result<MultipleCho
     let Some(answer) = answer.filter(|answer| *answer < choices.len()) else {
         bail!("its \"answer\" is none of its choices: give the right one's index from 0, its letter, or its text");
     };
-    let prompt = format!("Question: {}\nAnswer:", question.trim());
+    let prompt = put(form, &question);
     let question = tokenizer.encode(&prompt, false)?;
     let write = |choice: &String| -> Result<Choice> {
         let choice = choice.trim();
@@ -132,11 +142,11 @@ fn choices(place: &str, line: Line, tokenizer: &Tokenizer) -> Result<MultipleCho
         // The question's last token may have merged with what follows: what both have alike is the question.
         let alike = tokens.iter().zip(&question).take_while(|(a, b)| a == b).count();
         let prompt = alike.clamp(1, tokens.len().saturating_sub(1).max(1));
-        ensure!(prompt < tokens.len(), "a choice is empty");
-        Ok(Choice { prompt, tokens, bytes: choice.len() })
+        ensure!(!choice.is_empty() && prompt < tokens.len(), "a choice is empty");
+        Ok(Choice { text: choice.to_owned(), prompt, tokens })
     };
     let choices = choices.iter().map(write).collect::<Result<_>>()?;
-    Ok(MultipleChoice { place: place.to_owned(), choices, answer })
+    Ok(MultipleChoice { place: place.to_owned(), id, task: line.task, prompt, choices, answer })
 }
 
 fn letter(text: &str) -> Option<usize> {
@@ -146,19 +156,23 @@ fn letter(text: &str) -> Option<usize> {
     }
 }
 
-/// Questions to be answered in words.
+/// The first `most` questions to be answered in words: as chats where there is a template, or else in the form `form`.
 ///
 /// # Errors
 /// Lines that are none, named; a chat without a chat template.
-pub(super) fn to_answer(
-    config: &RankConfig,
+pub(crate) fn to_answer(
+    path: &Path,
+    most: u64,
+    form: &str,
     tokenizer: &Tokenizer,
     template: Option<&ChatTemplate>,
 ) -> Result<Vec<ToAnswer>> {
-    lines(config)?.into_iter().map(|(place, line)| answer(line, tokenizer, template).context(place)).collect()
+    let read = |(place, line)| answer(line, form, tokenizer, template).context(place);
+    lines(path, most)?.into_iter().map(read).collect()
 }
 
-fn answer(line: Line, tokenizer: &Tokenizer, template: Option<&ChatTemplate>) -> Result<ToAnswer> {
+fn answer(line: Line, form: &str, tokenizer: &Tokenizer, template: Option<&ChatTemplate>) -> Result<ToAnswer> {
+    let (id, task) = (line.name(), line.task);
     let (messages, answer, plain) = match (line.messages, line.question, line.answer) {
         (Some(mut messages), ..) => {
             let last = messages.pop();
@@ -173,7 +187,7 @@ fn answer(line: Line, tokenizer: &Tokenizer, template: Option<&ChatTemplate>) ->
                 Value::String(text) => text,
                 other => other.to_string(),
             };
-            let plain = format!("Question: {}\nAnswer:", question.trim());
+            let plain = put(form, &question);
             (vec![json!({ "role": "user", "content": question })], answer, plain)
         }
         _ => bail!("a question has \"question\" and \"answer\", or chat \"messages\""),
@@ -185,24 +199,12 @@ fn answer(line: Line, tokenizer: &Tokenizer, template: Option<&ChatTemplate>) ->
     let prompt = tokenizer.encode(&text, false)?;
     ensure!(!prompt.is_empty(), "the question is empty");
     let right = std::iter::once(answer).chain(line.aliases).collect();
-    Ok(ToAnswer { prompt, right })
+    Ok(ToAnswer { id, task, text, prompt, right })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn an_answer_is_its_words_or_its_last_number() {
-        let question = |right: &str| ToAnswer { prompt: Vec::new(), right: vec![right.to_owned()] };
-        assert!(question("the Constitution").is_right(" The  constitution\n"));
-        assert!(!question("the Constitution").is_right("the Constitution of 1787"));
-        assert!(question("1,200").is_right("3 * 400 = 1200"));
-        assert!(question("-7").is_right("so the answer is -7."));
-        assert!(!question("7").is_right("so the answer is -7."));
-        assert!(!question("7").is_right("no idea"));
-        assert!(question("0.5").is_right("1/2 = 0.5"));
-    }
 
     #[test]
     fn letters_name_choices() {

@@ -53,12 +53,18 @@ fn a_run_in_stages_shows_everything() {
     let evil = "<script>alert(1)</script>";
     for (name, answer) in [("before", "5"), ("after", evil)] {
         let evaluation = json!({
-            "task": evil, "metrics": { "accuracy": { "value": 0.25, "standard_error": 0.01 }, evil: 3, "words": "not a number" },
+            "task": evil, "metrics": { "accuracy": 0.25, "accuracy_standard_error": 0.01, evil: 3, "words": "not a number" },
             "samples": [{ "of": "another form" }, { "prompt": "2+2", "expected": 4, "answer": answer, "right": false }],
         });
         fs::write(evaluations.join(format!("{name}.json")), evaluation.to_string()).unwrap();
     }
     fs::write(evaluations.join("<b>.json"), "{}").unwrap();
+    // As `grafter eval` writes it.
+    let questions = workshop.path("questions.jsonl");
+    fs::write(&questions, "{\"question\": \"one\", \"choices\": [\"two\", \"six\"], \"answer\": 1}\n").unwrap();
+    let (model, out) = (run.join("model"), evaluations.join("choice.json"));
+    let eval = ["eval", text(&model), "--task", "multiple-choice", "--data", text(&questions), "--out", text(&out)];
+    succeed(&eval);
     // A ranking of the teacher beside the run, and one of another model, which is not the run's.
     let (teacher, data) = (workshop.path("teacher"), workshop.path("validation.jsonl"));
     let ranking = workshop.path("beside");
@@ -78,6 +84,7 @@ fn a_run_in_stages_shows_everything() {
         &["Ranking before stage 1", "Change of rank, before stage 1", "Ranking beside", ">0.2500 ± 0.0100<", "✗ 5"],
     );
     all(&html, &["&lt;script&gt;alert(1)&lt;/script&gt;", "evaluations/&lt;b&gt;.json is not an evaluation"]);
+    all(&html, &["Task: multiple-choice; 1 of 1 questions", "<td>six</td>"]);
     all(&html, &["12 / 12", "new Mamba mixers", "the teacher&#39;s attention", "rank_steps = 3"]);
     assert!(!html.contains("Ranking foreign") && !html.contains("Ranking before stage 2"), "{html}");
     // Loss, gradients, rate, bars and slopes before stage 1, bars beside, tokens per second.

@@ -76,7 +76,7 @@ pub(super) struct Evaluation {
     #[serde(deserialize_with = "numbers")]
     pub metrics: Vec<(String, Measure)>,
     /// What the model was asked, and what it answered; samples of another form are left out.
-    #[serde(default, deserialize_with = "samples")]
+    #[serde(default, alias = "items", deserialize_with = "samples")]
     pub samples: Vec<Sample>,
 }
 
@@ -328,14 +328,39 @@ fn numbers<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Vec<(Str
         Some(value) => Some(Measure { value, standard_error: None }),
         None => serde_json::from_value(value).ok(),
     };
-    let metrics = serde_json::Map::deserialize(deserializer)?;
+    let mut metrics = serde_json::Map::deserialize(deserializer)?;
+    // `grafter eval` writes the error of NAME as NAME_standard_error.
+    for name in metrics.keys().cloned().collect::<Vec<_>>() {
+        if let Some(error) = metrics.get(&format!("{name}_standard_error")).and_then(Value::as_f64) {
+            metrics.remove(&format!("{name}_standard_error"));
+            let value = metrics[&name].clone();
+            metrics.insert(name, serde_json::json!({ "value": value, "standard_error": error }));
+        }
+    }
     Ok(metrics.into_iter().filter_map(|(name, value)| Some((name, measure(value)?))).collect())
 }
 
 /// The elements of a list that are samples.
 fn samples<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Vec<Sample>, D::Error> {
     let samples = Vec::<Value>::deserialize(deserializer)?;
-    Ok(samples.into_iter().filter_map(|sample| serde_json::from_value(sample).ok()).collect())
+    Ok(samples.into_iter().filter_map(|sample| as_sample(&sample).or(serde_json::from_value(sample).ok())).collect())
+}
+
+/// An item of `grafter eval`: a question with choices, or with answers in words.
+fn as_sample(item: &Value) -> Option<Sample> {
+    let prompt = item["prompt"].as_str()?.to_owned();
+    if let Some(choices) = item["choices"].as_array() {
+        let (answer, chosen) = (item["answer"].as_u64()?, item["chosen"].as_u64()?);
+        let choice = |index: u64| {
+            let choice = choices.get(index as usize)?;
+            Some(choice.get("text").unwrap_or(choice).clone())
+        };
+        let (expected, said) = (choice(answer), choice(chosen)?);
+        return Some(Sample { prompt, expected, answer: said, right: Some(answer == chosen) });
+    }
+    let first = item["answers"].as_array()?.first()?;
+    let expected = item["right"].as_array().and_then(|right| right.first()).cloned();
+    Some(Sample { prompt, expected, answer: first["text"].clone(), right: first["right"].as_bool() })
 }
 
 impl Contents {

@@ -215,8 +215,9 @@ impl Arguments {
     }
 
     /// What of the computation results depend on.
-    fn settings(&self, more: Value) -> Value {
-        let mut settings = json!({ "device": self.device, "limit": self.limit });
+    fn settings(&self, model: &Model, more: Value) -> Value {
+        let precision = model.activations.to_string();
+        let mut settings = json!({ "device": self.device, "precision": precision, "limit": self.limit });
         if let (Some(settings), Value::Object(more)) = (settings.as_object_mut(), more) {
             settings.extend(more);
         }
@@ -248,7 +249,7 @@ impl Arguments {
             ("perplexity", result.perplexity),
         ];
         let metrics = metrics.map(|(name, value)| (name.to_owned(), value)).into();
-        let settings = self.settings(json!({ "tokens_per_document": self.tokens_per_document }));
+        let settings = self.settings(model, json!({ "tokens_per_document": self.tokens_per_document }));
         Ok(("perplexity", settings, (metrics, BTreeMap::new(), Vec::new())))
     }
 
@@ -261,7 +262,16 @@ impl Arguments {
         };
         let progress = &mut Progress::on_stderr();
         let measured = evaluate::multiple_choice(model, tokenizer, &self.data, &options, interruption, progress)?;
-        Ok(("multiple-choice", self.settings(json!({ "prompt": self.prompt })), measured))
+        Ok((
+            "multiple-choice",
+            self.settings(
+                model,
+                json!({
+                    "prompt": self.prompt, "sequence_length": self.sequence_length, "batch_size": self.batch_size,
+                }),
+            ),
+            measured,
+        ))
     }
 
     fn generation(
@@ -284,11 +294,14 @@ impl Arguments {
         };
         let progress = &mut Progress::on_stderr();
         let measured = evaluate::generation(model, tokenizer, template, &self.data, &options, interruption, progress)?;
-        let settings = self.settings(json!({
-            "prompt": self.prompt, "chat": template.is_some() && !self.no_chat, "max_tokens": self.max_tokens,
-            "temperature": self.temperature, "top_p": self.top_p, "seed": self.seed, "samples": self.samples,
-            "stop": self.stop, "extract": format!("{:?}", self.extract), "batch_size": self.batch_size,
-        }));
+        let settings = self.settings(
+            model,
+            json!({
+                "prompt": self.prompt, "chat": template.is_some() && !self.no_chat, "max_tokens": self.max_tokens,
+                "temperature": self.temperature, "top_p": self.top_p, "seed": self.seed, "samples": self.samples,
+                "stop": self.stop, "extract": format!("{:?}", self.extract), "batch_size": self.batch_size,
+            }),
+        );
         Ok(("generation", settings, measured))
     }
 }

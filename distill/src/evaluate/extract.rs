@@ -1,6 +1,7 @@
 //! What of a written text is the answer, and whether it is the right one.
 
 use std::str::FromStr;
+use std::sync::LazyLock;
 
 use regex::Regex;
 
@@ -13,7 +14,7 @@ pub enum Extract {
     Whole,
     /// The last number.
     LastNumber,
-    /// What follows the last `####` in its line (GSM8K).
+    /// The number behind the first `####`, or the rest of its line where there is none (GSM8K).
     Hashes,
     /// What is inside the last `\boxed{…}` (MATH).
     Boxed,
@@ -46,7 +47,10 @@ impl Extract {
             Self::Auto if numeric => last_number(written),
             Self::Auto | Self::Whole => Some(written),
             Self::LastNumber => last_number(written),
-            Self::Hashes => written.rsplit_once("####").and_then(|(_, after)| after.trim_start().lines().next()),
+            Self::Hashes => {
+                let line = written.split_once("####").and_then(|(_, after)| after.trim_start().lines().next());
+                line.map(|line| first_number(line).unwrap_or(line))
+            }
             Self::Boxed => boxed(written),
             Self::Regex(pattern) => {
                 let captures = pattern.captures_iter(written).last()?;
@@ -97,24 +101,25 @@ pub(crate) fn number(text: &str) -> Option<String> {
     Some(if decimals.is_empty() { format!("{sign}{whole}") } else { format!("{sign}{whole}.{decimals}") })
 }
 
-/// The last number in a text, with its sign and its thousands' commas.
-fn last_number(text: &str) -> Option<&str> {
-    let bytes = text.as_bytes();
-    let end = bytes.iter().rposition(u8::is_ascii_digit)? + 1;
-    let belongs = |at: usize| {
-        let byte = bytes[at];
-        byte.is_ascii_digit() || (matches!(byte, b',' | b'.') && at > 0 && bytes[at - 1].is_ascii_digit())
-    };
-    let mut start = end;
-    while start > 0 && belongs(start - 1) {
-        start -= 1;
-    }
+/// The numbers of a text, each with its sign, currency and thousands' commas.
+fn numbers(text: &str) -> impl Iterator<Item = &str> {
     // A minus right behind a digit, a letter or a bracket takes away.
-    let takes_away = |before: u8| before.is_ascii_alphanumeric() || before == b')';
-    if start > 0 && bytes[start - 1] == b'-' && !(start > 1 && takes_away(bytes[start - 2])) {
-        start -= 1;
-    }
-    Some(&text[start..end])
+    static NUMBER: LazyLock<Option<Regex>> =
+        LazyLock::new(|| Regex::new(r"(?:(?:^|[^\w)])-)?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)").ok());
+    let found = NUMBER.iter().flat_map(|number| number.find_iter(text));
+    found.map(|number| {
+        let number = number.as_str();
+        let sign = number.find('-').unwrap_or_default();
+        number[sign..].trim_end_matches(',')
+    })
+}
+
+fn first_number(text: &str) -> Option<&str> {
+    numbers(text).next()
+}
+
+fn last_number(text: &str) -> Option<&str> {
+    numbers(text).last()
 }
 
 /// The inside of the last `\boxed{…}` whose braces close.
@@ -157,12 +162,26 @@ mod tests {
         let find = |way: &str, text: &str| way.parse::<Extract>().unwrap().answer(text, true);
         let is = |answer: &str| Some(answer.to_owned());
         assert_eq!(find("####", "60-15-25=20\n#### 20\nmore"), is("20"));
-        assert_eq!(find("gsm8k", "#### 1\n#### 1,234"), is("1,234"));
+        assert_eq!(find("gsm8k", "#### 1,234 apples\nQuestion: …\n#### 7"), is("1,234"));
+        assert_eq!(find("####", "#### none"), is("none"));
         assert_eq!(find("####", "no mark 20"), None);
         assert_eq!(find("boxed", r"so \boxed{1} or rather \boxed{\frac{1}{2}}."), is(r"\frac{1}{2}"));
         assert_eq!(find("boxed", r"\boxed{unclosed"), None);
-        assert_eq!(find("last-number", "first 7, then $1,250.50."), is("1,250.50"));
+        assert_eq!(find("last-number", "first 7, then $1,250.50."), is("$1,250.50"));
         assert_eq!(find("last-number", "none"), None);
+        for (text, last) in [
+            ("a loss of -$5", "-$5"),
+            ("it is .5", ".5"),
+            ("10-3", "3"),
+            ("(2)-7", "7"),
+            ("-7.", "-7"),
+            ("1, 2, 3,", "3"),
+            ("5 - 3", "3"),
+            ("x=-4", "-4"),
+            ("$1,250.50.", "$1,250.50"),
+        ] {
+            assert_eq!(find("last-number", text), is(last), "{text}");
+        }
         assert_eq!(find("regex:answer is ([A-D])", "the answer is A. No, the answer is C!"), is("C"));
         assert_eq!(find("regex:[A-D]", "B or D"), is("D"));
         assert_eq!(find("whole", " as it is \n"), is("as it is"));

@@ -18,6 +18,9 @@ use crate::{Error, Result, json};
 
 const NAME: &str = "chat";
 
+/// Instructions that rendering one conversation may take: far more than any real template, and seconds.
+const FUEL: u64 = 20_000_000;
+
 /// A compiled chat template.
 #[derive(Clone, Debug)]
 pub struct ChatTemplate {
@@ -67,6 +70,7 @@ impl ChatTemplate {
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(failed)?;
         environment.set_syntax(syntax);
+        environment.set_fuel(Some(FUEL));
         environment.set_auto_escape_callback(|_| AutoEscape::None);
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function(
@@ -385,6 +389,10 @@ mod tests {
         assert_eq!(message, "chat template: line 1: roles must alternate");
         let message = ChatTemplate::new("\n{% if %}".to_owned(), SpecialTokens::default()).unwrap_err().to_string();
         assert!(message.starts_with("chat template: line 2"), "{message}");
+        let hours = "{% for i in range(9999) %}{% for j in range(9999) %}{% for k in range(9999) %}x{% endfor %}\
+                     {% endfor %}{% endfor %}";
+        let message = template(hours).render(&conversation(), false).unwrap_err().to_string();
+        assert!(message.contains("engine ran out of fuel"), "{message}");
         let forgetful = "{% for m in messages %}{% if loop.last %}[{{ m.content }}]{% endif %}{% endfor %}";
         let message = template(forgetful).render_with_answers(&conversation()).unwrap_err().to_string();
         assert!(message.contains("message 1 is written differently when others follow"), "{message}");

@@ -36,6 +36,10 @@ pub(super) fn read(keys: &Keys<'_>, family: Family, source: &Map<String, Value>)
         }
     };
     keys.check_size("head_dim", attention_heads * head_size)?;
+    if !head_size.is_multiple_of(2) {
+        return Err(keys.fail("head_dim", format!("heads of {head_size} have no pairs to rotate: expected an even size")));
+    }
+    keys.positive("initializer_range")?;
     require_silu(keys, "hidden_act")?;
     let max_positions =
         keys.size("max_position_embeddings")?.unwrap_or(if family == Family::Llama { 2048 } else { 131_072 });

@@ -87,10 +87,10 @@ impl<'a> Keys<'a> {
         self.optional(key, "a number", |value| value.as_f64().filter(|number| number.is_finite()))
     }
 
-    /// A finite number above zero.
+    /// A number that is finite and above zero as f32, too, which models compute in.
     pub(super) fn positive(&self, key: &str) -> Result<Option<f64>> {
         self.optional(key, "a number above 0", |value| {
-            value.as_f64().filter(|number| *number > 0.0 && number.is_finite())
+            value.as_f64().filter(|number| *number as f32 > 0.0 && (*number as f32).is_finite())
         })
     }
 

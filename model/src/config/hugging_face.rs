@@ -37,7 +37,9 @@ pub(super) fn read(keys: &Keys<'_>, family: Family, source: &Map<String, Value>)
     };
     keys.check_size("head_dim", attention_heads * head_size)?;
     if !head_size.is_multiple_of(2) {
-        return Err(keys.fail("head_dim", format!("heads of {head_size} have no pairs to rotate: expected an even size")));
+        return Err(
+            keys.fail("head_dim", format!("heads of {head_size} have no pairs to rotate: expected an even size"))
+        );
     }
     keys.positive("initializer_range")?;
     require_silu(keys, "hidden_act")?;

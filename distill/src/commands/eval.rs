@@ -96,7 +96,7 @@ pub(super) struct Arguments {
     /// generation: seed of the first answer's choice; the others count on from it
     #[arg(long, value_name = "N", default_value_t = 0, requires = "temperature")]
     seed: u64,
-    /// Where to compute: cpu, cuda:N or auto
+    /// Where to compute: cpu, cuda:N, sim (the simulator) or auto
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     device: String,
     #[command(flatten)]

@@ -60,7 +60,7 @@ pub(super) struct Arguments {
     /// The prompt is a user's message; the model's chat template is put around it
     #[arg(long)]
     chat: bool,
-    /// Where to compute: cpu, cuda:N or auto
+    /// Where to compute: cpu, cuda:N, sim (the simulator) or auto
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     device: String,
     #[command(flatten)]

@@ -97,7 +97,7 @@ pub(super) struct Arguments {
     /// Element type of matrices and activations
     #[arg(long, value_enum, default_value = "f32")]
     precision: PrecisionKind,
-    /// Where to compute: cpu, cuda:N or auto
+    /// Where to compute: cpu, cuda:N, sim (the simulator) or auto
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     device: String,
     /// Print the ranking as JSON

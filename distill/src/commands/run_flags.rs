@@ -63,7 +63,7 @@ pub(super) struct RunFlags {
     /// Steps between looks at the validation data [default: 100]
     #[arg(long, value_name = "N")]
     evaluation_every: Option<i64>,
-    /// Where to compute: cpu, cuda:N or auto [default: cpu]
+    /// Where to compute: cpu, cuda:N, sim (the simulator) or auto [default: cpu]
     #[arg(long, value_name = "DEVICE")]
     device: Option<String>,
     /// Any other key of the configuration, as in `training.weight_decay=0.1`; may be repeated

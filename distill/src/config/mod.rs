@@ -38,7 +38,7 @@ pub enum Task {
 pub struct RunConfig {
     /// What is done; set by the command.
     pub task: Task,
-    /// Where it is computed: `cpu`, `cuda:N` or `auto`.
+    /// Where it is computed: `cpu`, `cuda:N`, `sim` or `auto`.
     pub device: String,
     /// The models.
     pub model: ModelSection,

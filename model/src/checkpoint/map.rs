@@ -23,10 +23,15 @@ impl MappedFile {
     /// # Errors
     /// [`Error::Io`] when it cannot be opened or mapped, [`Error::Format`] when it is no regular file.
     pub fn open(path: &Path) -> Result<Self> {
+        // Opening a pipe waits for whoever writes into it; what became of the name since is asked once more.
+        let is_file = |metadata: std::io::Result<std::fs::Metadata>| match metadata {
+            Ok(metadata) if metadata.is_file() => Ok(()),
+            Ok(_) => Err(Error::format(path, "expected a file, found something else")),
+            Err(error) => Err(Error::io("open", path)(error)),
+        };
+        is_file(std::fs::metadata(path))?;
         let file = File::open(path).map_err(Error::io("open", path))?;
-        if !file.metadata().map_err(Error::io("read", path))?.is_file() {
-            return Err(Error::format(path, "expected a file, found something else"));
-        }
+        is_file(file.metadata())?;
         // SAFETY: the map is read-only and private to this value, and lives as long as it. What Rust cannot know is
         // whether another process changes the file meanwhile. Changed bytes are only ever read as numbers or checked
         // text, every value of which is valid, so they give wrong results but nothing undefined in what is built from
@@ -71,6 +76,16 @@ impl MappedFile {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[cfg(unix)]
+    #[test]
+    fn a_pipe_is_refused_at_once() {
+        let path = std::env::temp_dir().join(format!("grafter-pipe-{}", std::process::id()));
+        assert!(std::process::Command::new("mkfifo").arg(&path).status().unwrap().success());
+        let message = MappedFile::open(&path).unwrap_err().to_string();
+        std::fs::remove_file(&path).unwrap();
+        assert!(message.contains("expected a file, found something else"), "{message}");
+    }
 
     #[test]
     fn a_file_that_shrinks_is_an_error_and_a_folder_is_refused() {

@@ -21,6 +21,8 @@
 mod block;
 pub mod case;
 mod control_flow;
+#[cfg(test)]
+mod coverage;
 mod decode;
 mod execute;
 mod fault;

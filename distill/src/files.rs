@@ -24,6 +24,15 @@ const PARTIAL: &str = ".partial";
 /// Those of `write`, as they are: what it reads may be at fault, not this file. A folder that cannot be written, a full
 /// disk, naming this file.
 pub fn write_file<T>(path: &Path, write: impl FnOnce(&mut Writer) -> Result<T>) -> Result<T> {
+    // A rename would put a file in the place of a device, and of a link what should be behind it.
+    let real = match fs::metadata(path) {
+        Ok(metadata) if !metadata.is_file() && !metadata.is_dir() => {
+            bail!("{} is no file that can be replaced: name another", path.display())
+        }
+        Ok(_) => fs::canonicalize(path).map_err(in_writing(path))?,
+        Err(_) => path.to_owned(),
+    };
+    let path = real.as_path();
     let partial = partial_sibling(path)?;
     let written = fill(&partial, path, write).and_then(|value| {
         fs::rename(&partial, path).and_then(|()| sync_folder(parent(path))).map_err(in_writing(path))?;
@@ -265,6 +274,23 @@ fn sync_folder(folder: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[cfg(unix)]
+    #[test]
+    fn devices_are_refused_and_links_followed() {
+        let folder = tempfile::tempdir().unwrap();
+        let (target, link) = (folder.path().join("target"), folder.path().join("link"));
+        fs::write(&target, "old").unwrap();
+        std::os::unix::fs::symlink(&target, &link).unwrap();
+        write_file(&link, |writer| Ok(writer.write_all(b"new")?)).unwrap();
+        assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+        assert_eq!(fs::read(&target).unwrap(), b"new");
+        let pipe = folder.path().join("pipe");
+        assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+        let message = write_file(&pipe, |writer| Ok(writer.write_all(b"new")?)).unwrap_err().to_string();
+        assert!(message.contains("is no file that can be replaced"), "{message}");
+        assert!(!fs::metadata(&pipe).unwrap().is_file());
+    }
 
     #[test]
     fn a_failed_write_leaves_the_old_file_and_nothing_else() {

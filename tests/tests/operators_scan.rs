@@ -5,7 +5,7 @@
 
 use std::num::NonZeroUsize;
 
-use autograd::ops::{self, Activation, ConvolutionOptions, ScanInputs, ScanStepInputs};
+use autograd::ops::{self, Activation, ConvolutionOptions, ScanInputs, ScanStepInputs, ScanWay};
 use autograd::{DType, Tape, Tensor, Var};
 use grafter_tests::check::{
     Input, Precision, Tolerance, agree, cases, check_operator, indices, tensor, verdict, widened,
@@ -211,15 +211,15 @@ impl ScanCase {
     }
 
     fn operator(&self, tape: &Tape<'_>, inputs: &[Var], starts: Option<&Tensor>) -> autograd::Result<Vec<Var>> {
-        self.operator_in_chunks(tape, inputs, starts, None)
+        self.operator_by(tape, inputs, starts, None)
     }
 
-    fn operator_in_chunks(
+    fn operator_by(
         &self,
         tape: &Tape<'_>,
         inputs: &[Var],
         starts: Option<&Tensor>,
-        chunk: Option<usize>,
+        way: Option<ScanWay>,
     ) -> autograd::Result<Vec<Var>> {
         let [d, gate, delta_bias, initial_state] = self.optional(inputs);
         let inputs = ScanInputs {
@@ -235,11 +235,27 @@ impl ScanCase {
             initial_state,
             document_start: starts,
         };
-        let result = match chunk {
-            Some(chunk) => ops::selective_scan_in_chunks(tape, inputs, NonZeroUsize::new(chunk).unwrap())?,
+        let result = match way {
+            Some(way) => ops::selective_scan_by(tape, inputs, way)?,
             None => ops::selective_scan(tape, inputs)?,
         };
         Ok(vec![result.output, result.last_state])
+    }
+
+    /// The output, the last state, and the gradients of all inputs under random seeds.
+    fn results_by(&self, inputs: &[Tensor], starts: Option<&Tensor>, way: Option<ScanWay>) -> Vec<Tensor> {
+        let tape = Tape::new();
+        let leaves: Vec<Var> = inputs.iter().map(|input| tape.leaf(input)).collect();
+        let outputs = self.operator_by(&tape, &leaves, starts, way).unwrap();
+        let mut random = Random::new(self.seed ^ 0x5eed);
+        let seeds = outputs.iter().map(|output| {
+            let count = output.shape().iter().product();
+            (output.clone(), tensor(output.dtype(), output.shape(), &random.normals(count, 1.0)))
+        });
+        let gradients = tape.backward_from(seeds.collect()).unwrap();
+        let mut all: Vec<Tensor> = outputs.iter().map(|output| output.tensor().clone()).collect();
+        all.extend(inputs.iter().map(|input| gradients.get(input).unwrap().clone()));
+        all
     }
 
     fn reference(&self, values: &[Vec<f64>]) -> Vec<Vec<f64>> {
@@ -471,18 +487,8 @@ proptest! {
         let starts = case.starts();
         let inputs = tensors(&case.inputs());
         let run = |chunk: Option<usize>| {
-            let tape = Tape::new();
-            let leaves: Vec<Var> = inputs.iter().map(|input| tape.leaf(input)).collect();
-            let outputs = case.operator_in_chunks(&tape, &leaves, starts.as_ref(), chunk).unwrap();
-            let mut random = Random::new(case.seed ^ 0x5eed);
-            let seeds = outputs.iter().map(|output| {
-                let count = output.shape().iter().product();
-                (output.clone(), tensor(DType::F32, output.shape(), &random.normals(count, 1.0)))
-            });
-            let gradients = tape.backward_from(seeds.collect()).unwrap();
-            let mut all: Vec<Tensor> = outputs.iter().map(|output| output.tensor().clone()).collect();
-            all.extend(inputs.iter().map(|input| gradients.get(input).unwrap().clone()));
-            all
+            let way = chunk.map(|chunk| ScanWay::Chunks(NonZeroUsize::new(chunk).unwrap()));
+            case.results_by(&inputs, starts.as_ref(), way)
         };
         let expected = run(None);
         // GPUs have room for 4096 states of a channel and chunk.
@@ -559,6 +565,120 @@ proptest! {
             let what = format!("gradient of parameter {index}");
             agree(&what, &[packed.len()], packed, separate, Bounds::new(1e-5, 2e-5)).map_err(TestCaseError::fail)?;
         }
+    }
+}
+
+/// Scans that GPUs can take row by row: 16 states, groups of whole tiles of 16 channels; no step, one, and around intervals
+/// of 16 and chunks of 64.
+fn serial_scans() -> impl Strategy<Value = ScanCase> {
+    let times = prop_oneof![
+        1 => Just(0usize), 1 => Just(1usize), 2 => 2..15usize, 2 => 15..=17usize, 1 => 31..=33usize, 1 => 47..=49usize,
+        1 => 63..=65usize, 1 => 79..=81usize, 1 => 127..=129usize
+    ];
+    (scans(), times, 1..4usize, any::<[bool; 2]>()).prop_map(|(case, time, tiles, [whole_b, whole_c])| {
+        let mut random = Random::new(case.seed);
+        let batch = case.batch.max(1);
+        let starts = (0..batch).flat_map(|_| random.document_starts(time)).collect();
+        ScanCase {
+            batch,
+            time,
+            channels: 16 * tiles,
+            states: 16,
+            b_groups: if whole_b { 1 } else { tiles },
+            c_groups: if whole_c { 1 } else { tiles },
+            document_start: case.document_start.as_ref().map(|_| starts),
+            ..case
+        }
+    })
+}
+
+proptest! {
+    #![proptest_config(cases(96))]
+
+    /// Whole rows against the f64 reference; their gradients as well, where finite differences are affordable.
+    #[test]
+    fn scan_of_whole_rows(case in serial_scans()) {
+        let mut case = case;
+        if case.time > 33 || case.channels > 16 {
+            case.batch = 1;
+            case.document_start = case.document_start.map(|starts| starts[..case.time].to_vec());
+        }
+        let starts = case.starts();
+        if case.time * case.channels <= 16 * 17 {
+            for precision in PRECISIONS {
+                check_operator(
+                    precision, case.seed, SCAN, &case.inputs(), &[&case.inputs()[0].shape, &[case.batch, case.channels, 16]],
+                    |tape, inputs| case.operator_by(tape, inputs, starts.as_ref(), Some(ScanWay::Serial)),
+                    |values| case.reference(values),
+                ).map_err(|message| TestCaseError::fail(format!("{precision:?}: {message}")))?;
+            }
+        }
+        let inputs = tensors(&case.inputs());
+        let values: Vec<Vec<f64>> = inputs.iter().map(|input| widened(input).unwrap()).collect();
+        let variables: Vec<Var> = inputs.iter().map(Var::constant).collect();
+        let got = case.operator_by(&Tape::inference(), &variables, starts.as_ref(), Some(ScanWay::Serial)).unwrap();
+        let expected = case.reference(&values);
+        let terms = case.terms(&inputs);
+        for (index, what) in ["output", "last state"].into_iter().enumerate() {
+            agree_by_terms(what, &widened(&got[index]).unwrap(), &expected[index], &terms[index])?;
+        }
+    }
+
+    /// Rows scanned whole and in spans give the same results and gradients, and the same bits every time.
+    #[test]
+    fn scan_of_whole_rows_and_in_spans(case in serial_scans()) {
+        let starts = case.starts();
+        for dtype in [DType::F32, DType::Bf16] {
+            let inputs: Vec<Tensor> = case.inputs().iter().map(|input| {
+                let dtype = if input.always_f32 { DType::F32 } else { dtype };
+                tensor(dtype, &input.shape, &input.values)
+            }).collect();
+            let run = |way| case.results_by(&inputs, starts.as_ref(), Some(way));
+            let (serial, spans) = (run(ScanWay::Serial), run(ScanWay::Spans));
+            for (index, (got, expected)) in serial.iter().zip(&spans).enumerate() {
+                let bounds = match (dtype, index) {
+                    // One unit in the last place of bf16.
+                    (DType::Bf16, _) => Bounds::new(4e-3, 8e-3),
+                    (_, 0 | 1) => SCAN.output,
+                    _ => SCAN.gradient,
+                };
+                agree(&format!("{dtype:?}: array {index}"), expected.shape(), &widened(got).unwrap(), &widened(expected).unwrap(), bounds)
+                    .map_err(TestCaseError::fail)?;
+            }
+            let again = run(ScanWay::Serial);
+            for (first, second) in serial.iter().zip(&again) {
+                prop_assert_eq!(widened(first).unwrap(), widened(second).unwrap());
+            }
+        }
+    }
+}
+
+#[test]
+fn whole_rows_of_other_shapes_are_refused_on_gpus() {
+    let device = grafter_tests::device();
+    let case = ScanCase {
+        batch: 1,
+        time: 3,
+        channels: 24,
+        states: 16,
+        b_groups: 3,
+        c_groups: 1,
+        d: false,
+        gate: false,
+        delta_bias: false,
+        softplus: true,
+        initial: false,
+        document_start: None,
+        extreme: false,
+        seed: 1,
+    };
+    let inputs: Vec<Var> = tensors(&case.inputs()).iter().map(Var::constant).collect();
+    let result = case.operator_by(&Tape::inference(), &inputs, None, Some(ScanWay::Serial));
+    if device.is_cpu() {
+        assert!(result.is_ok());
+    } else {
+        let message = result.unwrap_err().to_string();
+        assert!(message.contains("16 states, groups of 8 and 24 channels"), "{message}");
     }
 }
 

@@ -11,7 +11,7 @@ use std::cell::{Cell, OnceCell};
 use anyhow::Result;
 use autograd::ops::{
     self, Activation, AttentionOptions, ConvolutionOptions, Divergence, DivergenceOptions, HeadTeacher,
-    MambaStepInputs, RotaryScaling, RotaryTable, ScanInputs, TeacherSource,
+    MambaStepInputs, RotaryScaling, RotaryTable, ScanInputs, ScanWay, TeacherSource,
 };
 use autograd::optimizer::{AdamW, AdamWOptions, gradient_square_sum};
 use autograd::{DType, Gradients, Parameter, Parameters, Tape, Tensor, Var};
@@ -61,6 +61,12 @@ pub fn lines() -> Vec<Line> {
         })
         .asked(Milliseconds(0.5))
         .peer("mamba_ssm", 1.50),
+        Line::new("selective_scan_forward_serial", "1 x 16384 x 4096, 16 states", |make| {
+            scan_by(make, [1, 16_384, 256], forward, Some(ScanWay::Serial))
+        }),
+        Line::new("selective_scan_forward_spans", "1 x 16384 x 4096, 16 states", |make| {
+            scan_by(make, [1, 16_384, 256], forward, Some(ScanWay::Spans))
+        }),
         Line::new("selective_scan_backward", "1 x 16384 x 4096, 16 states", |make| {
             scan(make, [1, 16_384, 256], backward)
         })
@@ -72,6 +78,12 @@ pub fn lines() -> Vec<Line> {
         })
         .asked(Milliseconds(2.04))
         .peer("mamba_ssm", 6.12),
+        Line::new("selective_scan_long_forward_serial", "1 x 65536 x 4096, 16 states", |make| {
+            scan_by(make, [1, 65_536, 256], forward, Some(ScanWay::Serial))
+        }),
+        Line::new("selective_scan_long_forward_spans", "1 x 65536 x 4096, 16 states", |make| {
+            scan_by(make, [1, 65_536, 256], forward, Some(ScanWay::Spans))
+        }),
         Line::new("selective_scan_long_backward", "1 x 65536 x 4096, 16 states", |make| {
             scan(make, [1, 65_536, 256], backward)
         })
@@ -82,6 +94,12 @@ pub fn lines() -> Vec<Line> {
         })
         .asked(Milliseconds(2.0))
         .peer("mamba_ssm", 4.71),
+        Line::new("selective_scan_batch_forward_serial", "64 x 1024 x 4096, 16 states", |make| {
+            scan_by(make, [64, 1024, 256], forward, Some(ScanWay::Serial))
+        }),
+        Line::new("selective_scan_batch_forward_spans", "64 x 1024 x 4096, 16 states", |make| {
+            scan_by(make, [64, 1024, 256], forward, Some(ScanWay::Spans))
+        }),
         Line::new("selective_scan_batch_backward", "64 x 1024 x 4096, 16 states", |make| {
             scan(make, [64, 1024, 256], backward)
         })
@@ -92,6 +110,12 @@ pub fn lines() -> Vec<Line> {
         })
         .asked(Milliseconds(0.08))
         .peer("mamba_ssm", 0.206),
+        Line::new("selective_scan_smollm2_forward_serial", "8 x 2048 x 576, 16 states", |make| {
+            scan_by(make, [8, 2048, 36], forward, Some(ScanWay::Serial))
+        }),
+        Line::new("selective_scan_smollm2_forward_spans", "8 x 2048 x 576, 16 states", |make| {
+            scan_by(make, [8, 2048, 36], forward, Some(ScanWay::Spans))
+        }),
         Line::new("selective_scan_smollm2_backward", "8 x 2048 x 576, 16 states", |make| {
             scan(make, [8, 2048, 36], backward)
         })
@@ -386,7 +410,17 @@ fn prepared(cost: Cost, run: impl FnMut(&mut Stopwatch) -> Result<()> + 'static)
 }
 
 /// Reads u, delta, z, B and C; backward the gradient as well, and writes one of each.
-fn scan(make: &Inputs<'_>, [batch, time, groups]: [usize; 3], way: Way) -> Result<Prepared> {
+fn scan(make: &Inputs<'_>, sizes: [usize; 3], way: Way) -> Result<Prepared> {
+    scan_by(make, sizes, way, None)
+}
+
+/// As [`scan`], by a given way, or the one that the operator chooses.
+fn scan_by(
+    make: &Inputs<'_>,
+    [batch, time, groups]: [usize; 3],
+    way: Way,
+    scan_way: Option<ScanWay>,
+) -> Result<Prepared> {
     const STATES: usize = 16;
     let [batch, time, groups] = [batch, time, groups].map(|size| make.size(size));
     let channels = groups * STATES;
@@ -402,23 +436,24 @@ fn scan(make: &Inputs<'_>, [batch, time, groups]: [usize; 3], way: Way) -> Resul
         make.tensor(&sequence, 1.0)?,
         make.filled(&[channels], -3.0)?,
     ];
-    let operator: Operator = Box::new(|tape, inputs| {
-        let scan = ops::selective_scan(
-            tape,
-            ScanInputs {
-                input: &inputs[0],
-                delta: &inputs[1],
-                a: &inputs[2],
-                b: &inputs[3],
-                c: &inputs[4],
-                d: Some(&inputs[5]),
-                gate: Some(&inputs[6]),
-                delta_bias: Some(&inputs[7]),
-                delta_softplus: true,
-                initial_state: None,
-                document_start: None,
-            },
-        )?;
+    let operator: Operator = Box::new(move |tape, inputs| {
+        let inputs = ScanInputs {
+            input: &inputs[0],
+            delta: &inputs[1],
+            a: &inputs[2],
+            b: &inputs[3],
+            c: &inputs[4],
+            d: Some(&inputs[5]),
+            gate: Some(&inputs[6]),
+            delta_bias: Some(&inputs[7]),
+            delta_softplus: true,
+            initial_state: None,
+            document_start: None,
+        };
+        let scan = match scan_way {
+            Some(scan_way) => ops::selective_scan_by(tape, inputs, scan_way)?,
+            None => ops::selective_scan(tape, inputs)?,
+        };
         Ok(scan.output)
     });
     let size = batch * time * channels;

@@ -4,12 +4,11 @@
 //! between again, chunk by chunk from the end (Gu and Dao 2023, section 3.3.2 and its appendix).
 
 use std::borrow::Cow;
-use std::num::NonZeroUsize;
 use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::{Scan, ScanStepInputs};
+use super::{Scan, ScanStepInputs, ScanWay};
 use crate::{DType, Result, Tensor, cpu};
 
 /// Channels of a block: the lanes of the widest vectors.
@@ -74,7 +73,10 @@ struct BlockBackward {
 impl Scan {
     /// Steps between saved states.
     fn chunk_steps(&self) -> usize {
-        self.chunk.map_or(CHUNK, NonZeroUsize::get)
+        match self.way {
+            Some(ScanWay::Chunks(chunk)) => chunk.get(),
+            _ => CHUNK,
+        }
     }
 
     fn values(&self) -> Result<Values<'_>> {

@@ -1,19 +1,17 @@
 //! The GPU way: kernels of [`kernels_ptx::kernels::selective_scan`].
 
-use std::num::NonZeroUsize;
-
 use kernels_ptx::kernels::selective_scan::{
     self as kernels, CHUNK, CombineSpans, GroupGradient, GroupSums, MOST_CHUNK_STATES, MOST_STATES, ScanBackward,
-    ScanForward, ScanStep, Sizes, SpanCarries, SpanStates,
+    ScanForward, ScanStep, SerialForward, Sizes, SpanCarries, SpanStates,
 };
 use runtime::{Argument, Device};
 
-use super::{OPERATOR, Scan, ScanStepInputs};
+use super::{OPERATOR, Scan, ScanStepInputs, ScanWay};
 use crate::gpu::{self, Output};
 use crate::{DType, Error, Result, Tensor};
 
-/// Multiprocessors that rows are cut into spans for: an H100's. The same on every device, since the cut decides in which
-/// order sums are formed.
+/// Multiprocessors that rows are cut into spans for, or scanned whole: an H100's. The same on every device, since that decides
+/// in which order sums are formed.
 const MULTIPROCESSORS: u32 = 132;
 
 /// What all launches need: the kernels' choices, the operands in the types that kernels take, how time is cut.
@@ -46,10 +44,10 @@ impl<'a> Launch<'a> {
             b_groups: size("the number of groups of b", scan.b.shape()[2])?,
             c_groups: size("the number of groups of c", scan.c.shape()[2])?,
         };
-        let (chunk, span) = match scan.chunk.map(NonZeroUsize::get) {
-            None => (CHUNK, sizes.span(CHUNK, MULTIPROCESSORS)),
-            Some(chunk) => {
-                let chunk = size("the chunk", chunk)?;
+        let (chunk, span) = match scan.way {
+            None | Some(ScanWay::Serial | ScanWay::Spans) => (CHUNK, sizes.span(CHUNK, MULTIPROCESSORS)),
+            Some(ScanWay::Chunks(chunk)) => {
+                let chunk = size("the chunk", chunk.get())?;
                 if u64::from(chunk) * u64::from(states) > u64::from(MOST_CHUNK_STATES) {
                     let message = format!(
                         "chunks of {chunk} steps of {states} states: GPUs have room for {MOST_CHUNK_STATES} states of a \
@@ -87,6 +85,27 @@ impl<'a> Launch<'a> {
 
     fn device(&self) -> &Device {
         self.scan.input.device()
+    }
+
+    /// The blocks that scan whole rows forward; `None` where spans are scanned.
+    fn serial_grid(&self) -> Result<Option<[u32; 3]>> {
+        let grid = SerialForward::grid(&self.sizes, self.form.states);
+        match (self.scan.way, grid) {
+            (Some(ScanWay::Spans | ScanWay::Chunks(_)), _) => Ok(None),
+            // Fewer blocks take as long as these, while spans take less time the fewer there are.
+            (None, grid) => Ok(grid.filter(|[blocks, ..]| *blocks >= MULTIPROCESSORS)),
+            (Some(ScanWay::Serial), Some(grid)) => Ok(Some(grid)),
+            (Some(ScanWay::Serial), None) => Err(Error::Invalid {
+                operator: OPERATOR,
+                message: format!(
+                    "{} states, groups of {} and {} channels: whole rows are scanned in channels of 16 states whose groups \
+                     are multiples of 16 channels",
+                    self.form.states,
+                    self.sizes.b_width(),
+                    self.sizes.c_width()
+                ),
+            }),
+        }
     }
 
     fn spans(&self) -> u32 {
@@ -256,6 +275,19 @@ pub(super) fn forward(scan: &Scan, save: bool) -> Result<(Tensor, Tensor, Tensor
             }
         };
         return Ok((output.tensor(), last_state, launch.states(0)?.tensor()));
+    }
+    if let Some(grid) = launch.serial_grid()? {
+        let mut chunk_states = launch.states(if save { launch.chunks() } else { 0 })?;
+        let mut arguments = vec![output.write(), last_state.write()];
+        arguments.extend(save.then(|| chunk_states.write()));
+        arguments.extend(launch.inputs());
+        arguments.extend(launch.initial_state.as_ref().map(gpu::read));
+        let Sizes { time, channels, .. } = launch.sizes;
+        arguments.extend([time, channels, launch.sizes.b_width(), launch.sizes.c_width()].map(Argument::U32));
+        let kernel = SerialForward { scan: launch.form, resumed: launch.initial_state.is_some(), saves: save };
+        gpu::launch(OPERATOR, launch.device(), &kernel, Some(grid), &launch.problem(), &arguments)?;
+        drop(arguments);
+        return Ok((output.tensor(), last_state.tensor(), chunk_states.tensor()));
     }
     let start_states = launch.start_states()?;
     // Where every chunk is a span, the states at their starts are known.

@@ -58,17 +58,30 @@ pub fn selective_scan(tape: &Tape<'_>, inputs: ScanInputs<'_>) -> Result<ScanOut
     scan(tape, inputs, None)
 }
 
-/// As [`selective_scan`], with states saved for the backward pass every `chunk` steps; GPUs take the chunks in parallel. The
-/// other function chooses, and is the one to use: this one is for tests and measurements.
-///
-/// # Errors
-/// As [`selective_scan`]; on GPUs beyond 4096 states of a channel and chunk.
-pub fn selective_scan_in_chunks(tape: &Tape<'_>, inputs: ScanInputs<'_>, chunk: NonZeroUsize) -> Result<ScanOutput> {
-    scan(tape, inputs, Some(chunk))
+/// How time is taken.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ScanWay {
+    /// On GPUs each row from its first step to its last in one pass forward: for channels of 16 states whose groups of B and
+    /// C are multiples of 16 channels. The backward pass is that of spans.
+    Serial,
+    /// On GPUs rows are cut into spans where they are few, which are taken in parallel.
+    Spans,
+    /// States are saved for the backward pass every so many steps; GPUs take the chunks in parallel.
+    Chunks(NonZeroUsize),
 }
 
-fn scan(tape: &Tape<'_>, inputs: ScanInputs<'_>, chunk: Option<NonZeroUsize>) -> Result<ScanOutput> {
-    let scan = Scan::new(&inputs, chunk)?;
+/// As [`selective_scan`], in a given way. The other function chooses, and is the one to use: this one is for tests and
+/// measurements.
+///
+/// # Errors
+/// As [`selective_scan`]; on GPUs, serially, shapes that [`ScanWay::Serial`] does not name, and in chunks, more than 4096
+/// states of a channel and chunk.
+pub fn selective_scan_by(tape: &Tape<'_>, inputs: ScanInputs<'_>, way: ScanWay) -> Result<ScanOutput> {
+    scan(tape, inputs, Some(way))
+}
+
+fn scan(tape: &Tape<'_>, inputs: ScanInputs<'_>, way: Option<ScanWay>) -> Result<ScanOutput> {
+    let scan = Scan::new(&inputs, way)?;
     let mut variables = vec![inputs.input, inputs.delta, inputs.a, inputs.b, inputs.c];
     let optional = [inputs.d, inputs.gate, inputs.delta_bias, inputs.initial_state];
     variables.extend(optional.iter().flatten());
@@ -113,8 +126,8 @@ struct Scan {
     time: usize,
     channels: usize,
     states: usize,
-    /// Steps between saved states, where they were asked for.
-    chunk: Option<NonZeroUsize>,
+    /// How time is taken, where it was asked for.
+    way: Option<ScanWay>,
     input: Tensor,
     delta: Tensor,
     a: Tensor,
@@ -129,7 +142,7 @@ struct Scan {
 }
 
 impl Scan {
-    fn new(inputs: &ScanInputs<'_>, chunk: Option<NonZeroUsize>) -> Result<Self> {
+    fn new(inputs: &ScanInputs<'_>, way: Option<ScanWay>) -> Result<Self> {
         let input = inputs.input;
         check::is_float(OPERATOR, "input", input)?;
         check::rank(OPERATOR, "input", input, 3, "[batch, time, channels]")?;
@@ -177,7 +190,7 @@ impl Scan {
             time,
             channels,
             states,
-            chunk,
+            way,
             input: owned(input),
             delta: owned(inputs.delta),
             a: owned(inputs.a),

@@ -13,6 +13,9 @@
 //! - Time: rows are cut into *spans* when there are too few tiles to fill a device. [`SpanStates`] computes each
 //!   span's state from zero and its sum of Δ (the product of its decays is `exp(A ΣΔ)`), [`CombineSpans`] turns them into
 //!   the states at the starts of the spans, in order, and [`ScanForward`] runs each span from its true start.
+//! - Whole rows: where there are enough tiles of 16 channels by 16 states, [`SerialForward`] scans each from first step to last
+//!   in one pass, four channels-by-states per lane, with warps beside it that read, write and compute what depends on the
+//!   channel alone. The others stay its check, and take every other shape.
 //! - Backward: the forward pass saves the states at the starts of *chunks* of [`CHUNK`] steps. [`ScanBackward`] takes the chunks
 //!   of a span from the last to the first: it computes the states at each stage of 8 steps again (shared memory), then,
 //!   stage by stage from the end, the states of its steps (registers), and walks back through them. What later spans
@@ -28,11 +31,14 @@ mod backward;
 mod combine;
 mod forward;
 mod lane;
+mod serial;
+mod serial_forward;
 mod step;
 
 pub use backward::{GroupGradient, GroupSums, ScanBackward, SpanCarries};
 pub use combine::CombineSpans;
 pub use forward::{ScanForward, SpanStates};
+pub use serial_forward::SerialForward;
 pub use step::ScanStep;
 
 use crate::Element;

@@ -224,7 +224,8 @@ fn check_arguments(
                     return Err(Error::Invalid { operator: OPERATOR, message });
                 }
                 if teacher.options.divergence == Divergence::SoftCrossEntropy {
-                    let message = "the soft cross-entropy needs the teacher's whole distribution: take the forward KL,                                    whose gradient is the same";
+                    let message = "the soft cross-entropy needs the teacher's whole distribution: take the forward KL, \
+                                   whose gradient is the same";
                     return Err(Error::Invalid { operator: OPERATOR, message: message.to_owned() });
                 }
             }

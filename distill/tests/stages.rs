@@ -80,6 +80,31 @@ fn values(model: &Model, name: &str) -> Vec<f32> {
 }
 
 #[test]
+fn flags_override_what_a_file_says_for_each_stage() {
+    let workshop = Workshop::new();
+    let file = workshop.path("run.toml");
+    let stages = "schedule = [1, 2]\nsteps = [30, 50]\nlearning_rates = [1e-3, 2e-3]\n";
+    fs::write(&file, format!("[training]\nsteps = 7\n[stages]\n{stages}")).unwrap();
+    let (teacher, train, run) = (workshop.path("teacher"), workshop.path("train.jsonl"), workshop.path("run"));
+    let common = ["distill", "--config", text(&file), "--teacher", text(&teacher), "--train", text(&train)];
+    let resolved = |more: &[&str]| {
+        let text = succeed(&[&common[..], &["--run", text(&run), "--print-config"], more].concat());
+        let config: toml::Table = text.parse().unwrap();
+        (
+            config["training"]["steps"].clone(),
+            config["stages"]["steps"].clone(),
+            config["stages"]["learning_rates"].clone(),
+        )
+    };
+    let numbers = |text: &str| format!("x = {text}").parse::<toml::Table>().unwrap()["x"].clone();
+    assert_eq!(resolved(&[]), (numbers("7"), numbers("[30, 50]"), numbers("[1e-3, 2e-3]")));
+    let flags = ["--steps", "60", "--learning-rate", "1e-4"];
+    assert_eq!(resolved(&flags), (numbers("60"), numbers("[]"), numbers("[]")));
+    let set = ["--steps", "60", "--set", "stages.steps=[8, 9]"];
+    assert_eq!(resolved(&set).1, numbers("[8, 9]"));
+}
+
+#[test]
 fn new_mixers_come_from_the_teacher_and_the_rest_from_the_hybrid_before() {
     let workshop = Workshop::new();
     // The second stage learns nothing that an f32 can hold: its model is what it started from.

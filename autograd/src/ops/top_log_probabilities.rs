@@ -1,7 +1,7 @@
 //! A teacher's distribution as its likeliest tokens and the mass of all others: what fits on a disk.
 
 use kernels_ptx::kernels::cross_entropy::takes_vectors;
-use kernels_ptx::kernels::teacher_logits::TeacherLogits;
+use kernels_ptx::kernels::top_log_probabilities::TeacherLogits;
 use rayon::prelude::*;
 use runtime::{Argument, Device};
 

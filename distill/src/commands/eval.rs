@@ -15,12 +15,12 @@ use runtime::Device;
 use serde_json::{Value, json};
 
 use super::precision::PrecisionArguments;
-use super::{INTERRUPTED, done, output};
+use super::{INTERRUPTED, done, interrupted, output};
 use crate::evaluate::extract::Extract;
 use crate::evaluate::perplexity::perplexity;
 use crate::evaluate::{self, GenerationOptions, Measured, MultipleChoiceOptions, Results};
 use crate::files;
-use crate::interruption::{Interrupted, Interruption};
+use crate::interruption::Interruption;
 use crate::train::Progress;
 use crate::train::models::{encoder, tokenizer_hash};
 
@@ -62,7 +62,7 @@ pub(super) struct Arguments {
     /// Questions: the first of the data [default: all]
     #[arg(long, value_name = "N")]
     limit: Option<u64>,
-    /// What stands before a choice or an answer where no chat template does
+    /// What stands before a choice, and before an answer where no chat template does
     #[arg(long, value_name = "TEXT", default_value = evaluate::questions::PROMPT)]
     prompt: String,
     /// multiple-choice: tokens of a row, which holds several choices
@@ -131,8 +131,7 @@ pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
     };
     let (task, settings, (metrics, by_task, items)) = match measured {
         Ok(measured) => measured,
-        Err(error) if error.downcast_ref::<Interrupted>().is_some() => return Ok(ExitCode::from(INTERRUPTED)),
-        Err(error) => return Err(error),
+        Err(error) => return interrupted(error, &mut Progress::on_stderr(), "nothing was written"),
     };
     let Arguments { model, data, .. } = &arguments;
     let (model, data) = (model.clone(), data.clone());

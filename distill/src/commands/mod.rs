@@ -25,6 +25,9 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
+use crate::interruption::Interrupted;
+use crate::train::Progress;
+
 const EXIT_CODES: &str = "\
 Exit codes:
   0  done
@@ -125,6 +128,13 @@ fn chain(error: &anyhow::Error) -> String {
         }
     }
     text
+}
+
+/// The end of work that a signal interrupted, which says how it goes on. Other errors stay errors.
+fn interrupted(error: anyhow::Error, progress: &mut Progress, then: &str) -> Result<ExitCode> {
+    let Some(Interrupted { signal }) = error.downcast_ref::<Interrupted>() else { return Err(error) };
+    progress.say(&format!("interrupted by {signal}; {then}"));
+    Ok(ExitCode::from(INTERRUPTED))
 }
 
 /// The successful end of a command.

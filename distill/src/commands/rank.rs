@@ -8,10 +8,10 @@ use anyhow::Result;
 use clap::Args;
 
 use super::run_flags::parse_layers;
-use super::{INTERRUPTED, done, output};
+use super::{INTERRUPTED, done, interrupted, output};
 use crate::config::PrecisionKind;
 use crate::data::LongDocuments;
-use crate::interruption::{Interrupted, Interruption};
+use crate::interruption::Interruption;
 use crate::rank::{self, Method, Metric, RankConfig, Ranking};
 use crate::train::Progress;
 
@@ -139,13 +139,7 @@ pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
     match rank::run(&config, &arguments.out, &interruption, &mut progress) {
         Ok(ranking) if arguments.json => output::json(&ranking)?,
         Ok(ranking) => print(&ranking, start.elapsed().as_secs_f64())?,
-        Err(error) => match error.downcast_ref::<Interrupted>() {
-            Some(Interrupted { signal }) => {
-                progress.say(&format!("interrupted by {signal}; the same command continues after the layers done"));
-                return Ok(ExitCode::from(INTERRUPTED));
-            }
-            None => return Err(error),
-        },
+        Err(error) => return interrupted(error, &mut progress, "the same command continues after the layers done"),
     }
     done()
 }

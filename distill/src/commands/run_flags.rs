@@ -107,6 +107,14 @@ pub(super) fn run_from(task: Task, flags: RunFlags, own: Vec<Override>, from_sta
         ("--evaluation-every", "evaluation.every", flags.evaluation_every.map(Value::from)),
         ("--device", "device", flags.device.map(Value::from)),
     ];
+    // Flags override a file's lists with an entry per stage, too.
+    let listed = [
+        ("--steps", "stages.steps", flags.steps.is_some()),
+        ("--learning-rate", "stages.learning_rates", flags.learning_rate.is_some()),
+    ];
+    for (flag, key, _) in listed.into_iter().filter(|(.., given)| *given && task == Task::Distill) {
+        overrides.push(Override::flag(flag, key, Vec::<Value>::new()));
+    }
     overrides.extend(values.into_iter().filter_map(|(flag, key, value)| Some(Override::flag(flag, key, value?))));
     for assignment in &flags.set {
         overrides.push(Override::parse(assignment)?);

@@ -7,10 +7,10 @@ use anyhow::Result;
 use clap::Args;
 use serde_json::json;
 
-use super::{INTERRUPTED, done, output};
+use super::{INTERRUPTED, done, interrupted, output};
 use crate::config::PrecisionKind;
 use crate::data::LongDocuments;
-use crate::interruption::{Interrupted, Interruption};
+use crate::interruption::Interruption;
 use crate::teach::{self, TeachConfig};
 use crate::train::Progress;
 
@@ -88,13 +88,7 @@ pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
     let mut progress = Progress::on_stderr();
     let description = match teach::run(&config, &arguments.out, &interruption, &mut progress) {
         Ok(description) => description,
-        Err(error) => match error.downcast_ref::<Interrupted>() {
-            Some(Interrupted { signal }) => {
-                progress.say(&format!("interrupted by {signal}; the same command continues after the rows that count"));
-                return Ok(ExitCode::from(INTERRUPTED));
-            }
-            None => return Err(error),
-        },
+        Err(error) => return interrupted(error, &mut progress, "the same command goes on where it was"),
     };
     if arguments.json {
         output::json(&json!({ "folder": arguments.out, "targets": description }))?;

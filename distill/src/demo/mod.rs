@@ -8,7 +8,6 @@ mod evaluate;
 pub mod task;
 pub mod world;
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -220,6 +219,5 @@ fn write_evaluation(run: &Path, name: &str, evaluation: &Evaluation, exam: &[Pro
     });
     let folder = run.join("evaluations");
     files::create_folder(&folder)?;
-    let text = serde_json::to_string_pretty(&content)?;
-    files::write_file(&folder.join(format!("{name}.json")), |writer| Ok(writeln!(writer, "{text}")?))
+    files::write_json(&folder.join(format!("{name}.json")), &content)
 }

@@ -110,7 +110,7 @@ pub fn run(
             differences.join("; ")
         );
     }
-    write(&open.config(), &config::to_toml(config)?)?;
+    files::write_file(&open.config(), |writer| Ok(writer.write_all(config::to_toml(config)?.as_bytes())?))?;
     let earlier = read(folder)?.unwrap_or_default();
     let mut records = Vec::new();
     for number in 1..=count {
@@ -343,7 +343,7 @@ impl<'a> Stage<'a> {
                 self.number
             );
         }
-        write(&self.path().join("stage.json"), &(serde_json::to_string_pretty(&self.begun()?)? + "\n"))?;
+        files::write_json(&self.path().join("stage.json"), &self.begun()?)?;
         let new_layers = self.pick(interruption, progress)?;
         let record = self.record(&new_layers)?;
         progress.say(&format!(
@@ -429,7 +429,7 @@ impl<'a> Stage<'a> {
     }
 
     fn write_records(&self, records: &[StageRecord]) -> Result<()> {
-        write(&self.folder.join(STAGES), &(serde_json::to_string_pretty(records)? + "\n"))
+        files::write_json(&self.folder.join(STAGES), &records)
     }
 }
 
@@ -512,10 +512,6 @@ pub(crate) fn parts(hybrid: &ModelConfig, new_layers: &[usize], later: bool, tra
         })
     };
     order.iter().filter_map(part).collect()
-}
-
-fn write(path: &Path, text: &str) -> Result<()> {
-    files::write_file(path, |writer| Ok(writer.write_all(text.as_bytes())?))
 }
 
 /// The same files under another folder's name, without a second copy where the file system can.

@@ -48,7 +48,7 @@ kernels! {
     selective_scan: SpanStates, ScanForward, SerialForward, SpanCarries, ScanBackward, CombineSpans, GroupSums, ScanStep;
     sum_parts: SumParts;
     swiglu: SwigluForward, SwigluBackward;
-    teacher_logits: TeacherLogits;
+    top_log_probabilities: TeacherLogits;
     vocabulary_loss: VocabularyLoss;
 }
 

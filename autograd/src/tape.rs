@@ -262,8 +262,8 @@ impl<'a> Tape<'a> {
     }
 }
 
-/// Gradients of leaves, by tensor.
-#[derive(Default)]
+/// Gradients of leaves, by tensor. A clone shares them.
+#[derive(Clone, Default)]
 pub struct Gradients {
     // Identities, not tensors: holding a leaf here would make an optimizer's update copy it.
     by_tensor: HashMap<TensorId, Tensor>,

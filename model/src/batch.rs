@@ -23,26 +23,34 @@ impl TokenBatch {
     /// # Errors
     /// [`Error::Batch`] for rows of different lengths or document lengths that do not add up.
     pub fn new(device: &Device, rows: &[Vec<u32>], document_lengths: Option<&[Vec<usize>]>) -> Result<Self> {
-        let batch = rows.len();
-        let time = rows.first().map_or(0, Vec::len);
-        if let Some(other) = rows.iter().find(|row| row.len() != time) {
-            return Err(Error::Batch { message: format!("rows of {time} and {} tokens in one batch", other.len()) });
-        }
-        let starts = match document_lengths {
-            Some(lengths) => document_starts(lengths, batch, time)?,
-            None => vec![0; batch * time],
-        };
-        let positions: Vec<u32> =
-            starts.iter().enumerate().map(|(index, start)| (index % time.max(1)) as u32 - start).collect();
-        let shape = [batch, time];
+        let host = HostBatch::new(rows, document_lengths)?;
         Ok(Self {
-            tokens: Tensor::from_slice(device, &shape, &rows.concat())?,
-            positions: Tensor::from_slice(device, &shape, &positions)?,
+            tokens: Tensor::from_slice(device, &host.shape, &host.tokens)?,
+            positions: Tensor::from_slice(device, &host.shape, &host.positions)?,
             document_start: match document_lengths {
-                Some(_) => Some(Tensor::from_slice(device, &shape, &starts)?),
+                Some(_) => Some(Tensor::from_slice(device, &host.shape, &host.starts)?),
                 None => None,
             },
         })
+    }
+
+    /// Puts other rows into the place of these, in the same memory: as many rows of the same length, cut into documents if
+    /// these are.
+    ///
+    /// # Errors
+    /// As [`TokenBatch::new`]; [`Error::Batch`] for rows of another number or length, or documents where there were none.
+    pub fn overwrite(&mut self, rows: &[Vec<u32>], document_lengths: Option<&[Vec<usize>]>) -> Result<()> {
+        let host = HostBatch::new(rows, document_lengths)?;
+        if host.shape != self.tokens.shape() || document_lengths.is_some() != self.document_start.is_some() {
+            let message = format!("rows {:?} in the place of {:?}", host.shape, self.tokens.shape());
+            return Err(Error::Batch { message });
+        }
+        self.tokens.overwrite(&host.tokens)?;
+        self.positions.overwrite(&host.positions)?;
+        if let Some(starts) = &mut self.document_start {
+            starts.overwrite(&host.starts)?;
+        }
+        Ok(())
     }
 
     /// Number of rows.
@@ -53,6 +61,30 @@ impl TokenBatch {
     /// Tokens of a row.
     pub fn time(&self) -> usize {
         self.tokens.shape()[1]
+    }
+}
+
+/// A batch before it goes to its device.
+struct HostBatch {
+    shape: [usize; 2],
+    tokens: Vec<u32>,
+    positions: Vec<u32>,
+    starts: Vec<u32>,
+}
+
+impl HostBatch {
+    fn new(rows: &[Vec<u32>], document_lengths: Option<&[Vec<usize>]>) -> Result<Self> {
+        let batch = rows.len();
+        let time = rows.first().map_or(0, Vec::len);
+        if let Some(other) = rows.iter().find(|row| row.len() != time) {
+            return Err(Error::Batch { message: format!("rows of {time} and {} tokens in one batch", other.len()) });
+        }
+        let starts = match document_lengths {
+            Some(lengths) => document_starts(lengths, batch, time)?,
+            None => vec![0; batch * time],
+        };
+        let positions = starts.iter().enumerate().map(|(index, start)| (index % time.max(1)) as u32 - start).collect();
+        Ok(Self { shape: [batch, time], tokens: rows.concat(), positions, starts })
     }
 }
 

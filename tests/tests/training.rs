@@ -146,7 +146,9 @@ fn a_thousand_steps_leave_memory_flat() {
     let _alone = alone();
     let device = grafter_tests::device();
     let mut training = Training::new(&device, DType::Bf16);
-    let (warm_up, rest) = (steps(20, 2), steps(980, 3));
+    // Uploads and tables keep a few blocks: how many shows in the first steps, so these are not cut short by TEST_STEPS.
+    let warm_up = if device.to_string() == "sim" { 2 } else { 20 };
+    let rest = steps(980, 3);
     for index in 0..warm_up {
         training.step(index);
     }

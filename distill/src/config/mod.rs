@@ -152,6 +152,9 @@ pub struct TrainingSection {
     pub batch_size: usize,
     /// Rows that are computed at once; less takes less memory and gives the same gradients up to rounding.
     pub micro_batch: usize,
+    /// On a GPU: whether the launches of an update are captured once and then replayed together, where a batch is one
+    /// micro-batch. The same numbers either way, sooner.
+    pub graphs: bool,
     /// Element type of matrices and activations.
     pub precision: PrecisionKind,
     /// The rate at the end of the warm-up.
@@ -311,6 +314,7 @@ impl RunConfig {
                 steps: 0,
                 batch_size: 8,
                 micro_batch: 1,
+                graphs: true,
                 precision: PrecisionKind::F32,
                 learning_rate: if distill { 5e-5 } else { 1e-3 },
                 minimum_learning_rate: 0.0,

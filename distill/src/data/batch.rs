@@ -40,19 +40,54 @@ impl Batch {
     /// # Errors
     /// Out of memory.
     pub fn new(device: &Device, sequences: &[Sequence], positions: PositionsThatCount) -> Result<Self> {
-        let rows: Vec<Vec<u32>> = sequences.iter().map(|sequence| sequence.tokens.clone()).collect();
-        let lengths: Vec<Vec<usize>> = sequences.iter().map(|sequence| sequence.document_lengths.clone()).collect();
-        let labels: Vec<u32> = sequences.iter().flat_map(|sequence| labels(sequence, positions)).collect();
-        let counts: Vec<u32> = labels.iter().map(|&label| u32::from(label != IGNORED_LABEL)).collect();
-        let mask: Vec<f32> = labels.iter().map(|&label| f32::from(label != IGNORED_LABEL)).collect();
-        let shape = [sequences.len(), rows.first().map_or(0, Vec::len)];
+        let host = HostBatch::new(sequences, positions);
+        let shape = [sequences.len(), host.rows.first().map_or(0, Vec::len)];
         Ok(Self {
-            tokens: TokenBatch::new(device, &rows, Some(&lengths))?,
-            labels: Tensor::from_slice(device, &shape, &labels)?,
-            mask: Tensor::from_slice(device, &shape, &mask)?,
-            counts: Tensor::from_slice(device, &shape, &counts)?,
+            tokens: TokenBatch::new(device, &host.rows, Some(&host.lengths))?,
+            labels: Tensor::from_slice(device, &shape, &host.labels)?,
+            mask: Tensor::from_slice(device, &shape, &host.mask())?,
+            counts: Tensor::from_slice(device, &shape, &host.counts())?,
             targets: None,
         })
+    }
+
+    /// Puts other rows into the place of these, in the same memory. What a teacher said of these goes.
+    ///
+    /// # Errors
+    /// Rows of another number or length; out of memory.
+    pub fn overwrite(&mut self, sequences: &[Sequence], positions: PositionsThatCount) -> Result<()> {
+        let host = HostBatch::new(sequences, positions);
+        self.tokens.overwrite(&host.rows, Some(&host.lengths))?;
+        self.labels.overwrite(&host.labels)?;
+        self.mask.overwrite(&host.mask())?;
+        self.counts.overwrite(&host.counts())?;
+        self.targets = None;
+        Ok(())
+    }
+}
+
+/// A batch before it goes to its device.
+struct HostBatch {
+    rows: Vec<Vec<u32>>,
+    lengths: Vec<Vec<usize>>,
+    labels: Vec<u32>,
+}
+
+impl HostBatch {
+    fn new(sequences: &[Sequence], positions: PositionsThatCount) -> Self {
+        Self {
+            rows: sequences.iter().map(|sequence| sequence.tokens.clone()).collect(),
+            lengths: sequences.iter().map(|sequence| sequence.document_lengths.clone()).collect(),
+            labels: sequences.iter().flat_map(|sequence| labels(sequence, positions)).collect(),
+        }
+    }
+
+    fn mask(&self) -> Vec<f32> {
+        self.labels.iter().map(|&label| f32::from(label != IGNORED_LABEL)).collect()
+    }
+
+    fn counts(&self) -> Vec<u32> {
+        self.labels.iter().map(|&label| u32::from(label != IGNORED_LABEL)).collect()
     }
 }
 
@@ -96,10 +131,30 @@ mod tests {
         let batch = Batch::new(&Device::cpu(), &sequences, PositionsThatCount::Answers).unwrap();
         assert_eq!(batch.labels.to_vec::<u32>().unwrap(), [NONE, 7, NONE, 9, NONE, NONE, NONE]);
         assert_eq!(batch.mask.to_vec::<f32>().unwrap(), [0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0]);
-        assert_eq!(batch.tokens.document_start.unwrap().to_vec::<u32>().unwrap(), [0, 0, 0, 3, 3, 5, 5]);
+        assert_eq!(batch.tokens.document_start.as_ref().unwrap().to_vec::<u32>().unwrap(), [0, 0, 0, 3, 3, 5, 5]);
         let all = Batch::new(&Device::cpu(), &sequences, PositionsThatCount::All).unwrap();
         assert_eq!(all.labels.to_vec::<u32>().unwrap(), [6, 7, NONE, 9, NONE, NONE, NONE]);
         assert_eq!(positions_that_count(&sequences[0], PositionsThatCount::Answers), 2);
         assert_eq!(positions_that_count(&sequences[0], PositionsThatCount::All), 3);
+
+        let other = Sequence {
+            tokens: vec![9, 8, 7, 6, 5, 4, 3],
+            answers: vec![true; 7],
+            padding: vec![false; 7],
+            document_lengths: vec![1, 6],
+        };
+        let (mut batch, expected) = (batch, std::slice::from_ref(&other));
+        batch.overwrite(expected, PositionsThatCount::All).unwrap();
+        let expected = Batch::new(&Device::cpu(), expected, PositionsThatCount::All).unwrap();
+        let u32s = |batch: &Batch| {
+            let tokens = &batch.tokens;
+            let starts = tokens.document_start.as_ref().unwrap();
+            [&tokens.tokens, &tokens.positions, starts, &batch.labels, &batch.counts]
+                .map(|tensor| tensor.to_vec::<u32>().unwrap())
+        };
+        assert_eq!(u32s(&batch), u32s(&expected));
+        assert_eq!(batch.mask.to_vec::<f32>().unwrap(), expected.mask.to_vec::<f32>().unwrap());
+        let short = Sequence { tokens: vec![1], answers: vec![true], padding: vec![false], document_lengths: vec![1] };
+        assert!(batch.overwrite(&[short], PositionsThatCount::All).is_err());
     }
 }

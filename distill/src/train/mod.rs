@@ -15,6 +15,7 @@ mod metrics;
 pub(crate) mod models;
 mod objective;
 mod progress;
+mod replay;
 mod tensor_file;
 
 use std::collections::BTreeMap;
@@ -25,7 +26,7 @@ use anyhow::{Context, Result, bail, ensure};
 use autograd::optimizer::{self, AdamW};
 use autograd::{Gradients, Tape};
 use model::checkpoint::SaveOptions;
-use runtime::Device;
+use runtime::{Device, DeviceKind};
 
 pub use metrics::{Record, StepRecord, TimingRecord, ValidationRecord, read_metrics};
 pub use progress::Progress;
@@ -43,6 +44,7 @@ use guard::SpikeGuard;
 use metrics::Log;
 use models::Models;
 use objective::{Loss, Objective, Unread, first_bad_gradient};
+use replay::Replay;
 
 /// How a run ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -188,6 +190,8 @@ fn prepare<'a>(
         models,
         data,
         optimizer,
+        replays: config.training.graphs && matches!(device.kind(), DeviceKind::Cuda(_)),
+        replay: None,
         fresh: resumed.is_none(),
         state,
         guard,
@@ -368,6 +372,9 @@ struct Trainer<'a> {
     models: Models,
     data: Data,
     optimizer: AdamW,
+    /// Whether updates may be replayed.
+    replays: bool,
+    replay: Option<Replay>,
     /// Whether no checkpoint was there to continue from.
     fresh: bool,
     state: State,
@@ -413,17 +420,20 @@ impl Trainer<'_> {
         let rows: Vec<u64> = (first..first + training.batch_size as u64).map(|at| self.sampler.row(at)).collect();
         let positions = positions_that_count(&self.data.train.file, &rows, self.objective.positions)?;
         ensure!(positions > 0, "no position of its {} rows counts in the loss: use larger batches", rows.len());
-        let (gradients, unread) = self.gradients(&rows, positions)?;
+        let places = rows.len() * self.data.train.file.identity().sequence_length;
+        let (gradients, unread) = self.gradients(&rows, places as u64, progress)?;
         let square_sum = optimizer::gradient_square_sum(&self.models.student.parameters, &gradients)?;
         // Here, and nowhere else in a step, the host waits for the device.
         let (losses, square_sum) = Loss::read(&unread, square_sum.as_ref())?;
+        // From the mean over all places to the mean over those that count.
+        let share = places as f64 / positions as f64;
         let mut loss = Loss::default();
         for (part, rows) in losses.into_iter().zip(rows.chunks(training.micro_batch)) {
             self.check_finite(&part, &self.data.train, rows).context("nothing was updated or saved")?;
-            loss.add(part);
+            loss.add(part.scaled(share));
         }
         let parameters = &mut self.models.student.parameters;
-        let gradient_norm = square_sum.unwrap_or_default().sqrt();
+        let gradient_norm = share * square_sum.unwrap_or_default().sqrt();
         if !gradient_norm.is_finite() {
             let culprit = first_bad_gradient(parameters, &gradients).unwrap_or_else(|| "their norm".to_owned());
             bail!("the gradients are not finite; the first tensor at fault: {culprit}. Nothing was updated or saved");
@@ -433,8 +443,8 @@ impl Trainer<'_> {
         let passed_over = self.guard.judge(loss.total)?;
         if passed_over.is_none() {
             let limit = if training.gradient_clip > 0.0 { training.gradient_clip } else { f64::INFINITY };
-            let scale = optimizer::clip_factor(gradient_norm, limit);
-            self.optimizer.update_scaled(parameters, &gradients, learning_rate as f32, scale)?;
+            let scale = f64::from(optimizer::clip_factor(gradient_norm, limit)) * share;
+            self.optimizer.update_scaled(parameters, &gradients, learning_rate as f32, scale as f32)?;
         }
         drop(gradients);
         self.state.step = step;
@@ -466,17 +476,20 @@ impl Trainer<'_> {
         Ok(())
     }
 
-    /// The whole batch's gradients and its micro-batches' losses: gradients are summed, each divided by the whole batch's
-    /// count of positions, so that the result does not depend on how the batch is cut, up to rounding: sums are then in
-    /// another order.
-    fn gradients(&self, rows: &[u64], positions: u64) -> Result<(Gradients, Vec<Unread>)> {
+    /// The whole batch's gradients and its micro-batches' losses, divided by the number of the batch's places, whether they
+    /// count or not: that number is the same for every batch, as the launches are. Gradients of micro-batches are summed,
+    /// so that the result does not depend on how the batch is cut, up to rounding: sums are then in another order.
+    fn gradients(&mut self, rows: &[u64], places: u64, progress: &mut Progress) -> Result<(Gradients, Vec<Unread>)> {
+        if let Some((gradients, unread)) = self.replayed(rows, places, progress)? {
+            return Ok((gradients, vec![unread]));
+        }
         let mut losses = Vec::new();
         let mut sum: Option<Gradients> = None;
         for rows in rows.chunks(self.config.training.micro_batch) {
             let batch = self.batch(&self.data.train, rows)?;
             let tape = Tape::new();
             let (student, teacher) = (&self.models.student, self.models.teacher.as_ref());
-            let (value, loss) = self.objective.compute(&tape, student, teacher, &batch, positions, false)?;
+            let (value, loss) = self.objective.compute(&tape, student, teacher, &batch, places, false)?;
             losses.push(loss);
             let gradients = tape.backward(&value)?;
             match &mut sum {
@@ -485,6 +498,32 @@ impl Trainer<'_> {
             }
         }
         Ok((sum.unwrap_or_default(), losses))
+    }
+
+    /// The same by replaying what was launched for an earlier batch, where that is the same but for the batch.
+    fn replayed(&mut self, rows: &[u64], places: u64, progress: &mut Progress) -> Result<Option<(Gradients, Unread)>> {
+        let Rows { file, targets } = &self.data.train;
+        let repeats = self.objective.repeats() && targets.is_none() && rows.len() <= self.config.training.micro_batch;
+        // The first update loads kernels, and gives the student memory of its own.
+        if !self.replays || !repeats || self.optimizer.steps() == 0 {
+            return Ok(None);
+        }
+        let (student, teacher) = (&self.models.student, self.models.teacher.as_ref());
+        let sequences = read_rows(file, rows)?;
+        if self.replay.as_ref().is_none_or(|replay| !replay.is_of(&self.objective, student, rows.len())) {
+            // The old one's memory first.
+            self.replay = None;
+            let batch = Batch::new(&self.device, &sequences, self.objective.positions)?;
+            match Replay::capture(self.objective, student, teacher, batch, places) {
+                Ok(replay) => self.replay = Some(replay),
+                Err(error) => {
+                    progress.say(&format!("updates are not captured, but launched kernel by kernel: {error:#}"));
+                    self.replays = false;
+                    return Ok(None);
+                }
+            }
+        }
+        self.replay.as_mut().map(|replay| replay.run(&sequences)).transpose()
     }
 
     fn batch(&self, of: &Rows, rows: &[u64]) -> Result<Batch> {
@@ -504,6 +543,8 @@ impl Trainer<'_> {
     /// Looks at the first rows of the validation data, if there are any.
     fn validate(&mut self, interruption: &Interruption, progress: &mut Progress) -> Result<()> {
         let Some(validation) = &self.data.validation else { return Ok(()) };
+        // Its memory is wanted.
+        self.replay = None;
         let file = &validation.file;
         let started = Instant::now();
         let count = file.sequences().min(self.config.evaluation.sequences);

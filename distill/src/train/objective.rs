@@ -10,7 +10,7 @@ use crate::config::LossSection;
 use crate::data::{Batch, PositionsThatCount};
 
 /// `divergence_weight · divergence + cross_entropy_weight · cross-entropy`, and what else has a weight.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Objective {
     divergence: Divergence,
     student_temperature: f32,
@@ -32,6 +32,7 @@ pub(super) struct Loss {
 }
 
 /// A loss that was computed but not yet read: the host has not waited for the device.
+#[derive(Clone)]
 pub(super) struct Unread {
     total: Tensor,
     divergence: Option<Tensor>,
@@ -64,6 +65,15 @@ impl Loss {
         Ok((losses, values.next()))
     }
 
+    /// Every part of it multiplied by `factor`.
+    pub fn scaled(self, factor: f64) -> Self {
+        Self {
+            total: self.total * factor,
+            divergence: self.divergence.map(|part| part * factor),
+            cross_entropy: self.cross_entropy.map(|part| part * factor),
+        }
+    }
+
     /// Adds the share of another part of the batch.
     pub fn add(&mut self, other: Self) {
         self.total += other.total;
@@ -91,6 +101,12 @@ impl Objective {
             matching_weight: section.mixer_matching_weight,
             positions: section.mask,
         }
+    }
+
+    /// Whether nothing but the batch decides what is launched and with which numbers, so that the launches can be replayed.
+    pub fn repeats(&self) -> bool {
+        // The matching uploads constants in passing.
+        self.matching_weight == 0.0
     }
 
     /// The share of some rows in the loss of a whole batch, in which `positions` positions count. Without a teacher the

@@ -16,6 +16,7 @@
 //!   [violations](Fake::violations); what is alive can be [counted](Fake::census).
 //! - [`Fake::fail`] makes one call return a code of the test's choice without doing anything.
 
+use std::backtrace::Backtrace;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_ulonglong, c_void};
@@ -71,6 +72,8 @@ struct Thread {
     calls: Vec<&'static str>,
     /// The call to fail, counted from the first, and its code.
     fail: Option<(usize, u32)>,
+    /// Whether that call came while something was dropped, once it came.
+    failed_in_drop: Option<bool>,
 }
 
 thread_local! {
@@ -122,6 +125,11 @@ impl Fake {
     /// Makes this thread's call of this number (the first is 0) return `code` and do nothing.
     pub(super) fn fail(&self, call: usize, code: u32) {
         self.thread.borrow_mut().fail = Some((call, code));
+    }
+
+    /// Whether the call that [`Fake::fail`] chose came while something was dropped, where nobody hears of it.
+    pub(super) fn failed_in_drop(&self) -> bool {
+        self.thread.borrow().failed_in_drop.expect("the call has come")
     }
 
     /// Makes the GPU's next call of this name return `code` and do nothing.
@@ -516,6 +524,10 @@ fn enter(name: &'static str, action: impl FnOnce(Call<'_>) -> Done) -> u32 {
         thread.calls.push(name);
         let current = thread.current.and_then(|ordinal| gpus.get_mut(ordinal as usize));
         let mut chosen = thread.fail.filter(|(call, _)| *call == number).map(|(_, code)| code);
+        if chosen.is_some() {
+            let frames = Backtrace::force_capture().to_string();
+            thread.failed_in_drop = Some(frames.contains("::drop") || frames.contains("drop_in_place"));
+        }
         if let Some(gpu) = current {
             if gpu.fail_next.is_some_and(|(call, _)| call == name) {
                 chosen = gpu.fail_next.take().map(|(_, code)| code);

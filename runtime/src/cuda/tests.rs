@@ -211,7 +211,6 @@ fn calls_of_everything() -> (Vec<&'static str>, BTreeMap<&'static str, usize>) {
 fn a_failure_of_any_call_is_one_clean_error_and_the_device_stays_usable() {
     let (calls, whole) = calls_of_everything();
     assert!(calls.len() > 40, "{calls:?}");
-    let mut reported = 0;
     for (number, call) in calls.iter().enumerate() {
         let fake = Fake::attach();
         // The first GPU's number is not this one's: the calls are the same all the same.
@@ -219,10 +218,11 @@ fn a_failure_of_any_call_is_one_clean_error_and_the_device_stays_usable() {
         let result = everything(&fake);
         assert_eq!(fake.calls()[number], *call);
         match result {
-            // What is given back when something is dropped has nobody to report to, and some failures can be mended.
-            Ok(()) => println!("{number} {call}: not reported"),
+            // A destructor has nobody to report to, and machine code that does not load is compiled again.
+            Ok(()) => {
+                assert!(fake.failed_in_drop() || *call == "cuModuleLoadData", "{number} {call}: nobody heard of it");
+            }
             Err(error) => {
-                reported += 1;
                 let message = error.to_string();
                 assert!(message.contains(call) && message.contains("CUDA_ERROR_UNKNOWN (999)"), "{call}: {message}");
                 assert_eq!(message.lines().count(), 1, "{message}");
@@ -238,8 +238,6 @@ fn a_failure_of_any_call_is_one_clean_error_and_the_device_stays_usable() {
             assert_eq!(left(&fake), whole, "{number} {call}: something leaks");
         }
     }
-    println!("{reported} of {} failures were reported", calls.len());
-    assert!(reported * 10 > calls.len() * 7);
 }
 
 #[test]

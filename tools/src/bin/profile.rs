@@ -9,11 +9,12 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
-use autograd::DType;
+use autograd::{DType, Tensor};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use runtime::{Device, LaunchRecord};
+use runtime::{Device, DeviceKind, LaunchRecord};
 use tools::profile::{
-    Ceilings, Inputs, Line, Step, StepOptions, Summary, Table, compare, launches_of, lines, summarise, write_trace,
+    Ceilings, Inputs, Line, Step, StepOptions, Summary, Table, compare, gap_seconds, launches_of, lines, summarise,
+    write_trace,
 };
 
 /// Repeats before anything is measured: kernels are compiled, memory is reserved, clocks rise.
@@ -22,6 +23,8 @@ const WARM_UP: usize = 3;
 const STEPS: usize = 5;
 /// Repeats of an operator that are measured unless told.
 const REPEATS: usize = 20;
+/// Launches of next to nothing, to see what events cost.
+const EMPTY_LAUNCHES: usize = 100;
 
 /// Prints, per kernel: calls, median time, share, and speeds beside what the device reaches (measured first).
 #[derive(Parser)]
@@ -205,7 +208,7 @@ fn operators(names: &[String], limit: usize, markdown: Option<&Path>, common: &C
             }
             let title = format!("{} {} in {dtype}", line.name, line.sizes);
             let seconds = table.lines.last().map_or(f64::NAN, |line| line.seconds);
-            writeln!(output, "{}", summary(&device, ceilings, title, None, seconds, &launches).table())?;
+            writeln!(output, "{}", summary(&device, ceilings, title, None, seconds, &launches)?.table())?;
         }
         // The next line's memory is of other sizes.
         device.trim_memory()?;
@@ -250,18 +253,7 @@ fn measure(
     step: &mut Step,
 ) -> Result<Summary> {
     let repeats = common.repeats.unwrap_or(STEPS).max(1);
-    for _ in 0..WARM_UP {
-        step.run()?;
-    }
-    device.synchronize()?;
-    let mut times = Vec::new();
-    for _ in 0..repeats {
-        let start = Instant::now();
-        step.run()?;
-        device.synchronize()?;
-        times.push(start.elapsed().as_secs_f64());
-    }
-    times.sort_by(f64::total_cmp);
+    let launched = median_seconds(device, step, repeats)?;
     let recording = device.record_launches()?;
     let mut launches: Vec<Vec<LaunchRecord>> = Vec::new();
     for _ in 0..repeats {
@@ -274,7 +266,31 @@ fn measure(
     if let (Some(path), Some(last)) = (&common.trace, launches.last()) {
         write_trace(path, last)?;
     }
-    Ok(summary(device, ceilings, title, Some(tokens), times[times.len() / 2], &launches))
+    let mut replayed = None;
+    if matches!(device.kind(), DeviceKind::Cuda(_)) {
+        step.capture()?;
+        replayed = Some(median_seconds(device, step, repeats)?);
+    }
+    let mut summary = summary(device, ceilings, title, Some(tokens), replayed.unwrap_or(launched), &launches)?;
+    summary.launched_seconds = replayed.map(|_| launched);
+    Ok(summary)
+}
+
+/// Median seconds of a step by the host's clock.
+fn median_seconds(device: &Device, step: &mut Step, repeats: usize) -> Result<f64> {
+    for _ in 0..WARM_UP {
+        step.run()?;
+    }
+    device.synchronize()?;
+    let mut times = Vec::new();
+    for _ in 0..repeats {
+        let start = Instant::now();
+        step.run()?;
+        device.synchronize()?;
+        times.push(start.elapsed().as_secs_f64());
+    }
+    times.sort_by(f64::total_cmp);
+    Ok(times[times.len() / 2])
 }
 
 /// Adds up launches, repeat by repeat.
@@ -285,23 +301,38 @@ fn summary(
     tokens: Option<usize>,
     seconds: f64,
     launches: &[Vec<LaunchRecord>],
-) -> Summary {
+) -> Result<Summary> {
     let repeats = launches.len();
-    // Gaps count within a repeat: taking the records waits for the device.
-    let gaps = launches.iter().map(|launches| summarise(launches, 1).2);
-    let gap_seconds = gaps.sum::<f64>() / repeats.max(1) as f64;
-    let (kernels, busy_seconds, _) = summarise(&launches.concat(), repeats);
-    Summary {
+    let empty_seconds = empty_seconds(device)?;
+    let all = launches.concat();
+    let (kernels, busy_seconds) = summarise(&all, repeats);
+    Ok(Summary {
         title,
         device: device.to_string(),
         repeats,
         seconds,
+        launched_seconds: None,
         tokens,
         busy_seconds,
-        gap_seconds,
+        empty_seconds,
+        gap_seconds: gap_seconds(&all, repeats, seconds, empty_seconds),
         ceilings,
         kernels,
+    })
+}
+
+/// Median seconds between the events around a launch that writes one number.
+fn empty_seconds(device: &Device) -> Result<f64> {
+    if device.is_cpu() {
+        return Ok(0.0);
     }
+    let recording = device.record_launches()?;
+    for _ in 0..EMPTY_LAUNCHES {
+        Tensor::filled(device, &[1], DType::F32, 1.0)?;
+    }
+    let mut times: Vec<f64> = recording.take_records()?.iter().map(|launch| launch.duration.as_secs_f64()).collect();
+    times.sort_by(f64::total_cmp);
+    Ok(times.get(times.len() / 2).copied().unwrap_or_default())
 }
 
 /// Prints, writes and compares.

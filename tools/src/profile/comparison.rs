@@ -20,10 +20,15 @@ impl Change {
     }
 }
 
-/// The whole and every kernel that both have, by the median of a launch, the most slowed down first.
+/// Kernels with less than this share of the time are not compared: their few microseconds change by more than any tolerance.
+const LEAST_SHARE: f64 = 0.005;
+
+/// The whole and every kernel that both have and that takes a part of the time worth naming, by the median of a launch, the
+/// most slowed down first.
 pub fn compare(before: &Summary, now: &Summary) -> Vec<Change> {
     let whole = Change { what: now.title.clone(), before: before.seconds, now: now.seconds };
-    let kernels = now.kernels.iter().filter_map(|kernel| {
+    let worth = now.kernels.iter().filter(|kernel| kernel.share >= LEAST_SHARE);
+    let kernels = worth.filter_map(|kernel| {
         let old = before.kernels.iter().find(|old| old.name == kernel.name)?;
         Some(Change { what: kernel.name.clone(), before: old.median_seconds, now: kernel.median_seconds })
     });

@@ -12,6 +12,6 @@ pub use ceilings::Ceilings;
 pub use comparison::{Change, compare};
 pub use lines::{Inputs, Line, Prepared, lines};
 pub use step::{Step, StepOptions};
-pub use summary::{KernelSummary, Summary, summarise};
+pub use summary::{KernelSummary, Summary, gap_seconds, summarise};
 pub use table::{Goal, Measured, Peer, Stopwatch, Table, launches_of};
 pub use trace::write_trace;

@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use anyhow::{Result, ensure};
 use autograd::ops::{self, Divergence, DivergenceOptions, HeadTeacher, TeacherSource};
 use autograd::optimizer::{AdamW, AdamWOptions, clip_factor, gradient_norm};
-use autograd::{DType, Tape};
+use autograd::{DType, Gradients, Tape, Tensor};
 use model::initialise::{GraftOptions, graft};
 use model::{Model, Precision, TokenBatch};
+use runtime::cuda::Graph;
 use runtime::{Device, LaunchRecord};
 
 /// What is distilled.
@@ -36,6 +37,14 @@ pub struct Step {
     student: Model,
     optimizer: AdamW,
     batch: TokenBatch,
+    captured: Option<Captured>,
+}
+
+/// The launches up to the gradients, with what they leave.
+struct Captured {
+    graph: Graph,
+    gradients: Gradients,
+    loss: Tensor,
 }
 
 impl Step {
@@ -71,7 +80,7 @@ impl Step {
             (0..options.batch).map(|_| (0..options.sequence).map(|_| token()).collect()).collect();
         let lengths = document_lengths(options.sequence, options.documents);
         let batch = TokenBatch::new(device, &rows, Some(&vec![lengths; options.batch]))?;
-        Ok(Self { options, teacher, student, optimizer, batch })
+        Ok(Self { options, teacher, student, optimizer, batch, captured: None })
     }
 
     /// Tokens of one step.
@@ -98,6 +107,32 @@ impl Step {
     /// # Errors
     /// Those of the operators; out of memory.
     pub fn run(&mut self) -> Result<f32> {
+        let (gradients, loss) = match &self.captured {
+            Some(captured) => {
+                captured.graph.replay()?;
+                (captured.gradients.clone(), captured.loss.clone())
+            }
+            None => self.gradients()?,
+        };
+        let _range = runtime::range("optimizer");
+        let norm = gradient_norm(&self.student.parameters, &gradients)?;
+        self.optimizer.update_scaled(&mut self.student.parameters, &gradients, 1e-5, clip_factor(norm, 1.0))?;
+        Ok(loss.item()?)
+    }
+
+    /// Captures what leads to the gradients: later updates replay it, as those of `grafter distill` do. To be called after
+    /// an update, and on a GPU.
+    ///
+    /// # Errors
+    /// As [`Step::run`]; driver errors.
+    pub fn capture(&mut self) -> Result<()> {
+        let device = self.student.device().clone();
+        let (graph, (gradients, loss)) = device.capture(|| self.gradients())?;
+        self.captured = Some(Captured { graph, gradients, loss });
+        Ok(())
+    }
+
+    fn gradients(&self) -> Result<(Gradients, Tensor)> {
         let inference = Tape::inference();
         let target = {
             let _range = runtime::range("teacher");
@@ -125,14 +160,8 @@ impl Step {
         };
         drop(target);
         let value = loss.tensor().clone();
-        let gradients = {
-            let _range = runtime::range("backward");
-            tape.backward(&loss)?
-        };
-        let _range = runtime::range("optimizer");
-        let norm = gradient_norm(&self.student.parameters, &gradients)?;
-        self.optimizer.update_scaled(&mut self.student.parameters, &gradients, 1e-5, clip_factor(norm, 1.0))?;
-        Ok(value.item()?)
+        let _range = runtime::range("backward");
+        Ok((tape.backward(&loss)?, value))
     }
 }
 

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::time::Duration;
 
 use runtime::LaunchRecord;
 use serde::{Deserialize, Serialize};
@@ -18,13 +17,18 @@ pub struct Summary {
     pub device: String,
     /// How often it was repeated.
     pub repeats: usize,
-    /// Median seconds of one repeat by the host's clock, without recording.
+    /// Median seconds of one repeat, without recording.
     pub seconds: f64,
+    /// The same with every kernel launched by itself, where `seconds` is of a graph that is replayed.
+    pub launched_seconds: Option<f64>,
     /// Tokens of one repeat, where it has any.
     pub tokens: Option<usize>,
-    /// Seconds per repeat in which a kernel ran.
+    /// Seconds per repeat between the events around launches, all together.
     pub busy_seconds: f64,
-    /// Seconds per repeat between the end of one kernel and the start of the next.
+    /// Seconds between the events around a launch of next to nothing.
+    pub empty_seconds: f64,
+    /// The most seconds of `seconds` in which no kernel runs: events cost time too, so [`Summary::empty_seconds`] is taken
+    /// off each launch, which is more than they cost.
     pub gap_seconds: f64,
     /// What the device reaches.
     pub ceilings: Option<Ceilings>,
@@ -51,14 +55,13 @@ pub struct KernelSummary {
     pub operations_per_second: Option<f64>,
 }
 
-/// Adds up the launches of `repeats` repeats.
-pub fn summarise(launches: &[LaunchRecord], repeats: usize) -> (Vec<KernelSummary>, f64, f64) {
+/// Adds up the launches of `repeats` repeats: by kernel, and the seconds of all in a repeat.
+pub fn summarise(launches: &[LaunchRecord], repeats: usize) -> (Vec<KernelSummary>, f64) {
     let mut by_name: BTreeMap<&str, Vec<&LaunchRecord>> = BTreeMap::new();
     for launch in launches {
         by_name.entry(&launch.kernel).or_default().push(launch);
     }
     let busy: f64 = launches.iter().map(|launch| launch.duration.as_secs_f64()).sum();
-    let gaps: Duration = launches.windows(2).map(|pair| pair[1].start.saturating_sub(pair[0].end())).sum();
     let per_repeat = repeats.max(1) as f64;
     let mut kernels: Vec<KernelSummary> = by_name
         .into_iter()
@@ -83,7 +86,14 @@ pub fn summarise(launches: &[LaunchRecord], repeats: usize) -> (Vec<KernelSummar
         })
         .collect();
     kernels.sort_by(|a, b| b.total_seconds.total_cmp(&a.total_seconds));
-    (kernels, busy / per_repeat, gaps.as_secs_f64() / per_repeat)
+    (kernels, busy / per_repeat)
+}
+
+/// The most seconds of a repeat, which takes `seconds`, in which no kernel runs, when a launch of next to nothing is
+/// recorded with `empty`.
+pub fn gap_seconds(launches: &[LaunchRecord], repeats: usize, seconds: f64, empty: f64) -> f64 {
+    let running = launches.iter().map(|launch| (launch.duration.as_secs_f64() - empty).max(0.0)).sum::<f64>();
+    (seconds - running / repeats.max(1) as f64).max(0.0)
 }
 
 /// The middle value; of an even number the upper one of the two in the middle, of none NaN.
@@ -100,12 +110,17 @@ impl Summary {
         if let Some(tokens) = self.tokens {
             let _ = write!(text, ", {:.0} tokens/s", tokens as f64 / self.seconds);
         }
+        if let Some(launched) = self.launched_seconds {
+            let _ = write!(text, " as a graph, {:.3} ms launch by launch", launched * 1e3);
+        }
         let _ = writeln!(
             text,
-            "; kernels run {:.3} ms, gaps between them {:.3} ms ({:.1} %)",
-            self.busy_seconds * 1e3,
+            "; gaps between kernels at most {:.3} ms ({:.1} %); launches with the events around them {:.3} ms, one of next \
+             to nothing {:.1} us",
             self.gap_seconds * 1e3,
-            100.0 * self.gap_seconds / (self.busy_seconds + self.gap_seconds)
+            100.0 * self.gap_seconds / self.seconds,
+            self.busy_seconds * 1e3,
+            self.empty_seconds * 1e6,
         );
         if let Some(ceilings) = self.ceilings {
             let _ = writeln!(
@@ -151,6 +166,8 @@ impl Summary {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use kernels_ptx::Work;
 
     use super::*;
@@ -176,9 +193,12 @@ mod tests {
             launch("a", 75, 20, work),
             launch("b", 105, 10, work),
         ];
-        let (kernels, busy, gaps) = summarise(&launches, 2);
+        let (kernels, busy) = summarise(&launches, 2);
         assert_eq!(kernels.iter().map(|kernel| kernel.name.as_str()).collect::<Vec<_>>(), ["b", "a"]);
-        assert!((busy - 50e-6).abs() < 1e-12 && (gaps - 7.5e-6).abs() < 1e-12);
+        assert!((busy - 50e-6).abs() < 1e-12);
+        // Of 55 us, (5 + 55 + 15 + 5) / 2 us are surely those of kernels.
+        assert!((gap_seconds(&launches, 2, 55e-6, 5e-6) - 15e-6).abs() < 1e-12);
+        assert_eq!(gap_seconds(&launches, 2, 30e-6, 5e-6), 0.0);
         let a = &kernels[1];
         assert_eq!((a.calls, a.median_seconds), (1.0, 20e-6));
         assert!((a.share - 0.3).abs() < 1e-12 && (a.bytes_per_second.unwrap() - 2e11).abs() < 1.0);

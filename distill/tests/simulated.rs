@@ -17,6 +17,52 @@ fn recorded(run: &Path, key: &str) -> Vec<f64> {
     records.filter_map(|record| record[key].as_f64()).collect()
 }
 
+/// On a GPU (`TEST_DEVICE=cuda:0`) the first run replays its updates; other devices launch them one by one both times.
+#[test]
+fn updates_that_are_replayed_end_with_the_same_bits() {
+    let device = std::env::var("TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned());
+    let folder = tempfile::tempdir().unwrap();
+    let world = folder.path().join("world");
+    succeed(&["demo", "--export", text(&world)]);
+    let teacher = format!("model.teacher={}", text(&world.join("teacher")));
+    let [replayed, launched] = ["true", "false"].map(|graphs| {
+        let run = folder.path().join(graphs);
+        let [config, train, validation] =
+            ["distill.toml", "train.jsonl", "validation.jsonl"].map(|name| world.join(name));
+        let graphs = format!("training.graphs={graphs}");
+        succeed(&[
+            "distill",
+            "--config",
+            text(&config),
+            "--run",
+            text(&run),
+            "--device",
+            &device,
+            "--set",
+            &teacher,
+            "--train",
+            text(&train),
+            "--validation",
+            text(&validation),
+            "--steps",
+            "12",
+            "--warmup-steps",
+            "2",
+            "--set",
+            &graphs,
+            "--set",
+            "evaluation.every=5",
+            "--set",
+            "evaluation.sequences=2",
+            "--precision",
+            "bf16",
+        ]);
+        ["metrics.jsonl", "model/model.safetensors"].map(|file| fs::read(run.join(file)).unwrap())
+    });
+    assert!(replayed == launched, "replaying changes bits");
+    assert!(replayed[0].iter().filter(|&&byte| byte == b'\n').count() >= 12);
+}
+
 #[test]
 fn ten_steps_of_the_demo_go_the_same_way_on_the_simulator() {
     let folder = tempfile::tempdir().unwrap();

@@ -65,6 +65,13 @@ impl Assembler {
         self.emit_effect("bar.sync", vec![super::print::Piece::text("0")]);
     }
 
+    /// The same for warps that come from different places in the text, `threads` in all: warps that share out the work of a
+    /// block. Each such meeting wants an `id` of its own, from 1 to 15.
+    pub fn meet(&self, id: u32, threads: u32) {
+        assert!((1..16).contains(&id) && threads.is_multiple_of(32), "barrier {id} of {threads} threads");
+        self.emit_effect("bar.sync", vec![super::print::Piece::text(&format!("{id}, {threads}"))]);
+    }
+
     /// Waits until the lanes of the warp are here; what they wrote to shared memory is seen by the warp afterwards.
     pub fn warp_barrier(&self) {
         self.emit_effect("bar.warp.sync", vec![super::print::Piece::text("0xffffffff")]);

@@ -154,6 +154,11 @@ impl<'a> Tile<'a> {
         }
     }
 
+    /// Waits for the whole block: scanning and serving warps meet here, each from its own part of the text.
+    pub fn meet(&self) {
+        self.k.meet(1, THREADS);
+    }
+
     /// Where the serving thread's elements of `memory` are.
     pub fn track(&self, memory: Global<'a>, columns: Columns<'a>) -> Track<'a> {
         let first = (self.row * self.time).mad_wide(columns.stride, columns.first);

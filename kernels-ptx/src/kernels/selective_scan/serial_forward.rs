@@ -173,7 +173,7 @@ impl<'a> Forward<'a> {
         let turned = tile.channel_pair ^ ((tile.state_pair >> 1) * 2);
         let own_sum = tile.state_pair.mad(16u32, turned * 2).named("own_sum");
         let chunks = ((tile.time + (CHUNK - 1)) >> CHUNK.ilog2()).named("chunks");
-        k.barrier();
+        tile.meet();
         k.for_(0u32, self.intervals, 1u32, |interval| {
             if let Some(chunk_states) = self.chunk_states {
                 // A multiple of two intervals, so that the interval that makes the row's even begins no chunk.
@@ -207,10 +207,10 @@ impl<'a> Forward<'a> {
                 }
             }
             serial::set(&states, held);
-            k.barrier();
+            tile.meet();
         });
         tile.store_states(self.last_state, tile.row, &serial::values(&states));
-        k.barrier();
+        tile.meet();
     }
 
     /// What the serving warps do: in round r they finish interval r − 2, prepare interval r and read interval r + 2.
@@ -256,7 +256,7 @@ impl<'a> Forward<'a> {
                     }
                     item.raw.load(self, &tracks, step + 2 * INTERVAL);
                 }
-                k.barrier();
+                tile.meet();
             }
         });
     }

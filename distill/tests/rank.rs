@@ -64,8 +64,8 @@ fn every_method_scores_every_layer_and_draws_it() {
             assert!(drawing.starts_with("<svg ") && drawing.contains("layer"), "{drawing}");
         }
     }
-    succeed(&borrowed(&arguments(&workshop, "aligned", &["--method", "mse", "--mil-align"])));
-    assert_eq!(ranking(&workshop.path("aligned"))["settings"]["mil_align"], true);
+    succeed(&borrowed(&arguments(&workshop, "aligned", &["--method", "mse", "--init", "aligned"])));
+    assert_eq!(ranking(&workshop.path("aligned"))["settings"]["init"], "aligned");
     // What a finished ranking's command is asked again it answers from the folder.
     let again = run(&borrowed(&arguments(&workshop, "loo", &["--method", "loo", "--json"])));
     assert!(stderr(&again).contains("is finished"), "{}", stderr(&again));

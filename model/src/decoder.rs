@@ -184,7 +184,7 @@ mod tests {
     use super::*;
     use crate::TokenBatch;
     use crate::config::ModelConfig;
-    use crate::initialise::{GraftOptions, graft};
+    use crate::initialise::{GraftOptions, Start, graft};
 
     /// What a graph would be replayed on: the memory that steps write must be the same in each of them.
     #[test]
@@ -196,7 +196,7 @@ mod tests {
         let config = ModelConfig::from_json(source.as_object().unwrap()).unwrap();
         for device in [Device::cpu(), Device::sim()] {
             let teacher = Model::random(config.clone(), 1, &device).unwrap();
-            let hybrid = graft(&teacher, &teacher, &[1], &GraftOptions { seed: 3, align: false }).unwrap();
+            let hybrid = graft(&teacher, &teacher, &[1], &GraftOptions { seed: 3, start: Start::Paper }).unwrap();
             let model = if device.is_cpu() { hybrid } else { hybrid.into_bf16().unwrap() };
             let batch = TokenBatch::new(&device, &[vec![1, 2, 3], vec![4, 5, 6]], None).unwrap();
             let (logits, cache) = model.prefill(&batch).unwrap();

@@ -22,10 +22,41 @@ pub struct GraftOptions {
     /// Seed of the random parts. Each layer draws from its own stream, so that its weights do not depend on which other
     /// layers are replaced.
     pub seed: u64,
-    /// Whether 16-wide chunks of W_q (rows) and W_o (columns) are permuted so that every query chunk meets its own key
-    /// and value chunk after the mixer's repeat. The published initialisation does not, and pairs one chunk in
-    /// `head size / d_state` rightly.
-    pub align: bool,
+    /// What new mixers start as.
+    pub start: Start,
+}
+
+/// What a new mixer starts as. Every one is a mixer of the published form, in a checkpoint of the published form.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Start {
+    /// As published. Two things about it look unintended: of W_q's chunks of `d_state` rows only one in
+    /// `head size / d_state` meets its own keys after the mixer's repeat, and dt_proj's bias, drawn so that softplus of it
+    /// lies between `dt_min` and `dt_max`, enters twice.
+    #[default]
+    Paper,
+    /// Chunks of W_q (rows) and W_o (columns) are permuted so that every query chunk meets its own key and value chunk.
+    Aligned,
+    /// The same, and dt_proj's bias is drawn so that softplus of twice the bias lies between `dt_min` and `dt_max`.
+    AlignedBiasOnce,
+    /// The same, and the convolution passes the current token on: it begins without the tokens before it and without bias.
+    IdentityConvolution,
+    /// The same, and the state is as wide as a head (`d_state` = head size), so that a query meets the whole of its key.
+    /// Decay rates are those of 16 states, repeated. Costs as many times the scan's work as there are chunks in a head.
+    WholeHead,
+}
+
+impl Start {
+    fn aligns(self) -> bool {
+        self != Self::Paper
+    }
+
+    fn counts_bias_once(self) -> bool {
+        !matches!(self, Self::Paper | Self::Aligned)
+    }
+
+    fn passes_current_token(self) -> bool {
+        matches!(self, Self::IdentityConvolution | Self::WholeHead)
+    }
 }
 
 /// Every parameter of a new model; see [`Model::random`].
@@ -70,7 +101,7 @@ fn too_large(spec: &ParameterSpec, error: &autograd::Error) -> Error {
 /// sizes that `d_state` does not divide; for a teacher of another geometry.
 pub fn graft(base: &Model, teacher: &Model, layers: &[usize], options: &GraftOptions) -> Result<Model> {
     check_layers(base, teacher, layers)?;
-    let config = hybrid_config(&base.config, layers);
+    let config = hybrid_config(&base.config, layers, options.start);
     if let Some(geometry) = &config.mamba {
         check_geometry(&config, geometry)?;
     }
@@ -91,13 +122,13 @@ pub fn graft(base: &Model, teacher: &Model, layers: &[usize], options: &GraftOpt
 }
 
 /// The configuration of such a hybrid. A base without Mamba layers gives the geometry that MIL needs: one scan channel
-/// per query dimension, one x and B channel per key dimension.
-pub fn hybrid_config(base: &ModelConfig, layers: &[usize]) -> ModelConfig {
+/// per query dimension, one x and B channel per key dimension. One with Mamba layers has its geometry already.
+pub fn hybrid_config(base: &ModelConfig, layers: &[usize], start: Start) -> ModelConfig {
     let mut config = base.clone();
     for &layer in layers {
         config.mixers[layer] = MixerKind::Mamba;
     }
-    config.mamba = Some(base.mamba.clone().unwrap_or_else(|| default_geometry(base)));
+    config.mamba = Some(base.mamba.clone().unwrap_or_else(|| default_geometry(base, start)));
     config
 }
 
@@ -122,11 +153,11 @@ pub fn layers_losing_biases(teacher: &Model, layers: &[usize]) -> Result<Vec<usi
     Ok(losing)
 }
 
-fn default_geometry(config: &ModelConfig) -> MambaConfig {
+fn default_geometry(config: &ModelConfig, start: Start) -> MambaConfig {
     MambaConfig {
         d_inner: config.attention_heads * config.head_size,
         d_xb: config.key_value_heads * config.head_size,
-        d_state: 16,
+        d_state: if start == Start::WholeHead { config.head_size } else { RATES },
         d_conv: 4,
         dt_rank: config.hidden_size.div_ceil(16),
         conv_bias: true,
@@ -213,7 +244,7 @@ fn grafted(
             rows.extend_from_slice(&value.to_f32_vec()?);
             rows.extend_from_slice(&key.to_f32_vec()?);
             let query = query.to_f32_vec()?;
-            if options.align {
+            if options.start.aligns() {
                 for chunk in aligned_chunks(config, geometry) {
                     rows.extend_from_slice(&query[chunk * geometry.d_state * hidden..][..geometry.d_state * hidden]);
                 }
@@ -225,7 +256,7 @@ fn grafted(
         Part::OutProj => {
             let output = attention("o")?;
             check_width(&output, hidden * geometry.d_inner)?;
-            if !options.align {
+            if !options.start.aligns() {
                 return Ok(output);
             }
             let output = output.to_f32_vec()?;
@@ -241,6 +272,28 @@ fn grafted(
         _ => {
             let mut values = vec![0.0; spec.shape.iter().product()];
             mamba_values(&mut values, geometry, part, hidden, &mut random);
+            match part {
+                // Half of a bias that enters twice.
+                Part::DtProjBias if options.start.counts_bias_once() => {
+                    values.iter_mut().for_each(|bias| *bias *= 0.5);
+                }
+                Part::ConvolutionWeight if options.start.passes_current_token() => {
+                    for taps in values.chunks_exact_mut(geometry.d_conv) {
+                        taps.fill(0.0);
+                        // The last tap is the current token's.
+                        if let Some(current) = taps.last_mut() {
+                            *current = 1.0;
+                        }
+                    }
+                }
+                Part::ConvolutionBias if options.start.passes_current_token() => values.fill(0.0),
+                Part::ALog if options.start == Start::WholeHead => {
+                    for (index, value) in values.iter_mut().enumerate() {
+                        *value = logarithm(index % geometry.d_state % RATES + 1);
+                    }
+                }
+                _ => {}
+            }
             values
         }
     };
@@ -263,6 +316,9 @@ fn aligned_chunks(config: &ModelConfig, geometry: &MambaConfig) -> Vec<usize> {
     }
     chunks
 }
+
+/// States of a published mixer, whose decay rates are 1 to 16.
+const RATES: usize = 16;
 
 /// Which parameter of a mixer a name is.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -388,7 +444,7 @@ mod tests {
     fn alignment_pairs_every_query_chunk_with_its_own_key_chunk() {
         // The 15B teacher's geometry: 32 query heads, 8 key heads, head size 128.
         let config = config(32, 8, 128);
-        let geometry = default_geometry(&config);
+        let geometry = default_geometry(&config, Start::Aligned);
         let (sub_chunks, repeats) = (8, 4);
         let met_by_mixer = |position: usize| position / repeats;
         let met_by_attention = |chunk: usize| chunk / sub_chunks / repeats * sub_chunks + chunk % sub_chunks;
@@ -404,7 +460,7 @@ mod tests {
     #[test]
     fn a_graft_takes_attention_apart_and_leaves_the_rest() {
         let teacher = Model::random(config(4, 2, 16), 7, &Device::cpu()).unwrap();
-        let options = GraftOptions { seed: 3, align: false };
+        let options = GraftOptions { seed: 3, start: Start::Paper };
         let hybrid = graft(&teacher, &teacher, &[1], &options).unwrap();
         let value = |model: &Model, name: &str| {
             model.parameters.get(model.parameters.find(name).unwrap()).value.to_f32_vec().unwrap()
@@ -434,6 +490,44 @@ mod tests {
         assert!(weight.iter().zip(&bias).all(|(weight, bias)| weight != bias));
         let other = graft(&teacher, &teacher, &[0, 1], &options).unwrap();
         assert_eq!(in_proj, value(&other, "model.layers.1.mixer.in_proj.weight"));
+    }
+
+    #[test]
+    fn starts_differ_where_they_say_and_nowhere_else() {
+        let teacher = Model::random(config(4, 2, 32), 7, &Device::cpu()).unwrap();
+        let of = |start| graft(&teacher, &teacher, &[1], &GraftOptions { seed: 3, start }).unwrap();
+        let value = |model: &Model, name: &str| {
+            let name = format!("model.layers.1.mixer.{name}");
+            model.parameters.get(model.parameters.find(&name).unwrap()).value.to_f32_vec().unwrap()
+        };
+        let same = |one: &Model, other: &Model, but: &[&str]| {
+            for ((_, one), (_, other)) in one.parameters.iter().zip(other.parameters.iter()) {
+                let name = one.name.strip_prefix("model.layers.1.mixer.").unwrap_or(&one.name);
+                let equal = one.value.to_f32_vec().unwrap() == other.value.to_f32_vec().unwrap();
+                assert_eq!(equal, !but.contains(&name), "{}", one.name);
+            }
+        };
+        let [paper, aligned, once, identity, whole] =
+            [Start::Paper, Start::Aligned, Start::AlignedBiasOnce, Start::IdentityConvolution, Start::WholeHead]
+                .map(of);
+        same(&paper, &aligned, &["in_proj.weight", "out_proj.weight"]);
+        same(&aligned, &once, &["dt_proj.bias"]);
+        same(&once, &identity, &["conv1d.weight", "conv1d.bias"]);
+        for bias in value(&once, "dt_proj.bias") {
+            let step = (2.0 * bias).exp().ln_1p();
+            assert!((0.000_99..0.101).contains(&step), "{step}");
+        }
+        assert!(value(&identity, "conv1d.weight").chunks(4).all(|taps| taps == [0.0, 0.0, 0.0, 1.0]));
+        // A head's chunks are whole, so that none has to move.
+        assert_eq!(whole.config.mamba.as_ref().unwrap().d_state, 32);
+        assert_eq!(value(&whole, "in_proj.weight"), value(&paper, "in_proj.weight"));
+        assert_eq!(value(&whole, "out_proj.weight"), value(&paper, "out_proj.weight"));
+        let rates = value(&whole, "A_log");
+        assert_eq!(rates.len(), 128 * 32);
+        assert!(rates.chunks(16).all(|rates| rates[0] == 0.0 && rates[15] == logarithm(16)));
+        // A hybrid's geometry stays what it is.
+        let later = graft(&whole, &teacher, &[2], &GraftOptions { seed: 3, start: Start::Aligned }).unwrap();
+        assert_eq!(later.config.mamba.as_ref().unwrap().d_state, 32);
     }
 
     #[test]
@@ -481,7 +575,7 @@ mod tests {
         }
         assert_eq!(layers_losing_biases(&teacher, &[0, 1, 2]).unwrap(), [0, 2]);
         assert_eq!(layers_losing_biases(&teacher, &[2, 1]).unwrap(), [2]);
-        let options = GraftOptions { seed: 3, align: false };
+        let options = GraftOptions { seed: 3, start: Start::Paper };
         let hybrid = graft(&teacher, &teacher, &[0], &options).unwrap();
         assert!(hybrid.parameters.find("model.layers.0.mixer.out_proj.bias").is_none());
         assert!(hybrid.parameters.find("model.layers.2.self_attn.k_proj.bias").is_some());
@@ -505,7 +599,7 @@ mod tests {
     #[test]
     fn layers_that_cannot_be_replaced_are_named() {
         let teacher = Model::random(config(4, 2, 16), 7, &Device::cpu()).unwrap();
-        let options = GraftOptions { seed: 3, align: true };
+        let options = GraftOptions { seed: 3, start: Start::Aligned };
         let message = |layers: &[usize]| graft(&teacher, &teacher, layers, &options).unwrap_err().to_string();
         assert!(message(&[3]).contains("layer 3 does not exist: the model has layers 0 to 2"));
         assert!(message(&[1, 1]).contains("layer 1 is named twice"));

@@ -7,7 +7,7 @@
 use autograd::DType;
 use model::config::ModelConfig;
 use model::generate::{GenerateOptions, Sampling, generate_batch};
-use model::initialise::{GraftOptions, graft};
+use model::initialise::{GraftOptions, Start, graft};
 use model::{Decoder, Model, TokenBatch};
 use runtime::DeviceKind;
 
@@ -28,7 +28,7 @@ fn hybrid(activations: DType) -> Model {
     });
     let config = ModelConfig::from_json(json.as_object().unwrap()).unwrap();
     let teacher = Model::random(config, 5, &grafter_tests::device()).unwrap();
-    let hybrid = graft(&teacher, &teacher, &[1], &GraftOptions { seed: 3, align: false }).unwrap();
+    let hybrid = graft(&teacher, &teacher, &[1], &GraftOptions { seed: 3, start: Start::Paper }).unwrap();
     if activations == DType::Bf16 { hybrid.into_bf16().unwrap() } else { hybrid }
 }
 

@@ -11,7 +11,7 @@ use autograd::optimizer::{AdamW, AdamWOptions, clip_factor, gradient_norm};
 use autograd::{DType, Tape, Tensor};
 use grafter_tests::random::Random;
 use model::config::ModelConfig;
-use model::initialise::{GraftOptions, graft};
+use model::initialise::{GraftOptions, Start, graft};
 use model::{Model, TokenBatch};
 use runtime::Device;
 
@@ -41,7 +41,7 @@ struct Training {
 impl Training {
     fn new(device: &Device, activations: DType) -> Self {
         let teacher = Model::random(config(), 5, device).unwrap();
-        let student = graft(&teacher, &teacher, &[1], &GraftOptions { seed: 3, align: false }).unwrap();
+        let student = graft(&teacher, &teacher, &[1], &GraftOptions { seed: 3, start: Start::Paper }).unwrap();
         let (teacher, student) = match activations {
             DType::Bf16 => (teacher.into_bf16().unwrap(), student.into_bf16().unwrap()),
             _ => (teacher, student),

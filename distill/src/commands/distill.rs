@@ -61,9 +61,10 @@ pub(super) struct Arguments {
     /// What the teacher says of the validation data, by `grafter teach`
     #[arg(long, value_name = "DIR")]
     validation_targets: Option<PathBuf>,
-    /// Let every query chunk of a new mixer meet its own keys (the published initialisation does not)
-    #[arg(long)]
-    mil_align: bool,
+    /// How new mixers start from the attention: paper, aligned, aligned_bias_once, identity_convolution or whole_head
+    /// [default: paper]
+    #[arg(long, value_name = "HOW")]
+    init: Option<String>,
     /// What is trained: all or mixers [default: all]
     #[arg(long, value_name = "WHAT")]
     trainable: Option<String>,
@@ -99,7 +100,7 @@ pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
     }
     let values = [
         ("--rank-steps", "stages.rank_steps", arguments.rank_steps.map(Value::from)),
-        ("--mil-align", "model.mil_align", arguments.mil_align.then_some(Value::from(true))),
+        ("--init", "model.init", arguments.init.map(Value::from)),
         ("--trainable", "training.trainable", arguments.trainable.map(Value::from)),
         ("--divergence", "loss.divergence", arguments.divergence.map(Value::from)),
         ("--temperature", "loss.temperature", arguments.temperature.map(Value::from)),

@@ -170,7 +170,7 @@ fn print(inspection: &Inspection) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use model::TokenBatch;
-    use model::initialise::{GraftOptions, graft};
+    use model::initialise::{GraftOptions, Start, graft};
     use serde_json::json;
 
     use super::*;
@@ -183,7 +183,7 @@ mod tests {
         });
         let config = ModelConfig::from_json(source.as_object().unwrap()).unwrap();
         let teacher = Model::random(config, 1, &Device::cpu()).unwrap();
-        let hybrid = graft(&teacher, &teacher, &[1], &GraftOptions { seed: 0, align: false }).unwrap();
+        let hybrid = graft(&teacher, &teacher, &[1], &GraftOptions { seed: 0, start: Start::Paper }).unwrap();
         for model in [&teacher, &hybrid] {
             let inspection = inspect(model);
             for tokens in [1, 7] {

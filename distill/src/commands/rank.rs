@@ -9,7 +9,7 @@ use clap::Args;
 
 use super::run_flags::parse_layers;
 use super::{INTERRUPTED, done, interrupted, output};
-use crate::config::PrecisionKind;
+use crate::config::{Init, PrecisionKind, RunConfig, Task};
 use crate::data::LongDocuments;
 use crate::interruption::Interruption;
 use crate::rank::{self, Method, Metric, RankConfig, Ranking};
@@ -88,9 +88,9 @@ pub(super) struct Arguments {
     /// exact-match: longest answer, in tokens
     #[arg(long, value_name = "N", default_value_t = 256)]
     max_tokens: usize,
-    /// mmr, mse: let every query chunk of a new mixer meet its own keys, as in `grafter distill --mil-align`
-    #[arg(long)]
-    mil_align: bool,
+    /// mmr, mse: how new mixers start, as in `grafter distill --init` [default: paper]
+    #[arg(long, value_name = "HOW")]
+    init: Option<Init>,
     /// Seed of new mixers and of the data's order
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
@@ -128,7 +128,7 @@ pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
         learning_rate: arguments.learning_rate,
         together: arguments.together,
         max_tokens: arguments.max_tokens,
-        mil_align: arguments.mil_align,
+        init: arguments.init.unwrap_or(RunConfig::defaults(Task::Distill).model.init),
         seed: arguments.seed,
         precision: arguments.precision,
         device: arguments.device,

@@ -2,7 +2,7 @@
 
 use anyhow::{Result, bail, ensure};
 
-use super::{DivergenceKind, Init, LEAST_SPIKE_WINDOW, RunConfig, StageTarget, Task};
+use super::{DivergenceKind, LEAST_SPIKE_WINDOW, RunConfig, StageTarget, Task};
 use crate::data::PackOptions;
 use crate::rank::Metric;
 
@@ -41,8 +41,9 @@ fn model(config: &RunConfig) -> Result<()> {
                 "model.source is for `grafter train`: distillation starts from model.teacher"
             );
             ensure!(
-                model.init == Init::Mil,
-                "model.init: distillation knows \"mil\" alone; \"random\" and \"weights\" are for `grafter train`"
+                model.init.start().is_some(),
+                "model.init: \"random\" and \"weights\" are for `grafter train`; use paper, aligned, aligned_bias_once, \
+                 identity_convolution or whole_head"
             );
             ensure!(
                 !model.layers.is_empty() || model.student.is_some() || !config.stages.schedule.is_empty(),
@@ -63,14 +64,13 @@ fn model(config: &RunConfig) -> Result<()> {
                 "model.source is missing: a folder with config.json and tokenizer.json (--source)"
             );
             ensure!(
-                model.init != Init::Mil,
-                "model.init: \"mil\" is for `grafter distill`; use \"random\" or \"weights\""
+                model.init.start().is_none(),
+                "model.init: how mixers start is for `grafter distill`; use \"random\" or \"weights\""
             );
             let teacher_keys = [
                 ("model.teacher", model.teacher.is_some()),
                 ("model.student", model.student.is_some()),
                 ("model.layers", !model.layers.is_empty()),
-                ("model.mil_align", model.mil_align),
                 ("stages.schedule", !config.stages.schedule.is_empty()),
             ];
             let weights = config.loss.teacher_weights().map(|(key, weight)| (key, weight != 0.0));

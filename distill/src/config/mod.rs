@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use autograd::ops::Divergence;
 use autograd::optimizer::{AdamWOptions, Decay, Schedule};
 use clap::ValueEnum;
+use model::initialise::Start;
 use serde::{Deserialize, Serialize};
 
 pub use resolve::{Override, differences, read, resolve, to_toml};
@@ -57,15 +58,39 @@ pub struct RunConfig {
 }
 
 /// How the trained model begins.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
 pub enum Init {
-    /// `distill`: new mixers start from the teacher's attention (Mamba in the Llama).
-    Mil,
+    /// `distill`: new mixers start from the teacher's attention as published (Mamba in the Llama).
+    #[serde(alias = "mil")]
+    Paper,
+    /// `distill`: the same with every query chunk meeting its own keys.
+    Aligned,
+    /// `distill`: the same with steps as long as they were meant to be, although dt_proj's bias enters twice.
+    AlignedBiasOnce,
+    /// `distill`: the same with a convolution that begins by passing the current token on.
+    IdentityConvolution,
+    /// `distill`: the same with a state as wide as a head.
+    WholeHead,
     /// `train`: random weights for the configuration in `source`.
     Random,
     /// `train`: the weights in `source`.
     Weights,
+}
+
+impl Init {
+    /// What new mixers start as; `None` for those of `train`, which has none.
+    pub fn start(self) -> Option<Start> {
+        Some(match self {
+            Self::Paper => Start::Paper,
+            Self::Aligned => Start::Aligned,
+            Self::AlignedBiasOnce => Start::AlignedBiasOnce,
+            Self::IdentityConvolution => Start::IdentityConvolution,
+            Self::WholeHead => Start::WholeHead,
+            Self::Random | Self::Weights => return None,
+        })
+    }
 }
 
 /// Section `[model]`.
@@ -82,8 +107,6 @@ pub struct ModelSection {
     pub layers: Vec<usize>,
     /// How the trained model begins.
     pub init: Init,
-    /// `distill`: whether query chunks are permuted to meet their own keys; the published initialisation does not.
-    pub mil_align: bool,
     /// Whether layers are computed again in the reverse pass instead of kept: less memory, about a third more time.
     pub recompute_layers: bool,
 }
@@ -224,6 +247,8 @@ pub struct LossSection {
     /// `distill`: weight of the mean norm of the differences between the outputs of the student's Mamba mixers and of the
     /// teacher's mixers, all fed what enters the teacher's.
     pub mixer_matching_weight: f64,
+    /// `distill`: for how many updates, from the first; 0: for all.
+    pub mixer_matching_steps: u64,
     /// Which positions count.
     pub mask: PositionsThatCount,
 }
@@ -296,8 +321,7 @@ impl RunConfig {
                 student: None,
                 source: None,
                 layers: Vec::new(),
-                init: if distill { Init::Mil } else { Init::Random },
-                mil_align: false,
+                init: if distill { Init::Paper } else { Init::Random },
                 recompute_layers: false,
             },
             data: DataSection {
@@ -340,6 +364,7 @@ impl RunConfig {
                 forward_kl_weight: 0.0,
                 jensen_shannon_weight: 0.0,
                 mixer_matching_weight: 0.0,
+                mixer_matching_steps: 0,
                 mask: PositionsThatCount::Answers,
             },
             stages: StagesSection {

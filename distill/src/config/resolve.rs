@@ -56,8 +56,9 @@ pub fn resolve(task: Task, file: Option<&Path>, overrides: &[Override]) -> Resul
     let mut table = Table::try_from(RunConfig::defaults(task)).context("the defaults")?;
     if let Some(path) = file {
         let text = fs::read_to_string(path).with_context(|| format!("reading the run file {}", path.display()))?;
-        let written: Table =
+        let mut written: Table =
             toml::from_str(&text).with_context(|| format!("the run file {} is not TOML", path.display()))?;
+        renew(&mut written);
         merge_file(&mut table, written, task).with_context(|| format!("the run file {}", path.display()))?;
     }
     for setting in overrides {
@@ -76,7 +77,28 @@ pub fn resolve(task: Task, file: Option<&Path>, overrides: &[Override]) -> Resul
 /// When it cannot be read or is not one.
 pub fn read(path: &Path) -> Result<RunConfig> {
     let text = fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
-    toml::from_str(&text).with_context(|| format!("{} is not a resolved configuration", path.display()))
+    let not_one = || format!("{} is not a resolved configuration", path.display());
+    let mut table: Table = toml::from_str(&text).with_context(not_one)?;
+    renew(&mut table);
+    Value::Table(table).try_into().with_context(not_one)
+}
+
+/// Says in today's words what earlier versions wrote: `model.mil_align` beside `model.init = "mil"`; and what was not there
+/// yet was off.
+fn renew(written: &mut Table) {
+    let Some(Value::Table(model)) = written.get_mut("model") else { return };
+    let Some(aligned) = model.remove("mil_align") else { return };
+    if aligned == Value::Boolean(true) {
+        model.insert("init".to_owned(), "aligned".into());
+    }
+    // Such a key is written by resolved configurations alone, which have all keys of their time.
+    for (section, key, value) in
+        [("loss", "mixer_matching_steps", Value::Integer(0)), ("training", "graphs", Value::Boolean(true))]
+    {
+        if let Some(Value::Table(section)) = written.get_mut(section) {
+            section.entry(key).or_insert(value);
+        }
+    }
 }
 
 /// The configuration as TOML.
@@ -267,7 +289,7 @@ fn edit_distance(a: &str, b: &str) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{DivergenceKind, Trainable};
+    use super::super::{DivergenceKind, Init, Trainable};
     use super::*;
 
     fn flags() -> Vec<Override> {
@@ -319,6 +341,26 @@ mod tests {
         assert_eq!(config.training.trainable, Trainable::Mixers);
         assert_eq!((config.model.layers, config.loss.temperature), (vec![0, 2], 2.0));
         assert!(message(&["training.steps"]).contains("write KEY=VALUE"));
+    }
+
+    #[test]
+    fn what_earlier_versions_wrote_is_read() {
+        let mut config = RunConfig::defaults(Task::Distill);
+        config.model.layers = vec![1];
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("config.toml");
+        for (aligned, init) in [("false", Init::Paper), ("true", Init::Aligned)] {
+            let newer = ["mixer_matching_steps", "graphs"];
+            let today = to_toml(&config).unwrap();
+            let lines = today.lines().filter(|line| !newer.iter().any(|key| line.starts_with(key)));
+            let old = lines.collect::<Vec<_>>().join("\n");
+            let old = old.replace("init = \"paper\"", &format!("init = \"mil\"\nmil_align = {aligned}"));
+            assert!(old.contains("mil_align"), "{old}");
+            fs::write(&path, old).unwrap();
+            config.model.init = init;
+            assert_eq!(read(&path).unwrap(), config);
+            config.model.init = Init::Paper;
+        }
     }
 
     #[test]
@@ -376,7 +418,7 @@ mod tests {
             ),
             ("training.spike_window=3", "training.spike_window is 3"),
             ("model.source=x", "model.source is for `grafter train`"),
-            ("model.init=random", "distillation knows \"mil\" alone"),
+            ("model.init=random", "\"random\" and \"weights\" are for `grafter train`; use paper,"),
             ("checkpoint.keep=0", "checkpoint.keep is 0"),
             ("task=train", "task is \"train\", but the command's is \"distill\""),
             ("training.steps=many", "training.steps"),

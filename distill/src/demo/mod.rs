@@ -116,7 +116,7 @@ fn distil_and_examine(
     let after = examine(&hybrid)?;
 
     let layers = stages::mamba_layers(&hybrid.config);
-    let options = GraftOptions { seed: config.training.seed, align: config.model.mil_align };
+    let options = GraftOptions { seed: config.training.seed, start: config.model.init.start().unwrap_or_default() };
     let grafted = graft(&teacher, &teacher, &layers, &options)?;
     progress.say(&format!("examining the hybrid with layers {layers:?} replaced, but without distillation"));
     let before = examine(&grafted)?;

@@ -4,7 +4,7 @@
 
 use anyhow::{Result, ensure};
 use autograd::Tape;
-use model::initialise::{GraftOptions, graft};
+use model::initialise::graft;
 
 use super::{Bench, Cost, Found, LayerScore};
 use crate::config::PrecisionKind;
@@ -16,8 +16,7 @@ pub(super) fn rank(bench: &Bench<'_>, file: &TokenFile, interruption: &Interrupt
     let config = bench.config;
     let model = &bench.model;
     let teacher = bench.teacher.as_ref().unwrap_or(model);
-    let mut hybrid =
-        graft(model, teacher, &bench.layers, &GraftOptions { seed: config.seed, align: config.mil_align })?;
+    let mut hybrid = graft(model, teacher, &bench.layers, &config.graft_options())?;
     if config.precision == PrecisionKind::Bf16 {
         hybrid = hybrid.into_bf16()?;
     }

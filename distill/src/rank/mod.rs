@@ -24,12 +24,13 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
 use model::chat::ChatTemplate;
 use model::config::{MixerKind, ModelConfig};
+use model::initialise::GraftOptions;
 use model::tokenizer::Tokenizer;
 use model::{Model, Precision};
 use runtime::Device;
 use serde::{Deserialize, Serialize};
 
-use crate::config::PrecisionKind;
+use crate::config::{Init, PrecisionKind, RunConfig, Task};
 use crate::data::{self, LongDocuments, PackOptions, TokenFile};
 use crate::evaluate::questions;
 use crate::files;
@@ -114,8 +115,8 @@ pub struct RankConfig {
     pub together: usize,
     /// `exact-match`: longest answer, in tokens.
     pub max_tokens: usize,
-    /// `mmr`, `mse`: whether new mixers are made with query chunks permuted to meet their own keys.
-    pub mil_align: bool,
+    /// `mmr`, `mse`: how new mixers start.
+    pub init: Init,
     /// Seed of new mixers and of the rows' order.
     pub seed: u64,
     /// Element type of matrices and activations.
@@ -145,11 +146,16 @@ impl RankConfig {
             learning_rate: 5e-4,
             together: 4,
             max_tokens: 256,
-            mil_align: false,
+            init: RunConfig::defaults(Task::Distill).model.init,
             seed: 0,
             precision: PrecisionKind::F32,
             device: "cpu".to_owned(),
         }
+    }
+
+    /// How new mixers are made.
+    fn graft_options(&self) -> GraftOptions {
+        GraftOptions { seed: self.seed, start: self.init.start().unwrap_or_default() }
     }
 
     fn check(&self) -> Result<()> {

@@ -12,7 +12,7 @@ use autograd::ops::{self, Divergence, DivergenceOptions};
 use autograd::optimizer::{self, AdamW, AdamWOptions, Decay, Schedule};
 use autograd::{Gradients, Tape, Tensor, Var};
 use model::Model;
-use model::initialise::{GraftOptions, graft};
+use model::initialise::graft;
 
 use super::store::Store;
 use super::{Bench, Cost, Found, LayerScore, RankConfig};
@@ -209,7 +209,7 @@ fn schedule(config: &RankConfig) -> Schedule {
 impl Candidate {
     fn new(bench: &Bench<'_>, layer: usize) -> Result<Self> {
         let teacher = bench.teacher.as_ref().unwrap_or(&bench.model);
-        let options = GraftOptions { seed: bench.config.seed, align: bench.config.mil_align };
+        let options = bench.config.graft_options();
         let mut model = graft(&bench.model, teacher, &[layer], &options)?;
         if bench.config.precision == PrecisionKind::Bf16 {
             model = model.into_bf16()?;

@@ -167,7 +167,7 @@ fn single(folder: &Path, config: &RunConfig) -> Result<Stage> {
     mamba_layers.dedup();
     let parts = match (&base, config.task) {
         (Some(base), Task::Distill) => {
-            let hybrid = hybrid_config(base, &new_layers);
+            let hybrid = hybrid_config(base, &new_layers, config.model.init.start().unwrap_or_default());
             stages::parts(&hybrid, &new_layers, !earlier.is_empty(), config.training.trainable)
         }
         _ => Vec::new(),

@@ -396,7 +396,7 @@ impl<'a> Stage<'a> {
     fn record(&self, new_layers: &[usize]) -> Result<StageRecord> {
         let base = ModelConfig::read(&self.base)?;
         let earlier = mamba_layers(&base);
-        let hybrid = hybrid_config(&base, new_layers);
+        let hybrid = hybrid_config(&base, new_layers, self.training.model.init.start().unwrap_or_default());
         Ok(StageRecord {
             stage: self.number,
             folder: format!("stage-{:02}", self.number),
@@ -463,7 +463,7 @@ fn ranking_of(config: &RunConfig, base: &Path, method: Method) -> Result<RankCon
     ranking.begin_token = config.data.begin_token;
     ranking.batch_size = config.training.batch_size;
     ranking.micro_batch = config.training.micro_batch;
-    ranking.mil_align = config.model.mil_align;
+    ranking.init = config.model.init;
     ranking.seed = config.training.seed;
     ranking.precision = config.training.precision;
     ranking.device.clone_from(&config.device);
@@ -531,6 +531,8 @@ fn link_folder(source: &Path, target: &Path) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use model::initialise::Start;
+
     use super::*;
 
     #[test]
@@ -540,7 +542,7 @@ mod tests {
             "num_key_value_heads": 1, "num_hidden_layers": 3, "vocab_size": 11, "tie_word_embeddings": true,
         });
         let teacher = ModelConfig::from_json(source.as_object().unwrap()).unwrap();
-        let first = hybrid_config(&teacher, &[1]);
+        let first = hybrid_config(&teacher, &[1], Start::Paper);
         let names = |parts: &[Part]| parts.iter().map(|part| part.what.clone()).collect::<Vec<_>>();
         let all = parts(&first, &[1], false, Trainable::All);
         assert_eq!(names(&all), ["new Mamba mixers", "attention that is kept", "MLPs", "norms", "embedding and head"]);
@@ -550,7 +552,7 @@ mod tests {
         let expected: usize =
             parameter_specs(&first, |_| DType::F32).iter().map(|spec| spec.shape.iter().product::<usize>()).sum();
         assert_eq!(total, expected as u64);
-        let second = parts(&hybrid_config(&first, &[2]), &[2], true, Trainable::Mixers);
+        let second = parts(&hybrid_config(&first, &[2], Start::Paper), &[2], true, Trainable::Mixers);
         let trained: Vec<&str> = second.iter().filter(|part| part.trained).map(|part| part.what.as_str()).collect();
         assert_eq!(trained, ["new Mamba mixers", "earlier Mamba mixers"]);
         assert_eq!(second[1].from, "the previous hybrid");

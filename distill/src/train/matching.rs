@@ -91,7 +91,7 @@ impl Inputs {
 #[cfg(test)]
 mod tests {
     use model::config::ModelConfig;
-    use model::initialise::{GraftOptions, graft};
+    use model::initialise::{GraftOptions, Start, graft};
     use runtime::Device;
 
     use super::*;
@@ -104,7 +104,7 @@ mod tests {
         });
         let config = ModelConfig::from_json(source.as_object().unwrap()).unwrap();
         let teacher = Model::random(config, 3, &Device::cpu()).unwrap();
-        let student = graft(&teacher, &teacher, &[0, 2], &GraftOptions { seed: 1, align: false }).unwrap();
+        let student = graft(&teacher, &teacher, &[0, 2], &GraftOptions { seed: 1, start: Start::Paper }).unwrap();
         (student, teacher)
     }
 

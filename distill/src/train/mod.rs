@@ -480,7 +480,8 @@ impl Trainer<'_> {
     /// count or not: that number is the same for every batch, as the launches are. Gradients of micro-batches are summed,
     /// so that the result does not depend on how the batch is cut, up to rounding: sums are then in another order.
     fn gradients(&mut self, rows: &[u64], places: u64, progress: &mut Progress) -> Result<(Gradients, Vec<Unread>)> {
-        if let Some((gradients, unread)) = self.replayed(rows, places, progress)? {
+        let objective = self.objective.of_step(self.state.step + 1);
+        if let Some((gradients, unread)) = self.replayed(objective, rows, places, progress)? {
             return Ok((gradients, vec![unread]));
         }
         let mut losses = Vec::new();
@@ -489,7 +490,7 @@ impl Trainer<'_> {
             let batch = self.batch(&self.data.train, rows)?;
             let tape = Tape::new();
             let (student, teacher) = (&self.models.student, self.models.teacher.as_ref());
-            let (value, loss) = self.objective.compute(&tape, student, teacher, &batch, places, false)?;
+            let (value, loss) = objective.compute(&tape, student, teacher, &batch, places, false)?;
             losses.push(loss);
             let gradients = tape.backward(&value)?;
             match &mut sum {
@@ -501,20 +502,26 @@ impl Trainer<'_> {
     }
 
     /// The same by replaying what was launched for an earlier batch, where that is the same but for the batch.
-    fn replayed(&mut self, rows: &[u64], places: u64, progress: &mut Progress) -> Result<Option<(Gradients, Unread)>> {
+    fn replayed(
+        &mut self,
+        objective: Objective,
+        rows: &[u64],
+        places: u64,
+        progress: &mut Progress,
+    ) -> Result<Option<(Gradients, Unread)>> {
         let Rows { file, targets } = &self.data.train;
-        let repeats = self.objective.repeats() && targets.is_none() && rows.len() <= self.config.training.micro_batch;
+        let repeats = objective.repeats() && targets.is_none() && rows.len() <= self.config.training.micro_batch;
         // The first update loads kernels, and gives the student memory of its own.
         if !self.replays || !repeats || self.optimizer.steps() == 0 {
             return Ok(None);
         }
         let (student, teacher) = (&self.models.student, self.models.teacher.as_ref());
         let sequences = read_rows(file, rows)?;
-        if self.replay.as_ref().is_none_or(|replay| !replay.is_of(&self.objective, student, rows.len())) {
+        if self.replay.as_ref().is_none_or(|replay| !replay.is_of(&objective, student, rows.len())) {
             // The old one's memory first.
             self.replay = None;
-            let batch = Batch::new(&self.device, &sequences, self.objective.positions)?;
-            match Replay::capture(self.objective, student, teacher, batch, places) {
+            let batch = Batch::new(&self.device, &sequences, objective.positions)?;
+            match Replay::capture(objective, student, teacher, batch, places) {
                 Ok(replay) => self.replay = Some(replay),
                 Err(error) => {
                     progress.say(&format!("updates are not captured, but launched kernel by kernel: {error:#}"));
@@ -552,15 +559,16 @@ impl Trainer<'_> {
         let positions = positions_that_count(file, &rows, self.objective.positions)?;
         ensure!(positions > 0, "no position of the first {count} rows of validation data counts in the loss");
         let mut loss = Loss::default();
+        let objective = self.objective.of_step(self.state.step);
         for rows in rows.chunks(self.config.training.micro_batch) {
             interruption.check()?;
             let place = || format!("validation after step {}", self.state.step);
             let (batch, tape) = (self.batch(validation, rows)?, Tape::inference());
             let (student, teacher) = (&self.models.student, self.models.teacher.as_ref());
             let (_, unread) =
-                self.objective.compute(&tape, student, teacher, &batch, positions, true).with_context(place)?;
+                objective.compute(&tape, student, teacher, &batch, positions, true).with_context(place)?;
             for part in Loss::read(&[unread], None)?.0 {
-                self.objective.check_finite(&part, student, teacher, &batch).with_context(place)?;
+                objective.check_finite(&part, student, teacher, &batch).with_context(place)?;
                 loss.add(part);
             }
         }

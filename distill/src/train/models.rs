@@ -178,7 +178,7 @@ fn distillation(
     let teacher = load(teacher_folder, device, precision, "teacher", interruption)?;
     hashes.insert("teacher".to_owned(), model_hash(teacher_folder, interruption)?);
     interruption.check()?;
-    let options = GraftOptions { seed: config.training.seed, align: section.mil_align };
+    let options = GraftOptions { seed: config.training.seed, start: section.init.start().unwrap_or_default() };
     let student = match &section.student {
         None => initialise::graft(&teacher, &teacher, &section.layers, &options)?,
         Some(folder) => {

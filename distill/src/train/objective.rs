@@ -20,6 +20,8 @@ pub(super) struct Objective {
     /// Divergences beside the first, with their weights.
     further: [(Divergence, f64); 2],
     matching_weight: f64,
+    /// The last update with matching; 0: all have it.
+    matching_steps: u64,
     pub positions: PositionsThatCount,
 }
 
@@ -99,8 +101,15 @@ impl Objective {
                 (Divergence::JensenShannon, section.jensen_shannon_weight),
             ],
             matching_weight: section.mixer_matching_weight,
+            matching_steps: section.mixer_matching_steps,
             positions: section.mask,
         }
+    }
+
+    /// What this update minimises, counted from 1.
+    pub fn of_step(self, step: u64) -> Self {
+        let matches = self.matching_steps == 0 || step <= self.matching_steps;
+        Self { matching_weight: if matches { self.matching_weight } else { 0.0 }, ..self }
     }
 
     /// Whether nothing but the batch decides what is launched and with which numbers, so that the launches can be replayed.

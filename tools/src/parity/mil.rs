@@ -5,7 +5,7 @@ use std::ops::Range;
 use anyhow::{Result, bail};
 use autograd::{DType, Parameter, Parameters, Tape, Tensor};
 use model::config::{MambaConfig, ModelConfig};
-use model::initialise::{GraftOptions, graft};
+use model::initialise::{GraftOptions, Start, graft};
 use model::mixer::Mamba;
 use model::{Model, TokenBatch};
 use serde_json::{Map, Value, json};
@@ -18,7 +18,7 @@ const RANDOM: &[&str] = &["dt_in_proj.weight", "dt_proj.weight", "dt_proj.bias",
 /// `mil_conversion`: one decoder layer of a Mistral, grafted; everything deterministic must be equal to the last bit.
 pub(super) fn run(case: &Case<'_>, outcome: &mut Outcome) -> Result<()> {
     let teacher = teacher(case)?;
-    let hybrid = graft(&teacher, &teacher, &[0], &GraftOptions { seed: 1, align: false })?;
+    let hybrid = graft(&teacher, &teacher, &[0], &GraftOptions { seed: 1, start: Start::Paper })?;
     for name in case.names_after("out.") {
         let full = format!("model.layers.0.{name}");
         let Some(id) = hybrid.parameters.find(&full) else { bail!("the graft has no {full}") };

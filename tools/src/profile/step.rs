@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use autograd::ops::{self, Divergence, DivergenceOptions, HeadTeacher, TeacherSource};
 use autograd::optimizer::{AdamW, AdamWOptions, clip_factor, gradient_norm};
 use autograd::{DType, Gradients, Tape, Tensor};
-use model::initialise::{GraftOptions, graft};
+use model::initialise::{GraftOptions, Start, graft};
 use model::{Model, Precision, TokenBatch};
 use runtime::cuda::Graph;
 use runtime::{Device, LaunchRecord};
@@ -60,7 +60,7 @@ impl Step {
         let bf16 = options.dtype == DType::Bf16;
         let precision = if bf16 { Precision::Bf16 } else { Precision::F32 };
         let teacher = Model::load(&options.teacher, device, precision)?;
-        let mut student = graft(&teacher, &teacher, &options.layers, &GraftOptions { seed: 0, align: false })?;
+        let mut student = graft(&teacher, &teacher, &options.layers, &GraftOptions { seed: 0, start: Start::Paper })?;
         if bf16 {
             student = student.into_bf16()?;
         }

@@ -18,6 +18,8 @@ pub struct BenchOptions {
     pub prompt_tokens: usize,
     /// Tokens decoded after it, one at a time; 0: none.
     pub decode_tokens: usize,
+    /// Sequences decoded side by side.
+    pub batch: usize,
     /// Tokens of the training sequence; 0: no training step.
     pub train_tokens: usize,
     /// How often each is repeated; the median counts.
@@ -30,7 +32,7 @@ pub struct BenchOptions {
 #[derive(Clone, Debug, Serialize)]
 pub struct Measurement {
     /// What was timed.
-    pub name: &'static str,
+    pub name: String,
     /// Tokens of one repeat.
     pub tokens: usize,
     /// Median of the repeats, in seconds.
@@ -58,6 +60,7 @@ pub fn bench(
 ) -> Result<Vec<Measurement>> {
     ensure!(options.repeats > 0, "--repeats must be at least 1");
     ensure!(options.prompt_tokens > 0, "--prompt-tokens must be at least 1");
+    ensure!(options.batch > 0, "--batch must be at least 1");
     let mut measurements = Vec::new();
     {
         let model = Model::load(folder, device, options.precision).context("loading the model for inference")?;
@@ -72,9 +75,12 @@ pub fn bench(
             model.logits(&Tape::inference(), &batch).map(drop).map_err(Into::into)
         })?);
         if options.decode_tokens > 0 {
-            progress("decode, batch 1");
-            let (logits, cache) = model.prefill(&batch)?;
-            measurements.push(measure("decode, batch 1", options.decode_tokens, options.repeats, device, || {
+            let name = format!("decode, batch {}", options.batch);
+            progress(&name);
+            let prompts = vec![random_tokens(options.prompt_tokens, model.config.vocabulary_size); options.batch];
+            let (logits, cache) = model.prefill(&TokenBatch::new(device, &prompts, None)?)?;
+            let tokens = options.decode_tokens * options.batch;
+            measurements.push(measure(&name, tokens, options.repeats, device, || {
                 let mut decoder = Decoder::new(&model, &logits, cache.clone(), Sampling::Greedy)?;
                 for _ in 0..options.decode_tokens {
                     decoder.step()?;
@@ -115,7 +121,7 @@ pub fn bench(
 }
 
 fn measure(
-    name: &'static str,
+    name: &str,
     tokens: usize,
     repeats: usize,
     device: &Device,
@@ -134,7 +140,7 @@ fn measure(
     times.sort_by(f64::total_cmp);
     let seconds = times[times.len() / 2];
     Ok(Measurement {
-        name,
+        name: name.to_owned(),
         tokens,
         seconds,
         fastest: times[0],

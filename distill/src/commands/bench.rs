@@ -35,6 +35,9 @@ pub(super) struct Arguments {
     /// Tokens decoded one at a time after the prompt; 0: none
     #[arg(long, default_value_t = 64)]
     decode_tokens: usize,
+    /// Sequences decoded side by side
+    #[arg(long, default_value_t = 1)]
+    batch: usize,
     /// Tokens of the training sequence; 0: no training step
     #[arg(long, default_value_t = 512)]
     train_tokens: usize,
@@ -53,6 +56,7 @@ pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
     let options = BenchOptions {
         prompt_tokens: arguments.prompt_tokens,
         decode_tokens: arguments.decode_tokens,
+        batch: arguments.batch,
         train_tokens: arguments.train_tokens,
         repeats: arguments.repeats,
         precision: arguments.precision.resolve(&arguments.model, &device)?,

@@ -7,13 +7,14 @@ use anyhow::Result;
 use clap::Args;
 
 use super::{INTERRUPTED, done, output};
-use crate::demo::{self, DemoOutcome, Summary, world};
+use crate::demo::{self, DemoOutcome, Summary, reasoning, world};
 use crate::train::{Interruption, Progress};
 
 const EXAMPLES: &str = "\
 Examples:
   grafter demo
-  grafter demo --export world     # the teacher, its problems, and the run files that made and distil it";
+  grafter demo --export world     # the teacher, its problems, and the run files that made and distil it
+  grafter demo --export-reasoning reasoning   # a larger world, whose teacher is to be trained: docs/reproduction.md";
 
 /// Distil a small teacher into a hybrid, from nothing but this program
 ///
@@ -33,6 +34,13 @@ pub(super) struct Arguments {
     /// Write the demo's world into FOLDER and do nothing else
     #[arg(long, value_name = "FOLDER")]
     export: Option<PathBuf>,
+    /// Write a larger world into FOLDER and do nothing else: arithmetic and algebra of five difficulties, for a teacher of 12
+    /// layers that is to be trained
+    #[arg(long, value_name = "FOLDER", conflicts_with = "export")]
+    export_reasoning: Option<PathBuf>,
+    /// Problems of the larger world to train on
+    #[arg(long, value_name = "N", default_value_t = 300_000, requires = "export_reasoning")]
+    training_problems: usize,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -45,6 +53,14 @@ pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
         output::line(&format!("problems  {}", world.train.display()))?;
         output::line(&format!("run file  {}", world.distill_run.display()))?;
         output::line(&format!("in stages {}", world.staged_run.display()))?;
+        return done();
+    }
+    if let Some(folder) = &arguments.export_reasoning {
+        let world = reasoning::write(folder, arguments.training_problems)?;
+        output::line(&format!("teacher    {} (to be trained)", world.teacher.display()))?;
+        output::line(&format!("problems   {}", world.train.display()))?;
+        output::line(&format!("validation {}", world.validation.display()))?;
+        output::line(&format!("exam       {}", world.exam.display()))?;
         return done();
     }
     let interruption = Interruption::on_signals(INTERRUPTED.into())?;

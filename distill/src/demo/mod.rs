@@ -5,6 +5,7 @@
 //! distillation, and the hybrid with it.
 
 mod evaluate;
+pub mod reasoning;
 pub mod task;
 pub mod world;
 

@@ -99,7 +99,7 @@ pub fn answer_of(solution: &str) -> Option<u32> {
 }
 
 /// One question in sixteen, by the FNV-1a hash of its text, is unseen.
-fn split_of(question: &str) -> Split {
+pub(super) fn split_of(question: &str) -> Split {
     let hash = question.bytes().fold(0x811c_9dc5u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
     if hash.is_multiple_of(16) { Split::Unseen } else { Split::Train }
 }

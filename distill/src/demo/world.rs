@@ -7,11 +7,21 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value, json};
 
-use super::task::{Problems, Split};
+use super::task::{Problem, Problems, Split};
 use crate::files;
 
-/// Characters of the task, in the order of their token ids after the special tokens.
-const CHARACTERS: &str = "0123456789+-*=;?:QRA ";
+/// Characters of a world's problems, in the order of their token ids after the special tokens.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Characters(pub &'static str);
+
+impl Characters {
+    /// Tokens in all.
+    pub fn vocabulary(self) -> usize {
+        SPECIAL.len() + self.0.chars().count()
+    }
+}
+
+const CHARACTERS: Characters = Characters("0123456789+-*=;?:QRA ");
 /// Tokens that are no character, in the order of their ids.
 const SPECIAL: [&str; 4] = ["<pad>", "<bos>", "<eos>", "<unk>"];
 /// A problem, as the model reads it: begin token, question, solution, end token.
@@ -58,16 +68,7 @@ pub fn write(folder: &Path) -> Result<World> {
     // First of all, so that a folder that was begun is known again.
     run_file(&mark, TEACHER_RUN, folder)?;
     let teacher = folder.join("teacher");
-    files::create_folder(&teacher)?;
-    for (name, value) in [
-        ("config.json", config()),
-        ("generation_config.json", json!({ "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0 })),
-        ("tokenizer.json", tokenizer()),
-        ("tokenizer_config.json", tokenizer_config()),
-    ] {
-        let text = serde_json::to_string_pretty(&value)?;
-        files::write_file(&teacher.join(name), |writer| Ok(writeln!(writer, "{text}")?))?;
-    }
+    write_model(&teacher, &config(), CHARACTERS)?;
     files::write_file(&teacher.join("model.safetensors"), |writer| Ok(writer.write_all(TEACHER_WEIGHTS)?))?;
     let world = World {
         teacher,
@@ -81,6 +82,21 @@ pub fn write(folder: &Path) -> Result<World> {
     run_file(&world.distill_run, DISTILL_RUN, folder)?;
     run_file(&world.staged_run, STAGED_RUN, folder)?;
     Ok(world)
+}
+
+/// Writes the folder of a model without its weights: configuration, and a tokenizer with a token per character.
+pub(super) fn write_model(folder: &Path, config: &Value, characters: Characters) -> Result<()> {
+    files::create_folder(folder)?;
+    for (name, value) in [
+        ("config.json", config),
+        ("generation_config.json", &json!({ "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0 })),
+        ("tokenizer.json", &tokenizer(characters)),
+        ("tokenizer_config.json", &tokenizer_config()),
+    ] {
+        let text = serde_json::to_string_pretty(value)?;
+        files::write_file(&folder.join(name), |writer| Ok(writeln!(writer, "{text}")?))?;
+    }
+    Ok(())
 }
 
 /// Writes a run file, which speaks of `world/`, with the real folder in its place.
@@ -103,21 +119,25 @@ const STAGED_RUN: &str = include_str!("staged.toml");
 fn problems(path: &Path, split: Split, seed: u64, count: usize) -> Result<()> {
     files::write_file(path, |writer| {
         for problem in Problems::new(split, seed).take(count) {
-            let line = json!({ "messages": [
-                { "role": "user", "content": problem.question },
-                { "role": "assistant", "content": problem.solution },
-            ]});
-            writeln!(writer, "{line}")?;
+            writeln!(writer, "{}", chat(&problem))?;
         }
         Ok(())
     })
+}
+
+/// A problem with its solution as a line of data.
+pub(super) fn chat(problem: &Problem) -> Value {
+    json!({ "messages": [
+        { "role": "user", "content": problem.question },
+        { "role": "assistant", "content": problem.solution },
+    ]})
 }
 
 fn config() -> Value {
     json!({
         "architectures": ["MistralForCausalLM"],
         "model_type": "mistral",
-        "vocab_size": SPECIAL.len() + CHARACTERS.chars().count(),
+        "vocab_size": CHARACTERS.vocabulary(),
         "hidden_size": 128,
         "intermediate_size": 256,
         "num_hidden_layers": 4,
@@ -138,8 +158,8 @@ fn config() -> Value {
     })
 }
 
-fn tokenizer() -> Value {
-    let names = SPECIAL.iter().map(|name| (*name).to_owned()).chain(CHARACTERS.chars().map(String::from));
+fn tokenizer(characters: Characters) -> Value {
+    let names = SPECIAL.iter().map(|name| (*name).to_owned()).chain(characters.0.chars().map(String::from));
     let vocabulary: Map<String, Value> = names.enumerate().map(|(id, name)| (name, json!(id))).collect();
     let added: Vec<Value> = SPECIAL
         .iter()

@@ -3,6 +3,7 @@
 //! The page shows what is there: configuration, stages, curves, rankings, evaluations, throughput and samples. A run
 //! that is still going on has a page, too, of what it has done so far.
 
+mod comparison;
 mod folder;
 mod page;
 mod plot;
@@ -18,6 +19,7 @@ use crate::files;
 use crate::rank::{self, Method, Ranking};
 use crate::train::StepRecord;
 use crate::units::{bytes, thousands};
+pub use comparison::{Comparison, models as compare_models, runs as compare_runs};
 use folder::{Contents, Evaluation, Stage};
 use page::{Page, Table};
 use plot::{Curve, Plot, Stroke, number};

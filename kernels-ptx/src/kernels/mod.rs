@@ -45,7 +45,7 @@ kernels! {
     scale_by: ScaleBy;
     square_sums: SquareSums;
     sum: Sum, Broadcast;
-    selective_scan: SpanStates, ScanForward, SerialForward, SpanCarries, ScanBackward, CombineSpans, GroupSums, ScanStep;
+    selective_scan: SpanStates, ScanForward, SerialForward, SpanCarries, ScanBackward, SerialBackward, CombineSpans, GroupSums, ScanStep;
     sum_parts: SumParts;
     swiglu: SwigluForward, SwigluBackward;
     top_log_probabilities: TeacherLogits;

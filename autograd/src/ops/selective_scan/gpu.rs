@@ -2,7 +2,7 @@
 
 use kernels_ptx::kernels::selective_scan::{
     self as kernels, CHUNK, CombineSpans, GroupGradient, GroupSums, MOST_CHUNK_STATES, MOST_STATES, ScanBackward,
-    ScanForward, ScanStep, SerialForward, Sizes, SpanCarries, SpanStates,
+    ScanForward, ScanStep, SerialBackward, SerialForward, Sizes, SpanCarries, SpanStates,
 };
 use runtime::{Argument, Device};
 
@@ -87,7 +87,7 @@ impl<'a> Launch<'a> {
         self.scan.input.device()
     }
 
-    /// The blocks that scan whole rows forward; `None` where spans are scanned.
+    /// The blocks that scan whole rows; `None` where spans are scanned.
     fn serial_grid(&self) -> Result<Option<[u32; 3]>> {
         let grid = SerialForward::grid(&self.sizes, self.form.states);
         match (self.scan.way, grid) {
@@ -127,6 +127,12 @@ impl<'a> Launch<'a> {
         let Sizes { batch, time, channels, .. } = self.sizes;
         let (run, b_width, c_width) = (self.sizes.run(), self.sizes.b_width(), self.sizes.c_width());
         [batch * self.sizes.tiles(), time, channels, run, b_width, c_width, self.span].map(Argument::U32)
+    }
+
+    /// The sizes that end the parameters of the kernels that scan whole rows.
+    fn serial_arguments(&self) -> [Argument<'static>; 4] {
+        let Sizes { time, channels, .. } = self.sizes;
+        [time, channels, self.sizes.b_width(), self.sizes.c_width()].map(Argument::U32)
     }
 
     /// f32 `[batch, outer, channels, states]`.
@@ -282,8 +288,7 @@ pub(super) fn forward(scan: &Scan, save: bool) -> Result<(Tensor, Tensor, Tensor
         arguments.extend(save.then(|| chunk_states.write()));
         arguments.extend(launch.inputs());
         arguments.extend(launch.initial_state.as_ref().map(gpu::read));
-        let Sizes { time, channels, .. } = launch.sizes;
-        arguments.extend([time, channels, launch.sizes.b_width(), launch.sizes.c_width()].map(Argument::U32));
+        arguments.extend(launch.serial_arguments());
         let kernel = SerialForward { scan: launch.form, resumed: launch.initial_state.is_some(), saves: save };
         gpu::launch(OPERATOR, launch.device(), &kernel, Some(grid), &launch.problem(), &arguments)?;
         drop(arguments);
@@ -318,7 +323,11 @@ pub(super) fn backward(
     last_state_gradient: Option<&Tensor>,
     chunk_states: &Tensor,
 ) -> Result<[Option<Tensor>; 9]> {
-    let launch = Launch::new(scan)?;
+    let mut launch = Launch::new(scan)?;
+    let serial = if launch.any() { launch.serial_grid()? } else { None };
+    if serial.is_some() {
+        launch.span = launch.sizes.time;
+    }
     let (device, input, spans) = (launch.device(), &scan.input, launch.spans());
     let gradient = match output_gradient {
         Some(gradient) => gradient.cast(input.dtype())?,
@@ -334,7 +343,10 @@ pub(super) fn backward(
         None => None,
     };
     let (b_tiles, c_tiles) = if launch.any() { (launch.sizes.b_tiles(), launch.sizes.c_tiles()) } else { (1, 1) };
-    let (b_way, c_way) = (GroupGradient::of(b_tiles), GroupGradient::of(c_tiles));
+    let [b_way, c_way] = [b_tiles, c_tiles].map(|tiles| match (serial, GroupGradient::of(tiles)) {
+        (Some(_), GroupGradient::Pairs) => GroupGradient::Tiles,
+        (_, way) => way,
+    });
     let (mut input_gradient, mut delta_gradient) = (Output::like(input)?, Output::like(&launch.delta)?);
     let mut a_parts = launch.states(spans)?;
     let mut b_gradient = launch.group_gradient(&launch.b, b_way, b_tiles)?;
@@ -358,16 +370,17 @@ pub(super) fn backward(
         arguments.extend(launch.inputs());
         arguments.push(gpu::read(chunk_states));
         arguments.extend(carries.as_ref().map(gpu::read));
-        arguments.extend(launch.arguments());
-        let kernel = ScanBackward {
-            scan: launch.form,
-            chunk: launch.chunk,
-            carried: carries.is_some(),
-            initial: launch.initial_state.is_some(),
-            b: b_way,
-            c: c_way,
-        };
-        gpu::launch(OPERATOR, device, &kernel, launch.sizes.grid(spans), &launch.problem(), &arguments)?;
+        let (scan, problem) = (launch.form, launch.problem());
+        let (carried, initial) = (carries.is_some(), launch.initial_state.is_some());
+        if serial.is_some() {
+            arguments.extend(launch.serial_arguments());
+            let kernel = SerialBackward { scan, carried, initial, b: b_way, c: c_way };
+            gpu::launch(OPERATOR, device, &kernel, serial, &problem, &arguments)?;
+        } else {
+            arguments.extend(launch.arguments());
+            let kernel = ScanBackward { scan, chunk: launch.chunk, carried, initial, b: b_way, c: c_way };
+            gpu::launch(OPERATOR, device, &kernel, launch.sizes.grid(spans), &problem, &arguments)?;
+        }
     } else if let (Some(state_gradient), None) = (&mut state_gradient, &last_state_gradient) {
         state_gradient.set_zero()?;
     }

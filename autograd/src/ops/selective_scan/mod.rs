@@ -61,8 +61,8 @@ pub fn selective_scan(tape: &Tape<'_>, inputs: ScanInputs<'_>) -> Result<ScanOut
 /// How time is taken.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum ScanWay {
-    /// On GPUs each row from its first step to its last in one pass forward: for channels of 16 states whose groups of B and
-    /// C are multiples of 16 channels. The backward pass is that of spans.
+    /// On GPUs each row from its first step to its last in one pass, and back in another: for channels of 16 states whose
+    /// groups of B and C are multiples of 16 channels.
     Serial,
     /// On GPUs rows are cut into spans where they are few, which are taken in parallel.
     Spans,

@@ -75,14 +75,14 @@ impl GroupGradient {
         }
     }
 
-    fn element(self, element: Element) -> Element {
+    pub(super) fn element(self, element: Element) -> Element {
         match self {
             Self::Whole => element,
             Self::Tiles | Self::Pairs => Element::F32,
         }
     }
 
-    fn letter(self) -> &'static str {
+    pub(super) fn letter(self) -> &'static str {
         match self {
             Self::Whole => "w",
             Self::Tiles => "t",
@@ -108,7 +108,7 @@ const SLOPE: usize = 4;
 const GATE: usize = 5;
 
 /// `dy` and the factor that makes `y` the gate's gradient.
-fn gated<'a>(gradient: Value<'a, F32>, gate: Option<Value<'a, F32>>) -> (Value<'a, F32>, Option<Value<'a, F32>>) {
+pub(super) fn gated<'a>(gradient: Value<'a, F32>, gate: Option<Value<'a, F32>>) -> (Value<'a, F32>, Option<Value<'a, F32>>) {
     match gate {
         None => (gradient, None),
         Some(z) => {

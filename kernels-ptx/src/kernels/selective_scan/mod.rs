@@ -32,12 +32,14 @@ mod combine;
 mod forward;
 mod lane;
 mod serial;
+mod serial_backward;
 mod serial_forward;
 mod step;
 
 pub use backward::{GroupGradient, GroupSums, ScanBackward, SpanCarries};
 pub use combine::CombineSpans;
 pub use forward::{ScanForward, SpanStates};
+pub use serial_backward::SerialBackward;
 pub use serial_forward::SerialForward;
 pub use step::ScanStep;
 

@@ -301,7 +301,7 @@ impl<'a> Forward<'a> {
 }
 
 /// The sums of parts, two by two.
-fn tree_sum<'a, const N: usize>(parts: &[[Value<'a, F32>; N]]) -> [Value<'a, F32>; N] {
+pub(super) fn tree_sum<'a, const N: usize>(parts: &[[Value<'a, F32>; N]]) -> [Value<'a, F32>; N] {
     match parts {
         [part] => *part,
         _ => {

@@ -320,6 +320,11 @@ impl<'a> Value<'a, U32> {
         self.assembler.emit("mad.lo.u32", vec![self.piece(), factor.operand().0, addend.operand().0])
     }
 
+    /// The upper 32 bits of `self · factor`.
+    pub fn mul_high(self, factor: impl Operand<'a, U32>) -> Self {
+        self.binary("mul.hi.u32", factor)
+    }
+
     /// `self · factor` in 64 bits.
     pub fn mul_wide(self, factor: impl Operand<'a, U32>) -> Value<'a, U64> {
         self.binary("mul.wide.u32", factor)

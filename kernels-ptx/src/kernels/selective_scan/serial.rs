@@ -67,15 +67,16 @@ pub(super) struct Columns<'a> {
 /// Where a serving thread's two elements of every step of its row are.
 #[derive(Clone, Copy)]
 pub(super) struct Track<'a> {
-    /// From the first step's on.
     memory: Global<'a>,
-    /// Elements of a token.
+    /// The address of the first step's.
+    first: Value<'a, U64>,
+    /// Bytes of a token.
     stride: Value<'a, U32>,
 }
 
 impl<'a> Track<'a> {
     fn at(&self, step: Value<'a, U32>) -> Address<'a> {
-        self.memory.at(step * self.stride)
+        self.memory.from_address(step.mad_wide(self.stride, self.first)).first()
     }
 }
 
@@ -162,7 +163,11 @@ impl<'a> Tile<'a> {
     /// Where the serving thread's elements of `memory` are.
     pub fn track(&self, memory: Global<'a>, columns: Columns<'a>) -> Track<'a> {
         let first = (self.row * self.time).mad_wide(columns.stride, columns.first);
-        Track { memory: memory.from(first), stride: columns.stride }
+        Track {
+            memory,
+            first: memory.from(first).first().global_address(),
+            stride: columns.stride * memory.element().bytes() as u32,
+        }
     }
 
     /// Reads the serving thread's two elements of a step; zeros where there is no such step.

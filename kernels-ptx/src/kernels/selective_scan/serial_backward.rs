@@ -235,7 +235,7 @@ impl<'a> Backward<'a> {
     }
 
     fn meet(&self, times: u32) {
-        self.k.for_(0u32, times, 1u32, |_| self.k.barrier());
+        self.k.for_(0u32, times, 1u32, |_| self.tile.meet());
     }
 
     /// The place of the stage that *prepare* takes in a round. Chunks alternate in the direction of their places, so that
@@ -246,7 +246,11 @@ impl<'a> Backward<'a> {
         let stage = round & (STAGES - 1);
         let turned = self.k.constant(STAGES + 2) - stage;
         let place = (chunk & 1).ne(0).select::<U32>(turned, stage);
-        let moved = place + PLACES - (chunk & !1u32).rem(PLACES);
+        // `even mod PLACES` by a product: exact below 2²², and there are fewer chunks.
+        const { assert!(PLACES == 21) };
+        let even = chunk & !1u32;
+        let quotient = even.mul_high(0xc30c_30c4u32) >> 4;
+        let moved = (place + PLACES - even) + quotient * PLACES;
         // Of two, the one that is not negative and the least.
         moved.min(moved - PLACES)
     }
@@ -270,11 +274,15 @@ struct Lane<'a> {
     /// In the tile.
     pair: Value<'a, U32>,
     quad: Value<'a, U32>,
-    index: Value<'a, U32>,
     rates: Patch<Value<'a, F32>>,
+    /// Its places in the first stage that shared memory has a place for.
+    first: Places<'a>,
+    /// Its places in what the scans leave of the first round.
+    sums: Sums<'a>,
 }
 
 /// A scanning lane's places in a stage.
+#[derive(Clone, Copy)]
 struct Places<'a> {
     sizes: Address<'a>,
     drive: Address<'a>,
@@ -290,8 +298,27 @@ impl<'a> Lane<'a> {
         let index = k.lane();
         let pair = (((index >> 1) & 1) | ((index >> 2) & 6)).named("channel_pair");
         let quad = ((index & 1) | ((index >> 1) & 2)).named("state_quad");
+        let memory = &backward.memory;
+        let (pairs, quads) = (pair * PAIR as u32, quad * QUAD as u32);
         let zero = k.constant(0.0f32);
-        let mut lane = Self { pair, quad, index, rates: [[zero; QUAD]; PAIR] };
+        let mut lane = Self {
+            pair,
+            quad,
+            rates: [[zero; QUAD]; PAIR],
+            first: Places {
+                sizes: memory.sizes.at(pairs),
+                drive: memory.drive.at(pairs * 2),
+                b: memory.b.at(quads),
+                c: memory.c.at(quads),
+                begins: memory.begins.map(|begins| begins.first()),
+                starts: memory.starts.at(index * QUAD as u32),
+            },
+            sums: Sums {
+                by_state: memory.sums.at(pair.mad(STATES, quads)),
+                y: memory.sums.at(quad.mad(TILE, pairs)),
+                through: memory.sums.at(quad.mad(2 * TILE, pairs * 2)),
+            },
+        };
         let values = lane.places_in(&backward.tile, backward.a, k.constant(0u32)).map(|place| place.load_vector::<QUAD>());
         lane.rates = values.map(|values| values.map(|value| value * std::f32::consts::LOG2_E));
         lane
@@ -304,32 +331,28 @@ impl<'a> Lane<'a> {
         [place, place.plus(i64::from(STATES))]
     }
 
-    fn places(&self, backward: &Backward<'a>, place: Value<'a, U32>) -> Places<'a> {
-        let memory = &backward.memory;
-        let row = place * STAGE;
-        let (pairs, quads) = (self.pair * PAIR as u32, self.quad * QUAD as u32);
+    fn places(&self, place: Value<'a, U32>) -> Places<'a> {
+        let moved = |first: Address<'a>, row: u32| first.moved(place * (row * 4));
+        let Places { sizes, drive, b, c, begins, starts } = self.first;
         Places {
-            sizes: memory.sizes.at(row.mad(PAIRS_ROW, pairs)),
-            drive: memory.drive.at(row.mad(QUADS_ROW, pairs * 2)),
-            b: memory.b.at(row.mad(PAIRS_ROW, quads)),
-            c: memory.c.at(row.mad(PAIRS_ROW, quads)),
-            begins: memory.begins.map(|begins| begins.at(row)),
-            starts: memory.starts.at(place.mad(STARTS_ROW, self.index * QUAD as u32)),
+            sizes: moved(sizes, STAGE * PAIRS_ROW),
+            drive: moved(drive, STAGE * QUADS_ROW),
+            b: moved(b, STAGE * PAIRS_ROW),
+            c: moved(c, STAGE * PAIRS_ROW),
+            begins: begins.map(|begins| moved(begins, STAGE)),
+            starts: moved(starts, STARTS_ROW),
         }
     }
 
-    /// Where it leaves what is summed over channel pairs of a round's steps, and over state quads.
-    fn sums(&self, backward: &Backward<'a>, round: Value<'a, U32>) -> Sums<'a> {
-        let row = (round & 1) * (STAGE * SUMS_ROW);
-        let of = |offset| backward.memory.sums.at(row + offset);
-        Sums {
-            by_state: of(self.pair.mad(STATES, self.quad * QUAD as u32)),
-            y: of(self.quad.mad(TILE, self.pair * PAIR as u32)),
-            through: of(self.quad.mad(2 * TILE, self.pair * (2 * PAIR as u32))),
-        }
+    /// Where it leaves what is summed over lanes in a round.
+    fn sums_in(&self, round: Value<'a, U32>) -> Sums<'a> {
+        let bytes = (round & 1) * (STAGE * SUMS_ROW * 4);
+        let Sums { by_state, y, through } = self.sums;
+        Sums { by_state: by_state.moved(bytes), y: y.moved(bytes), through: through.moved(bytes) }
     }
 }
 
+/// Where a scanning lane leaves what is summed over channel pairs, and over state quads.
 struct Sums<'a> {
     by_state: Address<'a>,
     y: Address<'a>,
@@ -433,14 +456,14 @@ impl<'a> Backward<'a> {
             set(&ahead, &lane.places_in(tile, self.chunk_states, outer).map(|place| place.load_vector()));
         };
         load(self.chunks - 1);
-        k.barrier();
+        tile.meet();
         k.for_(0u32, self.rounds, 1u32, |round| {
             let stage = round & (STAGES - 1);
             k.if_(stage.eq(0), || set(&states, &get(&ahead)));
             let later = (round >> STAGES.ilog2()) + 1;
             k.if_(stage.eq(1) & later.lt(self.chunks), || load(self.chunks - 1 - later));
-            let places = lane.places(self, self.place(round));
-            let sums = lane.sums(self, round);
+            let places = lane.places(self.place(round));
+            let sums = lane.sums_in(round);
             let mut held = get(&states);
             for (place, states) in places.starts().into_iter().zip(&held) {
                 place.store_vector(states);
@@ -459,7 +482,7 @@ impl<'a> Backward<'a> {
                 sums.by_state.plus(C_SUMS + row).store_vector(&c_sums);
             }
             set(&states, &held);
-            k.barrier();
+            tile.meet();
         });
         self.meet(STAGES + 1);
     }
@@ -473,14 +496,16 @@ impl<'a> Backward<'a> {
         }
         self.meet(STAGES + 1);
         // The stages of a chunk from its end.
-        let places_in = |round: Value<'a, U32>| lane.places(self, self.place(round ^ (STAGES - 1)));
-        let first = places_in(k.constant(0u32));
+        let place_in = |round: Value<'a, U32>| self.place(round ^ (STAGES - 1));
+        let place = k.variable(place_in(k.constant(0u32)));
+        let first = lane.places(place.get());
         let decays: Vec<_> =
             (0..STAGE).map(|step| self.decays(&lane, first.sizes(step)).map(|values| values.map(|value| k.variable(value)))).collect();
         k.for_(0u32, self.rounds, 1u32, |round| {
-            let places = places_in(round);
-            let next = places_in(round + 1);
-            let sums = lane.sums(self, round);
+            let places = lane.places(place.get());
+            let next_place = place_in(round + 1);
+            let next = lane.places(next_place);
+            let sums = lane.sums_in(round);
             k.comment("forth through the stage: the states before its steps");
             let mut before = Vec::new();
             let mut held = places.starts().map(|place| place.load_vector());
@@ -521,7 +546,8 @@ impl<'a> Backward<'a> {
             for (decays, later) in decays.iter().zip(&later) {
                 set(decays, later);
             }
-            k.barrier();
+            place.set(next_place);
+            tile.meet();
         });
         self.meet(1);
         for (place, values) in lane.places_in(tile, self.outputs.a, tile.row).into_iter().zip(get(&a_sums)) {
@@ -535,8 +561,8 @@ impl<'a> Backward<'a> {
     }
 }
 
-/// What *prepare* has of a step of every [`AHEAD`]th round: what it has read, and, until the step is finished, the step, u
-/// and what makes `y` the gate's gradient.
+/// What *prepare* has of a step of every [`AHEAD`]th round: what it has read of the step that is coming, and, until the one
+/// before is finished, which it is, u and what makes `y` the gate's gradient.
 struct Item<'a> {
     input: Stored<'a>,
     delta: Stored<'a>,
@@ -545,6 +571,7 @@ struct Item<'a> {
     b: Stored<'a>,
     c: Stored<'a>,
     begins: Option<Variable<'a, U32>>,
+    coming: Variable<'a, U32>,
     step: Variable<'a, U32>,
     u: [Variable<'a, F32>; PAIR],
     slope: [Variable<'a, F32>; PAIR],
@@ -583,6 +610,12 @@ impl<'a> Backward<'a> {
         self.memory.sums.at(slot * SUMS_ROW).plus(i64::from(u32::from(odd) * STAGE * SUMS_ROW))
     }
 
+    /// The serving lane's place in a stage's rows of two values per pair, or of four.
+    fn served(&self, memory: Shared<'a>, place: Value<'a, U32>, row: u32) -> Address<'a> {
+        let width = row / (TILE / PAIR as u32);
+        memory.at(self.slot().mad(row, self.tile.pair * width)).moved(place * (STAGE * row * 4))
+    }
+
     /// The step of a stage that a serving lane stands for.
     fn slot(&self) -> Value<'a, U32> {
         self.k.lane() >> 3
@@ -619,6 +652,7 @@ impl<'a> Backward<'a> {
                 b: self.stored(),
                 c: self.stored(),
                 begins: form.documents.then(|| k.variable(0u32)),
+                coming: k.variable(0u32),
                 step: k.variable(0u32),
                 u: [0, 1].map(|_| k.variable(0.0f32)),
                 slope: [0, 1].map(|_| k.variable(0.0f32)),
@@ -635,7 +669,7 @@ impl<'a> Backward<'a> {
                 let round = first + index;
                 self.prepare_step(item, round, bias, &d_sums);
                 self.load(item, &tracks, round + AHEAD);
-                k.barrier();
+                tile.meet();
             }
         });
         self.meet(2);
@@ -668,6 +702,7 @@ impl<'a> Backward<'a> {
         if let (Some(begins), Some(document_start)) = (item.begins, self.inputs.document_start) {
             begins.set(tile.load_begins(document_start, step));
         }
+        item.coming.set(step);
     }
 
     fn prepare_step(
@@ -678,7 +713,7 @@ impl<'a> Backward<'a> {
         d_sums: &[Variable<'a, F32>; PAIR],
     ) {
         let (k, tile, memory) = (self.k, &self.tile, &self.memory);
-        let step = self.first_step(round) + self.slot();
+        let step = item.coming.get();
         let exists = step.lt(tile.time);
         let (u, delta, gradient) = (item.input.get(), item.delta.get(), item.gradient.get());
         let z = item.gate.as_ref().map(Stored::get);
@@ -695,15 +730,14 @@ impl<'a> Backward<'a> {
             dy
         });
         item.step.set(step);
-        let row = self.place(round).mad(STAGE, self.slot());
-        let pairs = row.mad(PAIRS_ROW, tile.pair * PAIR as u32);
-        memory.sizes.at(pairs).store_vector(&sizes);
+        let place = self.place(round);
+        self.served(memory.sizes, place, PAIRS_ROW).store_vector(&sizes);
         let drive = [sizes[0] * u[0], sizes[1] * u[1], dy[0], dy[1]];
-        memory.drive.at(row.mad(QUADS_ROW, tile.pair * (2 * PAIR as u32))).store_vector(&drive);
-        memory.b.at(pairs).store_vector(&item.b.get());
-        memory.c.at(pairs).store_vector(&item.c.get());
+        self.served(memory.drive, place, QUADS_ROW).store_vector(&drive);
+        self.served(memory.b, place, PAIRS_ROW).store_vector(&item.b.get());
+        self.served(memory.c, place, PAIRS_ROW).store_vector(&item.c.get());
         if let (Some(begins), Some(flag)) = (memory.begins, item.begins) {
-            k.if_(tile.pair.eq(0), || begins.at(row).store_u32(flag.get()));
+            k.if_(tile.pair.eq(0), || begins.at(place.mad(STAGE, self.slot())).store_u32(flag.get()));
         }
     }
 
@@ -748,10 +782,10 @@ impl<'a> Backward<'a> {
                 let taken = round ^ (STAGES - 1);
                 let step = self.first_step(taken) + self.slot();
                 let exists = step.lt(tile.time);
-                let row = self.place(taken).mad(STAGE, self.slot());
-                let sizes: [_; PAIR] = self.memory.sizes.at(row.mad(PAIRS_ROW, tile.pair * PAIR as u32)).load_vector();
+                let place = self.place(taken);
+                let sizes: [_; PAIR] = self.served(self.memory.sizes, place, PAIRS_ROW).load_vector();
                 let dy: [_; PAIR] =
-                    self.memory.drive.at(row.mad(QUADS_ROW, tile.pair * (2 * PAIR as u32))).plus(PAIR as i64).load_vector();
+                    self.served(self.memory.drive, place, QUADS_ROW).plus(PAIR as i64).load_vector();
                 let (u, delta) = (items[0].get(), items[1].get());
                 let sums = self.served_sums(index % 2 == 1);
                 let pairs = sums.moved(tile.pair * (PAIR as u32 * 4));
@@ -777,7 +811,7 @@ impl<'a> Backward<'a> {
                 tile.store(delta_gradient, step, [delta_gradients[0], delta_gradients[1]]);
                 tile.store(b_gradient, step, self.parts(pairs.plus(B_SUMS), TILE / PAIR as u32, STATES));
                 load(items, round + AHEAD);
-                k.barrier();
+                tile.meet();
             }
         });
         if let Some(parts) = self.outputs.bias {

@@ -72,6 +72,12 @@ pub fn lines() -> Vec<Line> {
         })
         .asked(Milliseconds(1.6))
         .peer("mamba_ssm", 5.62),
+        Line::new("selective_scan_backward_serial", "1 x 16384 x 4096, 16 states", |make| {
+            scan_by(make, [1, 16_384, 256], backward, Some(ScanWay::Serial))
+        }),
+        Line::new("selective_scan_backward_spans", "1 x 16384 x 4096, 16 states", |make| {
+            scan_by(make, [1, 16_384, 256], backward, Some(ScanWay::Spans))
+        }),
         // Issue: the same ratios as at 16,384.
         Line::new("selective_scan_long_forward", "1 x 65536 x 4096, 16 states", |make| {
             scan(make, [1, 65_536, 256], forward)
@@ -89,6 +95,12 @@ pub fn lines() -> Vec<Line> {
         })
         .asked(Milliseconds(6.37))
         .peer("mamba_ssm", 22.37),
+        Line::new("selective_scan_long_backward_serial", "1 x 65536 x 4096, 16 states", |make| {
+            scan_by(make, [1, 65_536, 256], backward, Some(ScanWay::Serial))
+        }),
+        Line::new("selective_scan_long_backward_spans", "1 x 65536 x 4096, 16 states", |make| {
+            scan_by(make, [1, 65_536, 256], backward, Some(ScanWay::Spans))
+        }),
         Line::new("selective_scan_batch_forward", "64 x 1024 x 4096, 16 states", |make| {
             scan(make, [64, 1024, 256], forward)
         })
@@ -105,6 +117,12 @@ pub fn lines() -> Vec<Line> {
         })
         .asked(Milliseconds(6.5))
         .peer("mamba_ssm", 20.3),
+        Line::new("selective_scan_batch_backward_serial", "64 x 1024 x 4096, 16 states", |make| {
+            scan_by(make, [64, 1024, 256], backward, Some(ScanWay::Serial))
+        }),
+        Line::new("selective_scan_batch_backward_spans", "64 x 1024 x 4096, 16 states", |make| {
+            scan_by(make, [64, 1024, 256], backward, Some(ScanWay::Spans))
+        }),
         Line::new("selective_scan_smollm2_forward", "8 x 2048 x 576, 16 states", |make| {
             scan(make, [8, 2048, 36], forward)
         })
@@ -121,6 +139,12 @@ pub fn lines() -> Vec<Line> {
         })
         .asked(Milliseconds(0.28))
         .peer("mamba_ssm", 0.825),
+        Line::new("selective_scan_smollm2_backward_serial", "8 x 2048 x 576, 16 states", |make| {
+            scan_by(make, [8, 2048, 36], backward, Some(ScanWay::Serial))
+        }),
+        Line::new("selective_scan_smollm2_backward_spans", "8 x 2048 x 576, 16 states", |make| {
+            scan_by(make, [8, 2048, 36], backward, Some(ScanWay::Spans))
+        }),
         Line::new("mamba_step", "1 x 4096, 16 states", |make| mamba_step(make, 1)),
         Line::new("mamba_step_32", "32 x 4096, 16 states", |make| mamba_step(make, 32)),
         Line::new("mamba_step_64", "64 x 4096, 16 states", |make| mamba_step(make, 64)).asked(OfCopy(0.8)),

@@ -255,6 +255,21 @@ impl<'a> Backward<'a> {
         moved.min(moved - PLACES)
     }
 
+    /// The places of the stages of [`AHEAD`] rounds of a chunk from `round` on, or back from it.
+    fn places(&self, round: Value<'a, U32>, back: bool) -> Vec<Value<'a, U32>> {
+        let first = self.place(round);
+        let odd = ((round >> STAGES.ilog2()) & 1).ne(0);
+        let (falls, rises) = (u32::MAX, 1u32);
+        let way = if back { odd.select::<U32>(rises, falls) } else { odd.select::<U32>(falls, rises) };
+        let mut places = vec![first];
+        for _ in 1..AHEAD {
+            // One further, around the end.
+            let moved = places[places.len() - 1] + way;
+            places.push(moved.min(moved + PLACES).min(moved - PLACES));
+        }
+        places
+    }
+
     /// The first step of that stage; of rounds after the last, none that exists.
     fn first_step(&self, round: Value<'a, U32>) -> Value<'a, U32> {
         let chunk = self.chunks - 1 - (round >> STAGES.ilog2());
@@ -562,7 +577,7 @@ impl<'a> Backward<'a> {
 }
 
 /// What *prepare* has of a step of every [`AHEAD`]th round: what it has read of the step that is coming, and, until the one
-/// before is finished, which it is, u and what makes `y` the gate's gradient.
+/// before is finished, u and what makes `y` the gate's gradient.
 struct Item<'a> {
     input: Stored<'a>,
     delta: Stored<'a>,
@@ -571,9 +586,7 @@ struct Item<'a> {
     b: Stored<'a>,
     c: Stored<'a>,
     begins: Option<Variable<'a, U32>>,
-    coming: Variable<'a, U32>,
-    step: Variable<'a, U32>,
-    u: [Variable<'a, F32>; PAIR],
+    u: Stored<'a>,
     slope: [Variable<'a, F32>; PAIR],
 }
 
@@ -652,25 +665,35 @@ impl<'a> Backward<'a> {
                 b: self.stored(),
                 c: self.stored(),
                 begins: form.documents.then(|| k.variable(0u32)),
-                coming: k.variable(0u32),
-                step: k.variable(0u32),
-                u: [0, 1].map(|_| k.variable(0.0f32)),
+                u: self.stored(),
                 slope: [0, 1].map(|_| k.variable(0.0f32)),
             })
             .collect();
+        // The thread's first steps of these rounds, and of those before.
+        let step = k.variable(self.first_step(k.constant(0u32)) + self.slot());
+        let before = k.variable(step.get());
         for (index, item) in (0u32..).zip(&items) {
-            self.load(item, &tracks, k.constant(index));
+            self.load(item, &tracks, step.get() + index * STAGE);
         }
         k.for_(0u32, self.rounds + STAGES, AHEAD, |first| {
-            for (index, item) in (0u32..).zip(&items) {
-                let finished = &items[((index + AHEAD - 2) % AHEAD) as usize];
-                let finish = || self.finish_forth(finished, &tracks, index % 2 == 1, d);
-                if index < 2 { k.if_(first.gt(0), finish) } else { finish() }
-                let round = first + index;
-                self.prepare_step(item, round, bias, &d_sums);
-                self.load(item, &tracks, round + AHEAD);
+            let next = self.first_step(first + AHEAD) + self.slot();
+            let places = self.places(first, false);
+            for ((index, item), place) in (0u32..).zip(&items).zip(places) {
+                let parity = index % 2 == 1;
+                if index < 2 {
+                    let step = before.get() + (index + AHEAD - 2) * STAGE;
+                    let item = &items[(index + AHEAD - 2) as usize];
+                    k.if_(first.gt(0), || self.finish_forth(item, &tracks, step, parity, d));
+                } else {
+                    let step = step.get() + (index - 2) * STAGE;
+                    self.finish_forth(&items[(index - 2) as usize], &tracks, step, parity, d);
+                }
+                self.prepare_step(item, step.get() + index * STAGE, place, bias, &d_sums);
+                self.load(item, &tracks, next + index * STAGE);
                 tile.meet();
             }
+            before.set(step.get());
+            step.set(next);
         });
         self.meet(2);
         if let Some(parts) = self.outputs.d {
@@ -688,9 +711,8 @@ impl<'a> Backward<'a> {
         });
     }
 
-    fn load(&self, item: &Item<'a>, tracks: &Tracks<'a>, round: Value<'a, U32>) {
+    fn load(&self, item: &Item<'a>, tracks: &Tracks<'a>, step: Value<'a, U32>) {
         let tile = &self.tile;
-        let step = self.first_step(round) + self.slot();
         tile.load(&item.input, tracks.input, step);
         tile.load(&item.delta, tracks.delta, step);
         tile.load(&item.gradient, tracks.gradient, step);
@@ -702,18 +724,17 @@ impl<'a> Backward<'a> {
         if let (Some(begins), Some(document_start)) = (item.begins, self.inputs.document_start) {
             begins.set(tile.load_begins(document_start, step));
         }
-        item.coming.set(step);
     }
 
     fn prepare_step(
         &self,
         item: &Item<'a>,
-        round: Value<'a, U32>,
+        step: Value<'a, U32>,
+        place: Value<'a, U32>,
         bias: [Value<'a, F32>; PAIR],
         d_sums: &[Variable<'a, F32>; PAIR],
     ) {
         let (k, tile, memory) = (self.k, &self.tile, &self.memory);
-        let step = item.coming.get();
         let exists = step.lt(tile.time);
         let (u, delta, gradient) = (item.input.get(), item.delta.get(), item.gradient.get());
         let z = item.gate.as_ref().map(Stored::get);
@@ -723,14 +744,12 @@ impl<'a> Backward<'a> {
             if let Some(slope) = slope {
                 item.slope[channel].set(slope);
             }
-            item.u[channel].set(u[channel]);
             if self.d.is_some() {
                 d_sums[channel].set(dy.fma(u[channel], d_sums[channel].get()));
             }
             dy
         });
-        item.step.set(step);
-        let place = self.place(round);
+        item.u.set(&item.input);
         self.served(memory.sizes, place, PAIRS_ROW).store_vector(&sizes);
         let drive = [sizes[0] * u[0], sizes[1] * u[1], dy[0], dy[1]];
         self.served(memory.drive, place, QUADS_ROW).store_vector(&drive);
@@ -742,14 +761,21 @@ impl<'a> Backward<'a> {
     }
 
     /// Writes the gradients of the gate and of C.
-    fn finish_forth(&self, item: &Item<'a>, tracks: &Tracks<'a>, odd: bool, d: [Value<'a, F32>; PAIR]) {
+    fn finish_forth(
+        &self,
+        item: &Item<'a>,
+        tracks: &Tracks<'a>,
+        step: Value<'a, U32>,
+        odd: bool,
+        d: [Value<'a, F32>; PAIR],
+    ) {
         let tile = &self.tile;
         let sums = self.served_sums(odd).moved(tile.pair * (PAIR as u32 * 4));
-        let step = item.step.get();
         if let Some(track) = tracks.gate_gradient {
             let y: [_; PAIR] = self.parts(sums.plus(Y), STATES / QUAD as u32, TILE);
+            let u = item.u.get();
             let gradient = [0, 1].map(|channel| {
-                let y = if self.d.is_some() { d[channel].fma(item.u[channel].get(), y[channel]) } else { y[channel] };
+                let y = if self.d.is_some() { d[channel].fma(u[channel], y[channel]) } else { y[channel] };
                 y * item.slope[channel].get()
             });
             tile.store(track, step, gradient);
@@ -767,22 +793,22 @@ impl<'a> Backward<'a> {
         let (bias, d) = (tile.own_of(self.bias), tile.own_of(self.d));
         let bias_sums = [0, 1].map(|_| k.variable(0.0f32));
         let items: Vec<[Stored<'a>; 2]> = (0..AHEAD).map(|_| [self.stored(), self.stored()]).collect();
-        let load = |items: &[Stored<'a>; 2], round: Value<'a, U32>| {
-            let step = self.first_step(round ^ (STAGES - 1)) + self.slot();
+        let load = |items: &[Stored<'a>; 2], step: Value<'a, U32>| {
             tile.load(&items[0], input, step);
             tile.load(&items[1], delta, step);
         };
+        // The step of a round: rounds go against the order of time all along.
+        let last = self.rounds.mad(STAGE, self.slot()) - STAGE;
         for (index, items) in (0u32..).zip(&items) {
-            load(items, k.constant(index));
+            load(items, last - index * STAGE);
         }
         self.meet(STAGES + 2);
         k.for_(0u32, self.rounds, AHEAD, |first| {
-            for (index, items) in (0u32..).zip(&items) {
-                let round = first + index;
-                let taken = round ^ (STAGES - 1);
-                let step = self.first_step(taken) + self.slot();
+            let first_step = last - first * STAGE;
+            let places = self.places(first ^ (STAGES - 1), true);
+            for ((index, items), place) in (0u32..).zip(&items).zip(places) {
+                let step = first_step - index * STAGE;
                 let exists = step.lt(tile.time);
-                let place = self.place(taken);
                 let sizes: [_; PAIR] = self.served(self.memory.sizes, place, PAIRS_ROW).load_vector();
                 let dy: [_; PAIR] =
                     self.served(self.memory.drive, place, QUADS_ROW).plus(PAIR as i64).load_vector();
@@ -810,7 +836,7 @@ impl<'a> Backward<'a> {
                 tile.store(input_gradient, step, input_gradients);
                 tile.store(delta_gradient, step, [delta_gradients[0], delta_gradients[1]]);
                 tile.store(b_gradient, step, self.parts(pairs.plus(B_SUMS), TILE / PAIR as u32, STATES));
-                load(items, round + AHEAD);
+                load(items, step - AHEAD * STAGE);
                 tile.meet();
             }
         });

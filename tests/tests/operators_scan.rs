@@ -653,6 +653,35 @@ proptest! {
     }
 }
 
+/// Rows of more chunks than the backward pass over whole rows has arrangements of its places in shared memory.
+#[test]
+fn long_whole_rows_and_spans() {
+    let time = 64 * 46 + 5;
+    let case = ScanCase {
+        batch: 1,
+        time,
+        channels: 16,
+        states: 16,
+        b_groups: 1,
+        c_groups: 1,
+        d: true,
+        gate: true,
+        delta_bias: true,
+        softplus: true,
+        initial: true,
+        document_start: None,
+        extreme: false,
+        seed: 7,
+    };
+    let inputs = tensors(&case.inputs());
+    let [serial, spans] = [ScanWay::Serial, ScanWay::Spans].map(|way| case.results_by(&inputs, None, Some(way)));
+    for (index, (got, expected)) in serial.iter().zip(&spans).enumerate() {
+        let bounds = if index < 2 { SCAN.output } else { SCAN.gradient };
+        let (got, values) = (widened(got).unwrap(), widened(expected).unwrap());
+        agree(&format!("array {index}"), expected.shape(), &got, &values, bounds).unwrap();
+    }
+}
+
 #[test]
 fn whole_rows_of_other_shapes_are_refused_on_gpus() {
     let device = grafter_tests::device();

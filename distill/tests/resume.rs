@@ -457,9 +457,12 @@ fn mixers_are_matched_for_the_first_updates_alone_also_after_a_kill() {
     let records = log.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
     for record in records {
         let step = record["step"].as_u64().unwrap();
-        let [total, divergence] =
-            if record["loss"].is_null() { ["validation_loss", "validation_divergence"] } else { ["loss", "divergence"] }
-                .map(|key| record[key].as_f64().unwrap());
+        let [total, divergence] = if record["loss"].is_null() {
+            ["validation_loss", "validation_divergence"]
+        } else {
+            ["loss", "divergence"]
+        }
+        .map(|key| record[key].as_f64().unwrap());
         assert_eq!(total > divergence, step <= 15, "{record}");
         assert!(total >= divergence, "{record}");
     }

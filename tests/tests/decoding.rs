@@ -81,9 +81,7 @@ fn step_after_step_gives_the_logits_of_the_whole_whatever_the_mixer_starts_as() 
         let whole: Vec<Vec<u32>> =
             (0..2).map(|row| (0..12).map(|step| (row * 31 + step * 17 + 3) % VOCABULARY as u32).collect()).collect();
         let until = |length: usize| -> Vec<Vec<u32>> { whole.iter().map(|row| row[..length].to_vec()).collect() };
-        let prefill = |rows: &[Vec<u32>]| {
-            model.prefill(&TokenBatch::new(model.device(), rows, None).unwrap()).unwrap()
-        };
+        let prefill = |rows: &[Vec<u32>]| model.prefill(&TokenBatch::new(model.device(), rows, None).unwrap()).unwrap();
         let (mut logits, mut cache) = prefill(&until(7));
         for at in 7..12 {
             logits = model.step(&whole.iter().map(|row| row[at]).collect::<Vec<_>>(), &mut cache).unwrap();

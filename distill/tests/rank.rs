@@ -179,6 +179,8 @@ fn what_changed_is_named() {
     let other = fail(&borrowed(&command));
     assert!(other.contains("the data's SHA-256 was "), "{other}");
     assert_eq!(files_below(&workshop.path("ranking")), before);
+    let of_train = fail(&borrowed(&arguments(&workshop, "none", &["--method", "mse", "--init", "random"])));
+    assert!(of_train.contains("--init: random and weights are for `grafter train`; use paper,"), "{of_train}");
     let missing = fail(&borrowed(&arguments(&workshop, "none", &["--method", "mse", "--layers", "4"])));
     assert!(missing.contains("layer 4 does not exist: the model has layers 0 to 3"), "{missing}");
     assert!(!workshop.path("none").exists());

@@ -446,3 +446,45 @@ fn every_loss_is_learned_from_and_continues_to_the_same_bits() {
     assert!(output.status.success(), "{}", stderr(&output));
     assert_same(&result(&folder), &expected, "after a kill");
 }
+
+#[test]
+fn mixers_are_matched_for_the_first_updates_alone_also_after_a_kill() {
+    let workshop = Workshop::new();
+    let matched: Vec<&str> = [&RUN[..], &["--set", "loss.mixer_matching_weight=0.2"]].concat();
+    let first = [&matched[..], &["--set", "loss.mixer_matching_steps=15"]].concat();
+    let expected = reference_of(&workshop, &first);
+    let log = String::from_utf8(expected["metrics.jsonl"].clone()).unwrap();
+    let records = log.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    for record in records {
+        let step = record["step"].as_u64().unwrap();
+        let [total, divergence] = if record["loss"].is_null() {
+            ["validation_loss", "validation_divergence"]
+        } else {
+            ["loss", "divergence"]
+        }
+        .map(|key| record[key].as_f64().unwrap());
+        assert_eq!(total > divergence, step <= 15, "{record}");
+        assert!(total >= divergence, "{record}");
+    }
+    // Up to there it is the run that matches throughout.
+    succeed(&borrowed(&workshop.distill("throughout", &matched)));
+    let throughout = fs::read_to_string(workshop.path("throughout").join("metrics.jsonl")).unwrap();
+    let until = |log: &str| log.lines().take_while(|line| !line.contains("\"step\":16,")).count();
+    assert_eq!(until(&log), 15 + 3);
+    assert!(log.lines().zip(throughout.lines()).take(15 + 3).all(|(one, other)| one == other));
+    assert_ne!(log, throughout);
+
+    let folder = workshop.path("ended");
+    let arguments = workshop.distill("ended", &first);
+    // In the midst of them, and after them.
+    for lines in [12, 24] {
+        let mut child = start(&arguments);
+        if wait_for_lines(&mut child, &folder, lines) {
+            signal(&child, "-KILL");
+        }
+        child.wait().unwrap();
+    }
+    let output = run(&borrowed(&arguments));
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_same(&result(&folder), &expected, "after two kills");
+}

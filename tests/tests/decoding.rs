@@ -20,6 +20,10 @@ fn steps() -> usize {
 
 /// A hybrid: attention, Mamba, attention.
 fn hybrid(activations: DType) -> Model {
+    hybrid_that_starts(Start::Paper, activations)
+}
+
+fn hybrid_that_starts(start: Start, activations: DType) -> Model {
     let json = serde_json::json!({
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "head_dim": 32,
         "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3,
@@ -28,7 +32,7 @@ fn hybrid(activations: DType) -> Model {
     });
     let config = ModelConfig::from_json(json.as_object().unwrap()).unwrap();
     let teacher = Model::random(config, 5, &grafter_tests::device()).unwrap();
-    let hybrid = graft(&teacher, &teacher, &[1], &GraftOptions { seed: 3, start: Start::Paper }).unwrap();
+    let hybrid = graft(&teacher, &teacher, &[1], &GraftOptions { seed: 3, start }).unwrap();
     if activations == DType::Bf16 { hybrid.into_bf16().unwrap() } else { hybrid }
 }
 
@@ -49,8 +53,11 @@ fn greatest(logits: &[f32]) -> u32 {
 
 #[test]
 fn greedy_tokens_are_those_that_the_host_chooses_from_the_logits() {
-    for activations in [DType::F32, DType::Bf16] {
-        let model = hybrid(activations);
+    // The second one's mixer has 32 states.
+    for (start, activations) in
+        [(Start::Paper, DType::F32), (Start::Paper, DType::Bf16), (Start::WholeHead, DType::Bf16)]
+    {
+        let model = hybrid_that_starts(start, activations);
         let batch = TokenBatch::new(model.device(), &prompts(3), None).unwrap();
         let (logits, cache) = model.prefill(&batch).unwrap();
         let mut host_cache = cache.clone();
@@ -59,10 +66,30 @@ fn greedy_tokens_are_those_that_the_host_chooses_from_the_logits() {
         for step in 0..steps() {
             let values = expected.to_f32_vec().unwrap();
             let chosen: Vec<u32> = values.chunks_exact(VOCABULARY).map(greatest).collect();
-            assert_eq!(decoder.tokens().unwrap(), chosen, "{activations}, step {step}");
+            assert_eq!(decoder.tokens().unwrap(), chosen, "{start:?}, {activations}, step {step}");
             expected = model.step(&chosen, &mut host_cache).unwrap();
             decoder.step().unwrap();
             assert_eq!(decoder.length(), host_cache.length());
+        }
+    }
+}
+
+#[test]
+fn step_after_step_gives_the_logits_of_the_whole_whatever_the_mixer_starts_as() {
+    for start in [Start::Paper, Start::Aligned, Start::AlignedBiasOnce, Start::IdentityConvolution, Start::WholeHead] {
+        let model = hybrid_that_starts(start, DType::F32);
+        let whole: Vec<Vec<u32>> =
+            (0..2).map(|row| (0..12).map(|step| (row * 31 + step * 17 + 3) % VOCABULARY as u32).collect()).collect();
+        let until = |length: usize| -> Vec<Vec<u32>> { whole.iter().map(|row| row[..length].to_vec()).collect() };
+        let prefill = |rows: &[Vec<u32>]| model.prefill(&TokenBatch::new(model.device(), rows, None).unwrap()).unwrap();
+        let (mut logits, mut cache) = prefill(&until(7));
+        for at in 7..12 {
+            logits = model.step(&whole.iter().map(|row| row[at]).collect::<Vec<_>>(), &mut cache).unwrap();
+        }
+        let (got, expected) = (logits.to_f32_vec().unwrap(), prefill(&whole).0.to_f32_vec().unwrap());
+        let scale = expected.iter().fold(0f32, |most, logit| most.max(logit.abs()));
+        for (got, expected) in got.iter().zip(&expected) {
+            assert!((got - expected).abs() <= 1e-5 * scale, "{start:?}: {got}, as a whole {expected}");
         }
     }
 }

@@ -347,6 +347,7 @@ mod tests {
     fn what_earlier_versions_wrote_is_read() {
         let mut config = RunConfig::defaults(Task::Distill);
         config.model.layers = vec![1];
+        config.model.init = Init::Paper;
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("config.toml");
         for (aligned, init) in [("false", Init::Paper), ("true", Init::Aligned)] {

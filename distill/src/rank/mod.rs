@@ -160,6 +160,11 @@ impl RankConfig {
 
     fn check(&self) -> Result<()> {
         ensure!(
+            self.init.start().is_some(),
+            "--init: random and weights are for `grafter train`; use paper, aligned, aligned_bias_once, identity_convolution \
+             or whole_head"
+        );
+        ensure!(
             PackOptions::SEQUENCE_LENGTHS.contains(&self.sequence_length),
             "--sequence-length is {}: it must be from {} to {}",
             self.sequence_length,

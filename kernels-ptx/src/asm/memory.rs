@@ -91,6 +91,21 @@ impl Assembler {
         self.emit_effect("cp.async.cg.shared.global", pieces);
     }
 
+    /// As [`Assembler::copy_16_bytes`] for `size` bytes: 4, 8 or 16.
+    pub fn copy_bytes<'a>(
+        &'a self,
+        target: Address<'a>,
+        source: Address<'a>,
+        size: usize,
+        bytes: impl Operand<'a, U32>,
+    ) {
+        if size == 16 {
+            return self.copy_16_bytes(target, source, bytes);
+        }
+        let pieces = vec![target.piece(), source.piece(), Piece::Text(size.to_string()), bytes.operand().0];
+        self.emit_effect("cp.async.ca.shared.global", pieces);
+    }
+
     /// Closes a group of the copies that this thread started since the last one.
     pub fn commit_copies(&self) {
         self.emit_effect("cp.async.commit_group", Vec::new());

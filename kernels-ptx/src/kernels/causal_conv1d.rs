@@ -1,19 +1,20 @@
 //! Causal depthwise convolution along time, with optional SiLU: `y[t] = activation(bias + Σ_w weight[w] x[t − (W − 1) + w])`
 //! per channel, its gradients, and its decoding step. Tensors are `[batch, time, channels]`.
 //!
-//! - Layout: a block takes 16 neighbouring groups of [`VECTOR`] channels and 256 steps of one row; each thread takes one
-//!   group (one access of 8 or 16 bytes per step) and 32 steps, and keeps the last `W − 1` inputs in registers. While it
-//!   works on some steps, those after them are on their way (`Stream`). Channels that are no multiple of [`VECTOR`] are
-//!   taken one by one.
-//! - Backward: a thread walks its steps and the `W − 1` after them, computes the gradient `dq` of the convolution's sum
-//!   again from x, and keeps the `W` sums `dx` under way in registers. The gradients of weight and bias are summed per
-//!   block in a fixed order and written as parts, one per block of time, which
+//! - Layout: a block takes 16 neighbouring groups of [`VECTOR`] channels in 8 stretches of one row's time, one group and
+//!   stretch per thread (one access of 8 or 16 bytes per step). Channels that are no multiple of [`VECTOR`] are taken one
+//!   by one.
+//! - Forward: a stretch has 16 steps; all that it reads is on its way before anything is computed.
+//! - Backward: a stretch has 64 steps, of which 4 are in hand and 12 on their way to shared memory (`Stream`); the last
+//!   `W − 1` inputs stay in registers. A thread walks its steps and the `W − 1` after them, computes the gradient `dq` of
+//!   the convolution's sum again from x, and keeps the `W` sums `dx` under way in registers. The gradients of weight and
+//!   bias are summed per block in a fixed order and written as parts, one per block of time, which
 //!   [`ColumnSums`](super::column_sums::ColumnSums) adds in order.
 //! - Traffic: forward reads and writes one element, backward reads two and writes one. Bound by memory.
 //! - Documents: tap `w` of step `t` counts when `t − (W − 1) + w ≥ document_start[t]`.
 //! - Source: Gu and Dao 2023, "Mamba", section 3.4.
 
-use crate::asm::{Assembler, Description, F32, Global, Pred, U32, U64, Value, Variable};
+use crate::asm::{Address, Assembler, Description, F32, Global, Pred, U32, U64, Value, Variable};
 use crate::{Element, Kernel, KernelSource, Target, Work};
 
 /// Neighbouring channels of a thread.
@@ -22,12 +23,14 @@ pub const VECTOR: u32 = 4;
 const ACROSS: u32 = 16;
 /// Threads of a block that follow each other in time.
 const GROUPS: u32 = 8;
-/// Steps of a thread.
-const STEPS: u32 = 32;
-/// Steps that a thread works on at a time; as many are on their way meanwhile.
+/// Steps of a thread of the forward pass.
+const FORWARD_STEPS: u32 = 16;
+/// Steps of a thread of the backward pass.
+const BACKWARD_STEPS: u32 = 64;
+/// Steps that a thread of the backward pass works on at a time.
 const AHEAD: u32 = 4;
-/// Steps of a block.
-const BLOCK_STEPS: u32 = GROUPS * STEPS;
+/// So many times [`AHEAD`] steps have room in shared memory: all but one are on their way.
+const SLOTS: u32 = 4;
 const THREADS: u32 = ACROSS * GROUPS;
 const WARPS: u32 = THREADS / 32;
 const STEP_THREADS: u32 = 128;
@@ -85,10 +88,19 @@ pub struct ConvolutionStep {
 }
 
 impl Convolution {
-    /// Blocks for these sizes; their extent in y is the number of parts of the weight's gradient. `None` when one launch
-    /// cannot cover them.
-    pub fn grid(&self, batch: u32, time: u32, channels: u32) -> Option<[u32; 3]> {
-        let parts = u64::from(batch) * u64::from(time.div_ceil(BLOCK_STEPS));
+    /// Blocks of the forward pass; `None` when one launch cannot cover them.
+    pub fn forward_grid(&self, batch: u32, time: u32, channels: u32) -> Option<[u32; 3]> {
+        self.grid(batch, time.div_ceil(GROUPS * FORWARD_STEPS), channels)
+    }
+
+    /// Blocks of the backward pass; their extent in y is the number of parts of the weight's gradient. `None` when one
+    /// launch cannot cover them.
+    pub fn backward_grid(&self, batch: u32, time: u32, channels: u32) -> Option<[u32; 3]> {
+        self.grid(batch, time.div_ceil(GROUPS * BACKWARD_STEPS), channels)
+    }
+
+    fn grid(&self, batch: u32, blocks: u32, channels: u32) -> Option<[u32; 3]> {
+        let parts = u64::from(batch) * u64::from(blocks);
         (parts <= 65_535).then_some([channels.div_ceil(ACROSS * self.lanes()), parts as u32, 1])
     }
 
@@ -158,8 +170,8 @@ struct Weights<'a> {
 }
 
 impl<'a> Thread<'a> {
-    /// Declares the inputs.
-    fn new(k: &'a Assembler, form: Convolution) -> Self {
+    /// Declares the inputs; the thread takes `steps` steps.
+    fn new(k: &'a Assembler, form: Convolution, steps: u32) -> Self {
         let input = k.read("input", form.element);
         let weight = k.read("weight", Element::F32);
         let bias = form.bias.then(|| k.read("bias", Element::F32));
@@ -170,10 +182,11 @@ impl<'a> Thread<'a> {
         let across = k.thread() & (ACROSS - 1);
         let group = k.thread() >> ACROSS.ilog2();
         let channel = (k.block().mad(ACROSS, across) * form.lanes()).named("channel");
-        let blocks = (time + (BLOCK_STEPS - 1)).div(BLOCK_STEPS);
+        let block_steps = GROUPS * steps;
+        let blocks = (time + (block_steps - 1)).div(block_steps);
         let row = k.block_y().div(blocks).named("row");
-        let first = ((k.block_y() - row * blocks).mad(GROUPS, group) * STEPS).named("first");
-        let end = (first + STEPS).min(time).named("end");
+        let first = ((k.block_y() - row * blocks).mad(GROUPS, group) * steps).named("first");
+        let end = (first + steps).min(time).named("end");
         let active = channel.lt(channels) & first.lt(time);
         Self {
             k,
@@ -213,9 +226,9 @@ impl<'a> Thread<'a> {
         if self.form.vector { place.load_vector::<{ VECTOR as usize }>().to_vec() } else { vec![place.load()] }
     }
 
-    /// As [`Thread::load`], from step `step`.
-    fn load_step(&self, memory: Global<'a>, step: Value<'a, U32>) -> Vec<Value<'a, F32>> {
-        self.load(memory.from_row(self.row.mad(self.time, step), self.channels), self.channel)
+    /// The place of the thread's channels in step `step`.
+    fn step_place(&self, memory: Global<'a>, step: Value<'a, U32>) -> Address<'a> {
+        memory.from_row(self.row.mad(self.time, step), self.channels).at(self.channel)
     }
 
     /// Writes the thread's channels of one row of the memory where the condition holds.
@@ -228,16 +241,16 @@ impl<'a> Thread<'a> {
 
     /// The inputs before the thread's first step: `[j − 1]` is that `j` steps before, zero where there is none.
     fn history(&self) -> Vec<Vec<Variable<'a, F32>>> {
-        let zeros = || (0..self.form.lanes()).map(|_| self.k.variable(0.0f32)).collect::<Vec<_>>();
         (1..self.form.width)
             .map(|back| {
-                let values = zeros();
+                let place = self.step_place(self.input, self.first - back);
+                let loaded = values(&self.form, &load_words_if(&self.form, place, self.first.ge(back)));
+                let values: Vec<_> = loaded.into_iter().map(|value| self.k.variable(value)).collect();
                 let fill = |loaded: Vec<Value<'a, F32>>| {
                     for (variable, value) in values.iter().zip(loaded) {
                         variable.set(value);
                     }
                 };
-                self.k.if_(self.first.ge(back), || fill(self.load_step(self.input, self.first - back)));
                 if let Some(state) = self.initial_state {
                     self.k.if_(self.first.lt(back), || {
                         let columns = self.form.width - 1;
@@ -286,76 +299,146 @@ impl<'a> Thread<'a> {
     }
 }
 
-/// What a thread reads step by step, ahead of its work: [`AHEAD`] steps at a time.
+/// Where a thread's channels lie in each of its steps.
+struct Places<'a> {
+    memory: Global<'a>,
+    first: Value<'a, U64>,
+    stride: Value<'a, U64>,
+}
+
+impl<'a> Places<'a> {
+    /// `token` is the thread's first step, counted over all rows.
+    fn new(thread: &Thread<'a>, memory: Global<'a>, token: Value<'a, U32>) -> Self {
+        let first = memory.from_row(token, thread.channels).at(thread.channel).global_address();
+        Self { memory, first, stride: thread.channels.mul_wide(memory.element().bytes() as u32) }
+    }
+
+    /// The place `offset` steps after the first.
+    fn at(&self, offset: u32) -> Address<'a> {
+        self.memory.from_address(self.first + self.stride * u64::from(offset)).first()
+    }
+}
+
+/// What a thread reads step by step, [`AHEAD`] steps at a time, long before its work: by way of shared memory, each thread
+/// for itself. Single elements, which are too small for that, go to registers.
 struct Stream<'a> {
     k: &'a Assembler,
     memory: Global<'a>,
     /// Where the next steps lie, and how many bytes apart.
     pointer: Variable<'a, U64>,
     stride: Value<'a, U64>,
-    /// Words of the steps on their way.
-    words: Vec<Vec<Variable<'a, U32>>>,
-    /// A word is one element, of whatever type.
-    single: bool,
+    way: Way<'a>,
+}
+
+enum Way<'a> {
+    /// The elements of the steps on their way.
+    Registers(Vec<Variable<'a, F32>>),
+    Shared {
+        /// The thread's part of the first step in the first slot.
+        own: Address<'a>,
+        /// Words of a step.
+        words: usize,
+        /// The slots that are filled and taken next, as bytes.
+        fill: Variable<'a, U32>,
+        take: Variable<'a, U32>,
+    },
 }
 
 impl<'a> Stream<'a> {
     /// The thread's channels of every step, from its first on.
     fn of_channels(thread: &Thread<'a>, memory: Global<'a>) -> Self {
         let token = thread.row.mad(thread.time, thread.first);
-        let bytes = memory.element().bytes();
-        let words = if thread.form.vector { VECTOR as usize * bytes / 4 } else { 1 };
         let first = memory.from_row(token, thread.channels).at(thread.channel).global_address();
-        Self::new(thread.k, memory, first, thread.channels.mul_wide(bytes as u32), words, !thread.form.vector)
+        let bytes = memory.element().bytes();
+        let words = thread.form.vector.then_some(VECTOR as usize * bytes / 4);
+        Self::new(thread.k, memory, first, thread.channels.mul_wide(bytes as u32), words)
     }
 
     /// The start of every step's document.
     fn of_documents(thread: &Thread<'a>) -> Option<Self> {
         let memory = thread.document_start?;
         let first = memory.at(thread.row.mad(thread.time, thread.first)).global_address();
-        Some(Self::new(thread.k, memory, first, thread.k.constant(4u64), 1, false))
+        Some(Self::new(thread.k, memory, first, thread.k.constant(4u64), Some(1)))
     }
 
+    /// A stream of so many words per step, or of single elements.
     fn new(
         k: &'a Assembler,
         memory: Global<'a>,
         first: Value<'a, U64>,
         stride: Value<'a, U64>,
-        words: usize,
-        single: bool,
+        words: Option<usize>,
     ) -> Self {
-        let words = (0..AHEAD).map(|_| (0..words).map(|_| k.variable(0u32)).collect()).collect();
-        Self { k, memory, pointer: k.variable(first), stride, words, single }
+        let way = match words {
+            None => Way::Registers((0..AHEAD).map(|_| k.variable(0.0f32)).collect()),
+            Some(words) => {
+                let shared = k.shared(Element::U32, SLOTS * AHEAD * THREADS * words as u32);
+                let own = shared.at(k.thread() * words as u32);
+                Way::Shared { own, words, fill: k.variable(0u32), take: k.variable(0u32) }
+            }
+        };
+        Self { k, memory, pointer: k.variable(first), stride, way }
+    }
+
+    /// How many times [`AHEAD`] steps are on their way.
+    fn depth(form: &Convolution) -> u32 {
+        if form.vector { SLOTS - 1 } else { 1 }
     }
 
     /// Sends for the next steps, `step` and those after it, as far as they lie below `limit`; zeros for others.
     fn fetch(&self, step: Value<'a, U32>, limit: Value<'a, U32>) {
-        for (offset, variables) in (0..AHEAD).zip(&self.words) {
+        for offset in 0..AHEAD {
             let (place, exists) = (self.memory.from_address(self.pointer.get()).first(), (step + offset).lt(limit));
-            let words = if self.single {
-                vec![place.load_if(exists, 0.0).bits()]
-            } else {
-                place.load_words_if(exists, variables.len())
-            };
-            for (variable, word) in variables.iter().zip(words) {
-                variable.set(word);
+            match &self.way {
+                Way::Registers(elements) => elements[offset as usize].set(place.load_if(exists, 0.0)),
+                Way::Shared { own, words, fill, .. } => {
+                    let target = own.moved(fill.get()).plus(i64::from(offset * THREADS) * *words as i64);
+                    let bytes = exists.select::<U32>(4 * *words as u32, 0);
+                    self.k.copy_bytes(target, place, 4 * words, bytes);
+                }
             }
             self.pointer.set(self.pointer.get() + self.stride);
         }
-    }
-
-    /// The words of the steps that were on their way.
-    fn take(&self) -> Vec<Vec<Value<'a, U32>>> {
-        self.words.iter().map(|words| words.iter().map(|word| self.k.constant(word.get())).collect()).collect()
-    }
-
-    /// The elements in the words of one step.
-    fn values(&self, words: &[Value<'a, U32>]) -> Vec<Value<'a, F32>> {
-        if self.memory.element() == Element::Bf16 && !self.single {
-            words.iter().flat_map(|word| word.unpack_bf16()).collect()
-        } else {
-            words.iter().map(|word| word.as_f32()).collect()
+        if let Way::Shared { words, fill, .. } = &self.way {
+            self.advance(fill, *words);
         }
+    }
+
+    /// The words of the steps that have arrived, an element in each where elements are single.
+    fn take(&self) -> Vec<Vec<Value<'a, U32>>> {
+        match &self.way {
+            Way::Registers(elements) => elements.iter().map(|element| vec![self.k.constant(element.get()).bits()]).collect(),
+            Way::Shared { own, words, take, .. } => {
+                let place = own.moved(take.get());
+                let step = |offset| place.plus(i64::from(offset * THREADS) * *words as i64).load_words(*words);
+                let taken = (0..AHEAD).map(step).collect();
+                self.advance(take, *words);
+                taken
+            }
+        }
+    }
+
+    /// Goes on to the next slot.
+    fn advance(&self, slot: &Variable<'a, U32>, words: usize) {
+        let bytes = AHEAD * THREADS * 4 * words as u32;
+        let next = slot.get() + bytes;
+        slot.set(next.lt(SLOTS * bytes).select(next, 0u32));
+    }
+}
+
+/// The words of a thread's channels in one step where the condition holds, zeros elsewhere.
+fn load_words_if<'a>(form: &Convolution, place: Address<'a>, condition: Value<'a, Pred>) -> Vec<Value<'a, U32>> {
+    match form.vector {
+        true => place.load_words_if(condition, VECTOR as usize * form.element.bytes() / 4),
+        false => vec![place.load_if(condition, 0.0).bits()],
+    }
+}
+
+/// The elements in the words of one step.
+fn values<'a>(form: &Convolution, words: &[Value<'a, U32>]) -> Vec<Value<'a, F32>> {
+    match form.element {
+        Element::Bf16 if form.vector => words.iter().flat_map(|word| word.unpack_bf16()).collect(),
+        _ => words.iter().map(|word| word.as_f32()).collect(),
     }
 }
 
@@ -382,7 +465,7 @@ impl KernelSource for ConvolutionForward {
         let description = Description {
             name: form.name("forward"),
             summary: format!(
-                "causal convolution along time of {} taps per channel; {} channels and {STEPS} steps per thread",
+                "causal convolution along time of {} taps per channel; {} channels and {FORWARD_STEPS} steps per thread",
                 form.width,
                 form.lanes()
             ),
@@ -399,32 +482,39 @@ impl KernelSource for ConvolutionForward {
         };
         Assembler::assemble(description, |k| {
             let output = k.write("output", form.element);
-            let thread = Thread::new(k, form);
+            let thread = Thread::new(k, form, FORWARD_STEPS);
             k.return_if(!thread.active);
-            let weights = thread.weights();
+            k.comment("all that is read");
             let history = thread.history();
-            let (inputs, starts) = (Stream::of_channels(&thread, thread.input), Stream::of_documents(&thread));
-            let fetch = |step| {
-                inputs.fetch(step, thread.end);
-                starts.iter().for_each(|starts| starts.fetch(step, thread.end));
-            };
-            fetch(thread.first);
-            k.for_(thread.first, thread.end, AHEAD, |first| {
-                let (fresh, fresh_starts) = (inputs.take(), starts.as_ref().map(Stream::take));
-                fetch(first + AHEAD);
-                let mut window = window(&history);
-                for (offset, fresh) in fresh.iter().enumerate() {
-                    let step = first + offset as u32;
-                    window.push(inputs.values(fresh));
-                    let visible = thread.visible(step, fresh_starts.as_ref().map(|starts| starts[offset][0]));
-                    let mut sums = thread.sum(&weights, &Thread::taps(&visible, form.width as usize, &window));
-                    if form.silu {
-                        sums = sums.into_iter().map(|sum| sum * sum.sigmoid_flushed()).collect();
-                    }
-                    thread.store_if(step.lt(thread.end), output, thread.row.mad(thread.time, step), &sums);
-                }
-                remember(&history, &window);
+            let token = thread.row.mad(thread.time, thread.first);
+            let inputs = Places::new(&thread, thread.input, token);
+            let steps: Vec<_> = (0..FORWARD_STEPS).map(|offset| (offset, thread.first + offset)).collect();
+            let fresh: Vec<_> = steps
+                .iter()
+                .map(|(offset, step)| load_words_if(&form, inputs.at(*offset), step.lt(thread.end)))
+                .collect();
+            let starts: Option<Vec<_>> = thread.document_start.map(|memory| {
+                let place = memory.at(token);
+                steps
+                    .iter()
+                    .map(|(offset, step)| place.plus((*offset).into()).load_u32_if(step.lt(thread.end), 0))
+                    .collect()
             });
+            let weights = thread.weights();
+
+            k.comment("step by step");
+            let outputs = Places::new(&thread, output, token);
+            let mut window = window(&history);
+            for (index, (offset, step)) in steps.into_iter().enumerate() {
+                window.push(values(&form, &fresh[index]));
+                let visible = thread.visible(step, starts.as_ref().map(|starts| starts[index]));
+                let mut sums = thread.sum(&weights, &Thread::taps(&visible, form.width as usize, &window));
+                if form.silu {
+                    sums = sums.into_iter().map(|sum| sum * sum.sigmoid_flushed()).collect();
+                }
+                let place = outputs.at(offset);
+                k.if_(step.lt(thread.end), || if form.vector { place.store_vector(&sums) } else { place.store(sums[0]) });
+            }
         })
     }
 
@@ -441,8 +531,8 @@ impl KernelSource for ConvolutionBackward {
         let description = Description {
             name: form.name("backward"),
             summary: format!(
-                "gradients of a causal convolution along time of {} taps per channel; {} channels and {STEPS} steps per \
-                 thread, weight and bias gradients as one part per {BLOCK_STEPS} steps",
+                "gradients of a causal convolution along time of {} taps per channel; {} channels and {BACKWARD_STEPS} steps \
+                 per thread, weight and bias gradients as one part per block",
                 form.width,
                 form.lanes()
             ),
@@ -472,11 +562,10 @@ fn backward(k: &Assembler, form: Convolution) {
     let bias_parts = form.bias.then(|| k.write("bias_parts", Element::F32));
     let state_gradient = form.initial.then(|| k.write("state_gradient", form.element));
     let gradient = k.read("gradient", form.element);
-    let thread = Thread::new(k, form);
+    let thread = Thread::new(k, form, BACKWARD_STEPS);
     // Per channel, the sums of its taps and then of its bias.
     let sums: Vec<Vec<_>> = (0..lanes).map(|_| (0..=width).map(|_| k.variable(0.0f32)).collect()).collect();
     k.if_(thread.active, || {
-        let weights = thread.weights();
         let history = thread.history();
         // dx of the steps before the one in hand, as far as it is known.
         let pending: Vec<Vec<_>> = (1..width).map(|_| (0..lanes).map(|_| k.variable(0.0f32)).collect()).collect();
@@ -489,19 +578,26 @@ fn backward(k: &Assembler, form: Convolution) {
             // Zeros beyond the row's end: nothing comes from there.
             gradient_steps.fetch(step, limit);
             starts.iter().for_each(|starts| starts.fetch(step, limit));
+            k.commit_copies();
         };
-        fetch(thread.first);
+        // Where the next complete dx goes.
+        let done_places = Places::new(&thread, input_gradient, thread.row.mad(thread.time, thread.first));
+        let next_done = k.variable(done_places.first);
+        let depth = Stream::depth(&form);
+        (0..depth).for_each(|round| fetch(thread.first + round * AHEAD));
+        let weights = thread.weights();
         k.for_(thread.first, last, AHEAD, |first| {
+            k.wait_copies(depth - 1);
             let (fresh_inputs, fresh_gradients) = (input_steps.take(), gradient_steps.take());
             let fresh_starts = starts.as_ref().map(Stream::take);
-            fetch(first + AHEAD);
+            fetch(first + depth * AHEAD);
             let mut inputs = window(&history);
             // Every dx under way, from that of the oldest step on.
             let mut open = window(&pending);
             for offset in 0..AHEAD as usize {
                 let step = first + offset as u32;
-                inputs.push(input_steps.values(&fresh_inputs[offset]));
-                let gradient = gradient_steps.values(&fresh_gradients[offset]);
+                inputs.push(values(&form, &fresh_inputs[offset]));
+                let gradient = values(&form, &fresh_gradients[offset]);
                 let visible = thread.visible(step, fresh_starts.as_ref().map(|starts| starts[offset][0]));
                 let taps = Thread::taps(&visible, width, &inputs);
                 let convolved = form.silu.then(|| thread.sum(&weights, &taps));
@@ -549,7 +645,11 @@ fn backward(k: &Assembler, form: Convolution) {
                 let target = step - (form.width - 1);
                 let reached = step.ge(thread.first + (form.width - 1));
                 let wanted = reached & target.lt(thread.end);
-                thread.store_if(wanted, input_gradient, thread.row.mad(thread.time, target), done);
+                k.if_(wanted, || {
+                    let place = input_gradient.from_address(next_done.get()).first();
+                    if form.vector { place.store_vector(done) } else { place.store(done[0]) }
+                    next_done.set(next_done.get() + done_places.stride);
+                });
                 if let Some(state_gradient) = state_gradient {
                     let before = step.lt(form.width - 1) & thread.first.eq(0);
                     thread.store_if(before, state_gradient, thread.row.mad(form.width - 1, step), done);
@@ -558,6 +658,7 @@ fn backward(k: &Assembler, form: Convolution) {
             remember(&history, &inputs);
             remember(&pending, &open);
         });
+        k.wait_copies(0);
     });
 
     k.comment("weight and bias gradients of the block: the two halves of each warp, then the warps in order");

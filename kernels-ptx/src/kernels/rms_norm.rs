@@ -7,14 +7,15 @@
 //!   Face's Llama and Mistral do.
 //! - Backward: with `m = mean(g · weight · x)`, `dx = r (g · weight − x r² m)` and `d weight = Σ_rows g · x · r`.
 //! - Layout: 1 or 8 warps take a row; it is read once, 8 elements per lane at a time, and stays in registers
-//!   ([`Layout`]). Backward, a block stays for many rows: it reads the next row while it works on one, and keeps its sums
-//!   of the weight's gradient in registers. [`ColumnSums`](super::column_sums::ColumnSums) adds the blocks' sums in order.
+//!   ([`Layout`]). Backward, a block stays for many rows: those after the one in hand are on their way to shared memory
+//!   meanwhile (`Ring`), and its sums of the weight's gradient stay in registers.
+//!   [`ColumnSums`](super::column_sums::ColumnSums) adds the blocks' sums in order.
 //! - Traffic: forward reads and writes each element once, backward reads two and writes one; with `residual` one more is
 //!   read each way, and forward one more is written. Bound by memory.
 //! - Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
 
 use super::VECTOR;
-use crate::asm::{Address, Assembler, Description, F32, Global, LANES, Pred, U32, Value, Variable};
+use crate::asm::{Address, Assembler, Description, F32, Global, LANES, Operand, Pred, Shared, U32, Value};
 use crate::{Element, Kernel, KernelSource, Target, Work};
 
 const THREADS: u32 = 256;
@@ -23,6 +24,11 @@ const WARPS: u32 = THREADS / LANES;
 const MOST_VECTORS: u32 = 4;
 /// Blocks of the backward pass: two for each of an H100's 132 multiprocessors.
 const BLOCKS: u32 = 264;
+/// Bytes of shared memory that rows on their way to a block of the backward pass may take: two blocks share an H100's
+/// multiprocessor.
+const RING_BYTES: u32 = 108 << 10;
+/// The most slots of the ring.
+const MOST_SLOTS: u32 = 4;
 /// Rows that each warp or block of the backward pass is given before there are more blocks.
 const LEAST_ROWS: u32 = 4;
 
@@ -209,39 +215,47 @@ impl KernelSource for RmsNormBackward {
             let (input, weight) = (k.read("input", element), k.read("weight", weight_element));
             let (inverse_roots, rows, width) = (k.read("inverse_roots", Element::F32), k.u32("rows"), k.u32("width"));
             let place = Place::new(k, layout, width);
-            let (parts, words) = (layout.vectors as usize, element.bytes() * VECTOR as usize / 4);
+            let parts = layout.vectors as usize;
 
             k.comment("what stays: the weights, and this thread's sums of the weight's gradient");
             let weights: Vec<_> =
                 (0..parts).map(|index| unpack(weight_element, &place.load_one(weight, index, None))).collect();
             let totals: Vec<Vec<_>> = (0..parts).map(|_| (0..VECTOR).map(|_| k.variable(0.0f32)).collect()).collect();
 
-            k.comment("the first row");
-            let zeros = || (0..parts).map(|_| (0..words).map(|_| k.variable(0u32)).collect()).collect();
-            let next = Ahead { gradient: zeros(), input: zeros(), inverse_root: k.variable(0.0f32) };
-            let fetch = |row: Value<'_, U32>| {
-                let exists = row.lt(rows);
-                for (memory, variables) in [(gradient, &next.gradient), (input, &next.input)] {
-                    let vectors = place.load(memory.from_row(row, width), Some(exists));
-                    for (variable, word) in variables.iter().flatten().zip(vectors.into_iter().flatten()) {
-                        variable.set(word);
-                    }
-                }
-                next.inverse_root.set(inverse_roots.at(row).load_if(exists, 0.0));
-            };
+            k.comment("the first rows set out");
             let row = k.variable(place.first_row).named("row");
             let stride = (k.blocks() * layout.block_rows()).named("stride");
-            fetch(row.get());
+            // In f32 there is no room for a third row.
+            let (third, added_late) = match element {
+                Element::Bf16 => (sum_gradient, None),
+                _ => (None, sum_gradient),
+            };
+            let ring = Ring::new(&place, [gradient, input].into_iter().chain(third).collect());
+            for slot in 0..ring.slots - 1 {
+                ring.send(slot * ring.slot_bytes, row.get() + stride * slot, rows);
+            }
+            let next_root = k.variable(inverse_roots.at(row.get()).load_if(row.get().lt(rows), 0.0));
+            // Of the row in hand, and of the slot that was taken last.
+            let slot = k.variable(0u32).named("slot");
+            let free = k.variable((ring.slots - 1) * ring.slot_bytes).named("free");
             let scratch = k.variable(0u32).named("scratch");
 
             k.while_(
                 || row.get().lt(rows),
                 || {
-                    let (gradients, values) = (copies(k, &next.gradient), copies(k, &next.input));
-                    let inverse_root = k.constant(next.inverse_root.get()).named("inverse_root");
-                    let added = sum_gradient.map(|memory| place.load(memory.from_row(row.get(), width), None));
-                    k.comment("the row after it sets out");
-                    fetch(row.get() + stride);
+                    k.wait_copies(ring.slots - 2);
+                    let mut held = ring.take(slot.get()).into_iter();
+                    let (gradients, values) = (held.next().unwrap_or_default(), held.next().unwrap_or_default());
+                    let added = held.next();
+                    let added = added.or(added_late.map(|memory| place.load(memory.from_row(row.get(), width), None)));
+                    let inverse_root = k.constant(next_root.get()).named("inverse_root");
+                    k.comment("another row sets out, to where the one before was");
+                    ring.send(free.get(), row.get() + stride * (ring.slots - 1), rows);
+                    let next = row.get() + stride;
+                    next_root.set(inverse_roots.at(next).load_if(next.lt(rows), 0.0));
+                    free.set(slot.get());
+                    let after = slot.get() + ring.slot_bytes;
+                    slot.set(after.lt(ring.slots * ring.slot_bytes).select(after, 0u32));
 
                     k.comment("the mean of gradient * weight * input, and the weight's gradient");
                     let terms = (0..parts).map(|index| {
@@ -283,7 +297,8 @@ impl KernelSource for RmsNormBackward {
 
             let totals: Vec<Vec<_>> =
                 totals.iter().map(|totals| totals.iter().map(|total| total.get()).collect()).collect();
-            place.store_sums(sums.from_row(k.block(), width), &totals);
+            k.wait_copies(0);
+            place.store_sums(sums.from_row(k.block(), width), &totals, ring.memory);
         })
     }
 
@@ -292,17 +307,64 @@ impl KernelSource for RmsNormBackward {
     }
 }
 
-/// Words of a row that is on its way, per vector.
-struct Ahead<'a> {
-    gradient: Vec<Vec<Variable<'a, U32>>>,
-    input: Vec<Vec<Variable<'a, U32>>>,
-    inverse_root: Variable<'a, F32>,
+/// Rows of some matrices on their way to the block's shared memory. Each thread sends for the vectors that it takes itself,
+/// so no barrier is needed.
+struct Ring<'a, 'p> {
+    place: &'p Place<'a>,
+    matrices: Vec<Global<'a>>,
+    memory: Shared<'a>,
+    /// Rows that the memory holds of each matrix: one in hand or free, the others on their way.
+    slots: u32,
+    slot_bytes: u32,
 }
 
-/// What the variables hold now.
-fn copies<'a>(k: &'a Assembler, vectors: &[Vec<Variable<'a, U32>>]) -> Vec<Vec<Value<'a, U32>>> {
-    vectors.iter().map(|words| words.iter().map(|word| k.constant(word.get())).collect()).collect()
+impl<'a, 'p> Ring<'a, 'p> {
+    fn new(place: &'p Place<'a>, matrices: Vec<Global<'a>>) -> Self {
+        let vector_bytes = |matrix: &Global<'a>| VECTOR * matrix.element().bytes() as u32;
+        let slot_bytes = place.layout.vectors * THREADS * matrices.iter().map(vector_bytes).sum::<u32>();
+        let slots = (RING_BYTES / slot_bytes).clamp(2, MOST_SLOTS);
+        let memory = place.k.shared(Element::F32, slots * slot_bytes / 4);
+        Self { place, matrices, memory, slots, slot_bytes }
+    }
+
+    /// Sends for a row, zeros if there is none, to the slot that begins at byte `slot`; one group of copies.
+    fn send(&self, slot: impl Operand<'a, U32>, row: Value<'a, U32>, rows: Value<'a, U32>) {
+        let k = self.place.k;
+        let (exists, target) = (row.lt(rows), self.own().moved(slot));
+        let mut pieces = 0..;
+        for matrix in &self.matrices {
+            let source = matrix.from_row(row, self.place.width);
+            for (column, inside) in &self.place.vectors {
+                let (source, bytes) = (source.at(*column), (exists & *inside).select::<U32>(16, 0));
+                let elements = 16 / matrix.element().bytes();
+                for (part, piece) in (0..VECTOR as usize / elements).zip(&mut pieces) {
+                    k.copy_16_bytes(target.plus(piece * PIECE), source.plus((part * elements) as i64), bytes);
+                }
+            }
+        }
+        k.commit_copies();
+    }
+
+    /// The words of a row that has arrived, by matrix and vector.
+    fn take(&self, slot: Value<'a, U32>) -> Vec<Vec<Vec<Value<'a, U32>>>> {
+        let source = self.own().moved(slot);
+        let mut pieces = 0..;
+        let mut take = |words: usize| -> Vec<_> {
+            pieces.by_ref().take(words / 4).flat_map(|piece: i64| source.plus(piece * PIECE).load_words(4)).collect()
+        };
+        let words = |matrix: &Global<'a>| VECTOR as usize * matrix.element().bytes() / 4;
+        let vectors = self.place.vectors.len();
+        self.matrices.iter().map(|matrix| (0..vectors).map(|_| take(words(matrix))).collect()).collect()
+    }
+
+    /// Where the thread's first 16 bytes of the first slot lie; the others follow [`PIECE`] words apart.
+    fn own(&self) -> Address<'a> {
+        self.memory.at(self.place.k.thread() * 4)
+    }
 }
+
+/// Words of 16 bytes for each thread.
+const PIECE: i64 = 4 * THREADS as i64;
 
 /// A thread's place in its rows.
 struct Place<'a> {
@@ -370,7 +432,8 @@ impl<'a> Place<'a> {
     }
 
     /// Writes the block's sums for every column: those of its warps in order, where each has sums of all columns.
-    fn store_sums(&self, target: Global<'a>, totals: &[Vec<Value<'a, F32>>]) {
+    /// `scratch` may be in use until here, by threads for themselves.
+    fn store_sums(&self, target: Global<'a>, totals: &[Vec<Value<'a, F32>>], scratch: Shared<'a>) {
         let k = self.k;
         k.comment("the block's sums of the weight's gradient");
         if self.layout.warps > 1 {
@@ -380,7 +443,8 @@ impl<'a> Place<'a> {
             return;
         }
         let columns = self.layout.vectors * LANES * VECTOR;
-        let scratch = k.shared(Element::F32, WARPS * columns);
+        assert!(scratch.count() >= WARPS * columns, "the sums of a block's warps do not fit");
+        k.barrier();
         for ((column, _), totals) in self.vectors.iter().zip(totals) {
             scratch.at(k.warp().mad(columns, *column)).store_vector(totals);
         }

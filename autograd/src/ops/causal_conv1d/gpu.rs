@@ -37,11 +37,6 @@ impl Launch {
         Ok(Self { form, weight: weight.cast(DType::F32)?, bias, initial_state, sizes })
     }
 
-    fn grid(&self) -> Option<[u32; 3]> {
-        let [batch, time, channels] = self.sizes;
-        self.form.grid(batch, time, channels)
-    }
-
     /// The inputs and sizes, as both kernels take them.
     fn inputs<'a>(&'a self, convolution: &'a Convolution) -> Vec<Argument<'a>> {
         let [_, time, channels] = self.sizes;
@@ -60,8 +55,9 @@ pub(super) fn forward(convolution: &Convolution) -> Result<Tensor> {
     let mut arguments = vec![output.write()];
     arguments.extend(launch.inputs(convolution));
     let kernel = ConvolutionForward(launch.form);
-    let sizes = launch.sizes.map(u64::from);
-    gpu::launch(OPERATOR, convolution.input.device(), &kernel, launch.grid(), &sizes, &arguments)?;
+    let [batch, time, channels] = launch.sizes;
+    let (grid, sizes) = (launch.form.forward_grid(batch, time, channels), launch.sizes.map(u64::from));
+    gpu::launch(OPERATOR, convolution.input.device(), &kernel, grid, &sizes, &arguments)?;
     drop(arguments);
     Ok(output.tensor())
 }
@@ -72,7 +68,8 @@ pub(super) fn backward(convolution: &Convolution, gradient: &Tensor) -> Result<C
     let launch = Launch::new(convolution)?;
     let gradient = gradient.cast(input.dtype())?;
     let (channels, width) = (input.shape()[2], convolution.weight.shape()[1]);
-    let grid = launch.grid();
+    let [batch, time, _] = launch.sizes;
+    let grid = launch.form.backward_grid(batch, time, launch.sizes[2]);
     let parts = grid.map_or(0, |[_, parts, _]| parts);
     let mut input_gradient = Output::like(input)?;
     let mut weight_parts = Output::new(device, &[parts as usize, channels, width], DType::F32)?;

@@ -295,7 +295,8 @@ fn draw_scores(models: &[Examined], tasks: &[&String]) -> Result<String> {
             .margin(12)
             .x_label_area_size(44)
             .y_label_area_size(64)
-            .build_cartesian_2d(-0.5..groups.len() as f64 + 0.6, 0.0..100.0)
+            // Room for the legend on the right.
+            .build_cartesian_2d(-0.5..groups.len() as f64 * 1.33, 0.0..100.0)
             .map_err(|error| failed(&error))?;
         chart
             .configure_mesh()
@@ -341,7 +342,8 @@ fn draw_speeds(models: &[Examined]) -> Result<String> {
             .margin(12)
             .x_label_area_size(44)
             .y_label_area_size(64)
-            .build_cartesian_2d(0.0..most * 1.25, 0.0..105.0)
+            // Room for the legend on the right: names beside points would lie on each other.
+            .build_cartesian_2d(0.0..most * 1.5, 0.0..105.0)
             .map_err(|error| failed(&error))?;
         chart
             .configure_mesh()
@@ -356,10 +358,13 @@ fn draw_speeds(models: &[Examined]) -> Result<String> {
         for (index, model) in models.iter().enumerate() {
             let Some(speed) = model.speed else { continue };
             let (colour, place) = (COLOURS[index % COLOURS.len()], (speed, 100.0 * model.score));
-            chart.draw_series([Circle::new(place, 5, colour.filled())]).map_err(|error| failed(&error))?;
-            let label = Text::new(model.name.clone(), (place.0 + most * 0.012, place.1 + 1.0), ("sans-serif", 13));
-            chart.draw_series([label]).map_err(|error| failed(&error))?;
+            chart
+                .draw_series([Circle::new(place, 5, colour.filled())])
+                .map_err(|error| failed(&error))?
+                .label(model.name.clone())
+                .legend(move |(x, y)| Circle::new((x + 7, y), 5, colour.filled()));
         }
+        legend(&mut chart).map_err(|error| failed(&error))?;
         area.present().map_err(|error| failed(&error))?;
     }
     Ok(drawing)

@@ -326,7 +326,7 @@ fn summary(
 /// Median seconds between the events around a launch that writes one number, among others that wait for the device as those
 /// of a step do.
 fn empty_seconds(device: &Device) -> Result<f64> {
-    if device.is_cpu() {
+    if !matches!(device.kind(), DeviceKind::Cuda(_)) {
         return Ok(0.0);
     }
     let recording = device.record_launches()?;

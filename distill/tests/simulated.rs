@@ -76,7 +76,8 @@ fn ten_steps_of_the_demo_go_the_same_way_on_the_simulator() {
         let arguments = [
             &["distill", "--config", text(&config), "--run", text(&run), "--device", device, "--set", &teacher][..],
             &["--train", text(&train), "--validation", text(&validation), "--steps", "10"],
-            &["--warmup-steps", "2", "--set", "evaluation.sequences=2"],
+            // With other starts, the rounding of bf16 is 14 % of a loss after six updates of so few rows.
+            &["--warmup-steps", "2", "--set", "evaluation.sequences=2", "--init", "paper"],
             more,
         ];
         let output = support::run(&arguments.concat());

@@ -62,7 +62,7 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "DIR")]
     validation_targets: Option<PathBuf>,
     /// How new mixers start from the attention: paper, aligned, aligned_bias_once, identity_convolution or whole_head
-    /// [default: paper]
+    /// [default: identity_convolution]
     #[arg(long, value_name = "HOW")]
     init: Option<String>,
     /// What is trained: all or mixers [default: all]

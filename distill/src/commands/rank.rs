@@ -88,7 +88,7 @@ pub(super) struct Arguments {
     /// exact-match: longest answer, in tokens
     #[arg(long, value_name = "N", default_value_t = 256)]
     max_tokens: usize,
-    /// mmr, mse: how new mixers start, as in `grafter distill --init` [default: paper]
+    /// mmr, mse: how new mixers start, as in `grafter distill --init` [default: identity_convolution]
     #[arg(long, value_name = "HOW")]
     init: Option<Init>,
     /// Seed of new mixers and of the data's order

@@ -321,7 +321,7 @@ impl RunConfig {
                 student: None,
                 source: None,
                 layers: Vec::new(),
-                init: if distill { Init::Paper } else { Init::Random },
+                init: if distill { Init::IdentityConvolution } else { Init::Random },
                 recompute_layers: false,
             },
             data: DataSection {

@@ -66,10 +66,11 @@ impl Assembler {
     }
 
     /// The same for warps that come from different places in the text, `threads` in all: warps that share out the work of a
-    /// block. Each such meeting wants an `id` of its own, from 1 to 15.
+    /// block. Each such meeting wants an `id` of its own, from 1 to 15. `bar.sync` would not do: it is the aligned form, which
+    /// promises that all who meet execute the same instruction.
     pub fn meet(&self, id: u32, threads: u32) {
         assert!((1..16).contains(&id) && threads.is_multiple_of(32), "barrier {id} of {threads} threads");
-        self.emit_effect("bar.sync", vec![super::print::Piece::text(&format!("{id}, {threads}"))]);
+        self.emit_effect("barrier.sync", vec![super::print::Piece::text(&format!("{id}, {threads}"))]);
     }
 
     /// Waits until the lanes of the warp are here; what they wrote to shared memory is seen by the warp afterwards.

@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
-use autograd::{DType, Tensor};
+use autograd::DType;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use runtime::{Device, DeviceKind, LaunchRecord};
 use tools::profile::{
@@ -23,10 +23,6 @@ const WARM_UP: usize = 3;
 const STEPS: usize = 5;
 /// Repeats of an operator that are measured unless told.
 const REPEATS: usize = 20;
-/// Launches of next to nothing, to see what events cost.
-const EMPTY_LAUNCHES: usize = 100;
-/// Launches of a gibibyte before those.
-const BUSY_LAUNCHES: usize = 4;
 
 /// Prints, per kernel: calls, median time, share, and speeds beside what the device reaches (measured first).
 #[derive(Parser)]
@@ -305,9 +301,10 @@ fn summary(
     launches: &[Vec<LaunchRecord>],
 ) -> Result<Summary> {
     let repeats = launches.len();
-    let empty_seconds = empty_seconds(device)?;
     let all = launches.concat();
     let (kernels, busy_seconds) = summarise(&all, repeats);
+    let medians = kernels.iter().map(|kernel| kernel.median_seconds);
+    let shortest_seconds = medians.min_by(f64::total_cmp).unwrap_or_default();
     Ok(Summary {
         title,
         device: device.to_string(),
@@ -316,33 +313,11 @@ fn summary(
         launched_seconds: None,
         tokens,
         busy_seconds,
-        empty_seconds,
-        gap_seconds: gap_seconds(&all, repeats, seconds, empty_seconds),
+        shortest_seconds,
+        gap_seconds: gap_seconds(&all, repeats, seconds, shortest_seconds),
         ceilings,
         kernels,
     })
-}
-
-/// Median seconds between the events around a launch that writes one number, among others that wait for the device as those
-/// of a step do.
-fn empty_seconds(device: &Device) -> Result<f64> {
-    if !matches!(device.kind(), DeviceKind::Cuda(_)) {
-        return Ok(0.0);
-    }
-    let recording = device.record_launches()?;
-    // The device is busy while the others are queued: the host's pace is not what is measured.
-    let busy: Vec<Tensor> = (0..BUSY_LAUNCHES)
-        .map(|_| Tensor::filled(device, &[1 << 28], DType::F32, 1.0))
-        .collect::<autograd::Result<_>>()?;
-    for _ in 0..EMPTY_LAUNCHES {
-        Tensor::filled(device, &[1], DType::F32, 1.0)?;
-    }
-    drop(busy);
-    let records = recording.take_records()?;
-    let empty = records.iter().skip(BUSY_LAUNCHES);
-    let mut times: Vec<f64> = empty.map(|launch| launch.duration.as_secs_f64()).collect();
-    times.sort_by(f64::total_cmp);
-    Ok(times.get(times.len() / 2).copied().unwrap_or_default())
 }
 
 /// Prints, writes and compares.

@@ -25,10 +25,10 @@ pub struct Summary {
     pub tokens: Option<usize>,
     /// Seconds per repeat between the events around launches, all together.
     pub busy_seconds: f64,
-    /// Seconds between the events around a launch of next to nothing.
-    pub empty_seconds: f64,
-    /// The most seconds of `seconds` in which no kernel runs: events cost time too, so [`Summary::empty_seconds`] is taken
-    /// off each launch, which is more than they cost.
+    /// Median seconds between the events around launches of the shortest kernel.
+    pub shortest_seconds: f64,
+    /// The most seconds of `seconds` in which no kernel runs: events cost time too, but no more than the shortest kernel takes
+    /// with them, so that is taken off each launch.
     pub gap_seconds: f64,
     /// What the device reaches.
     pub ceilings: Option<Ceilings>,
@@ -89,10 +89,10 @@ pub fn summarise(launches: &[LaunchRecord], repeats: usize) -> (Vec<KernelSummar
     (kernels, busy / per_repeat)
 }
 
-/// The most seconds of a repeat, which takes `seconds`, in which no kernel runs, when a launch of next to nothing is
-/// recorded with `empty`.
-pub fn gap_seconds(launches: &[LaunchRecord], repeats: usize, seconds: f64, empty: f64) -> f64 {
-    let running = launches.iter().map(|launch| (launch.duration.as_secs_f64() - empty).max(0.0)).sum::<f64>();
+/// The most seconds of a repeat, which takes `seconds`, in which no kernel runs, when the events around a launch cost at most
+/// `overhead`.
+pub fn gap_seconds(launches: &[LaunchRecord], repeats: usize, seconds: f64, overhead: f64) -> f64 {
+    let running = launches.iter().map(|launch| (launch.duration.as_secs_f64() - overhead).max(0.0)).sum::<f64>();
     (seconds - running / repeats.max(1) as f64).max(0.0)
 }
 
@@ -115,12 +115,12 @@ impl Summary {
         }
         let _ = writeln!(
             text,
-            "; gaps between kernels at most {:.3} ms ({:.1} %); launches with the events around them {:.3} ms, one of next \
-             to nothing {:.1} us",
+            "; gaps between kernels at most {:.3} ms ({:.1} %); launches with the events around them {:.3} ms, the \
+             shortest {:.1} us",
             self.gap_seconds * 1e3,
             100.0 * self.gap_seconds / self.seconds,
             self.busy_seconds * 1e3,
-            self.empty_seconds * 1e6,
+            self.shortest_seconds * 1e6,
         );
         if let Some(ceilings) = self.ceilings {
             let _ = writeln!(

@@ -192,6 +192,7 @@ fn prepare<'a>(
         optimizer,
         replays: config.training.graphs && matches!(device.kind(), DeviceKind::Cuda(_)),
         replay: None,
+        launched: false,
         fresh: resumed.is_none(),
         state,
         guard,
@@ -375,6 +376,8 @@ struct Trainer<'a> {
     /// Whether updates may be replayed.
     replays: bool,
     replay: Option<Replay>,
+    /// Whether this process has launched an update kernel by kernel.
+    launched: bool,
     /// Whether no checkpoint was there to continue from.
     fresh: bool,
     state: State,
@@ -484,6 +487,7 @@ impl Trainer<'_> {
         if let Some((gradients, unread)) = self.replayed(objective, rows, places, progress)? {
             return Ok((gradients, vec![unread]));
         }
+        self.launched = true;
         let mut losses = Vec::new();
         let mut sum: Option<Gradients> = None;
         for rows in rows.chunks(self.config.training.micro_batch) {
@@ -511,8 +515,9 @@ impl Trainer<'_> {
     ) -> Result<Option<(Gradients, Unread)>> {
         let Rows { file, targets } = &self.data.train;
         let repeats = objective.repeats() && targets.is_none() && rows.len() <= self.config.training.micro_batch;
-        // The first update loads kernels, and gives the student memory of its own.
-        if !self.replays || !repeats || self.optimizer.steps() == 0 {
+        // The first update of a process, also of one that continues a run, loads kernels and whatever else is made once, and
+        // gives the student memory of its own.
+        if !self.replays || !repeats || !self.launched {
             return Ok(None);
         }
         let (student, teacher) = (&self.models.student, self.models.teacher.as_ref());

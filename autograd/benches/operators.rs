@@ -403,7 +403,7 @@ fn adamw(bencher: Bencher<'_, '_>) {
     let mut parameters = Parameters::default();
     let value = noise(&[MLP, 4 * HIDDEN]);
     let count = value.count();
-    parameters.push(Parameter { name: "weight".to_owned(), value, trainable: true, decay: true });
+    parameters.push(Parameter { name: "weight".to_owned(), value, trainable: true, decay: true, rate: 1.0 });
     let options = AdamWOptions { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1 };
     let mut optimizer = AdamW::new(options, &parameters);
     let gradient = noise(&[MLP, 4 * HIDDEN]);

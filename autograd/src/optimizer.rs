@@ -28,7 +28,7 @@ pub struct AdamWOptions {
 }
 
 /// Adam with decoupled weight decay (Loshchilov and Hutter 2019), in f32:
-/// `p ← (1 - lr·wd) p - lr/(1-β₁ᵗ) · m / (√v/√(1-β₂ᵗ) + ε)`.
+/// `p ← (1 - lr·wd) p - lr/(1-β₁ᵗ) · m / (√v/√(1-β₂ᵗ) + ε)`, where `lr` is the learning rate times the parameter's `rate`.
 ///
 /// Of a parameter in bf16, whose small updates would be lost to rounding, it keeps the value in f32 from the first update
 /// on: its master. The parameter is the master, rounded.
@@ -147,10 +147,10 @@ impl AdamW {
                 *master = Some(parameter.value.cast(DType::F32)?);
             }
             let master = master.as_mut().filter(|_| !is_wide);
-            let (value, decay) = (&mut parameter.value, parameter.decay);
+            let (value, decay, rate) = (&mut parameter.value, parameter.decay, parameter.rate);
             // The kernels read f32.
             let gradient = if gradient.device().is_cpu() { gradient.clone() } else { gradient.cast(DType::F32)? };
-            updates.push(Update { value, master, first, second, gradient, decay });
+            updates.push(Update { value, master, first, second, gradient, decay, rate });
         }
         let (of_cpu, of_gpu): (Vec<_>, Vec<_>) =
             updates.into_iter().partition(|update| update.gradient.device().is_cpu());
@@ -174,6 +174,8 @@ struct Update<'a> {
     second: &'a mut Tensor,
     gradient: Tensor,
     decay: bool,
+    /// Multiple of the learning rate.
+    rate: f32,
 }
 
 /// The numbers of a step: see [`kernels::adamw`].
@@ -211,9 +213,10 @@ impl Factors {
 
     /// One step on a parameter.
     fn step_cpu(&self, update: Update<'_>) -> Result<()> {
-        let Update { value, mut master, first, second, gradient, decay } = update;
+        let Update { value, mut master, first, second, gradient, decay, rate } = update;
         let gradient = gradient.host_f32()?;
-        let decay = if decay { self.decay } else { 0.0 };
+        let decay = if decay { self.decay * rate } else { 0.0 };
+        let rate = self.rate * rate;
         let wide = master.as_deref_mut().unwrap_or(value);
         wide.make_mut::<f32>()?
             .par_chunks_mut(BLOCK)
@@ -229,7 +232,7 @@ impl Factors {
                             first[index] = self.old_first * first[index] + self.new_first * g;
                             second[index] = self.old_second * second[index] + self.new_second * g * g;
                             let scale = second[index].sqrt() * self.inverse_root + self.epsilon;
-                            value[index] -= decay * value[index] + self.rate * first[index] / scale;
+                            value[index] -= decay * value[index] + rate * first[index] / scale;
                         }
                     },
                 );
@@ -263,6 +266,7 @@ impl Factors {
                 Word::U64(count.into()),
                 Word::U64(blocks),
                 Word::U64(update.decay.into()),
+                Word::U64(update.rate.to_bits().into()),
             ]);
             words.extend(rounded.map(|rounded| Word::Write(rounded, Bf16)));
             blocks += u64::from(kernels::adamw::AdamW::blocks(count));
@@ -416,7 +420,7 @@ mod tests {
     fn one_parameter(values: &[f32], decay: bool) -> Parameters {
         let mut parameters = Parameters::default();
         let value = Tensor::from_slice(&Device::cpu(), &[values.len()], values).unwrap();
-        parameters.push(Parameter { name: "w".to_owned(), value, trainable: true, decay });
+        parameters.push(Parameter { name: "w".to_owned(), value, trainable: true, decay, rate: 1.0 });
         parameters
     }
 

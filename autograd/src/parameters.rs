@@ -17,6 +17,8 @@ pub struct Parameter {
     pub trainable: bool,
     /// Whether weight decay applies.
     pub decay: bool,
+    /// Multiple of the learning rate at which it is trained; 1 for most.
+    pub rate: f32,
 }
 
 /// A model's weights in a fixed order. Clones share the values.

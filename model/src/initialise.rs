@@ -407,7 +407,7 @@ fn stream(seed: u64, number: u64) -> ChaCha8Rng {
 
 fn push(parameters: &mut Parameters, spec: &ParameterSpec, value: Tensor) {
     let name = spec.name.clone();
-    parameters.push(Parameter { name, value, trainable: spec.trainable, decay: spec.decay });
+    parameters.push(Parameter { name, value, trainable: spec.trainable, decay: spec.decay, rate: 1.0 });
 }
 
 fn check_width(tensor: &Tensor, count: usize) -> Result<()> {

@@ -25,7 +25,7 @@ fn hybrid(dtype: DType) -> Vec<Vec<u32>> {
     let mut parameters = Parameters::default();
     let mut weight = |shape: &[usize], deviation: f64| {
         let value = tensor(DType::F32, shape, &random.normals(shape.iter().product(), deviation));
-        parameters.push(Parameter { name: String::new(), value, trainable: true, decay: true })
+        parameters.push(Parameter { name: String::new(), value, trainable: true, decay: true, rate: 1.0 })
     };
     let embedding = weight(&[VOCABULARY, WIDTH], 1.0);
     let norm = weight(&[WIDTH], 1.0);

@@ -344,7 +344,7 @@ fn optimizer() {
         let mut parameters = Parameters::default();
         for value in &initial {
             let name = String::new();
-            parameters.push(Parameter { name, value: value.clone(), trainable: true, decay: true });
+            parameters.push(Parameter { name, value: value.clone(), trainable: true, decay: true, rate: 1.0 });
         }
         let options = AdamWOptions { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1 };
         let mut optimizer = AdamW::new(options, &parameters);

@@ -16,7 +16,8 @@ use proptest::prelude::*;
 
 fn parameter(name: &str, shape: &[usize], decay: bool, random: &mut Random) -> Parameter {
     let values = random.normals(shape.iter().product(), 1.0);
-    Parameter { name: name.to_owned(), value: tensor(DType::F32, shape, &values), trainable: true, decay }
+    let rate = [1.0, 1.0, 4.0, 0.3][random.below(4)];
+    Parameter { name: name.to_owned(), value: tensor(DType::F32, shape, &values), trainable: true, decay, rate }
 }
 
 proptest! {
@@ -69,9 +70,9 @@ proptest! {
             clip_gradients(&mut gradients, got, clip).unwrap();
             optimizer.update(&mut parameters, &gradients, rate as f32).unwrap();
             let factor = (clip / (norm + 1e-6)).min(1.0);
-            for (reference, gradient) in references.iter_mut().zip(expected) {
+            for ((reference, gradient), (_, parameter)) in references.iter_mut().zip(expected).zip(parameters.iter()) {
                 let clipped: Vec<f64> = gradient.into_iter().map(|value| value * factor).collect();
-                reference.step(&clipped, f64::from(rate as f32));
+                reference.step(&clipped, f64::from(rate as f32) * f64::from(parameter.rate));
             }
         }
         prop_assert_eq!(optimizer.steps(), steps as u64);

@@ -128,7 +128,7 @@ proptest! {
             let mut parameters = Parameters::default();
             for (weight, trainable) in weights.iter().zip(trainable) {
                 let name = String::new();
-                parameters.push(Parameter { name, value: weight.clone(), trainable, decay: false });
+                parameters.push(Parameter { name, value: weight.clone(), trainable, decay: false, rate: 1.0 });
             }
             let tape = Tape::new();
             let variables: Vec<Var> = parameters.iter().map(|(id, _)| parameters.var(&tape, id)).collect();

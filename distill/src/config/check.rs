@@ -118,6 +118,7 @@ fn training(config: &RunConfig) -> Result<()> {
         "from 0 to training.learning_rate",
         true,
     )?;
+    within("training.mixer_rate", training.mixer_rate, 0.0, f64::from(f32::MAX), "above 0", false)?;
     ensure!(
         training.warmup_steps <= training.steps,
         "training.warmup_steps is {}, more than training.steps, which is {}",

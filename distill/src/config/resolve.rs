@@ -92,9 +92,11 @@ fn renew(written: &mut Table) {
         model.insert("init".to_owned(), "aligned".into());
     }
     // Such a key is written by resolved configurations alone, which have all keys of their time.
-    for (section, key, value) in
-        [("loss", "mixer_matching_steps", Value::Integer(0)), ("training", "graphs", Value::Boolean(true))]
-    {
+    for (section, key, value) in [
+        ("loss", "mixer_matching_steps", Value::Integer(0)),
+        ("training", "graphs", Value::Boolean(true)),
+        ("training", "mixer_rate", Value::Float(1.0)),
+    ] {
         if let Some(Value::Table(section)) = written.get_mut(section) {
             section.entry(key).or_insert(value);
         }
@@ -351,7 +353,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("config.toml");
         for (aligned, init) in [("false", Init::Paper), ("true", Init::Aligned)] {
-            let newer = ["mixer_matching_steps", "graphs"];
+            let newer = ["mixer_matching_steps", "graphs", "mixer_rate"];
             let today = to_toml(&config).unwrap();
             let lines = today.lines().filter(|line| !newer.iter().any(|key| line.starts_with(key)));
             let old = lines.collect::<Vec<_>>().join("\n");

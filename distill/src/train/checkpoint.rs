@@ -257,7 +257,7 @@ mod tests {
         let mut parameters = Parameters::default();
         for (name, trainable) in [("a", true), ("frozen", false), ("never", true)] {
             let value = Tensor::from_slice(&Device::cpu(), &[2], &[1.0f32, -3.0]).unwrap();
-            parameters.push(Parameter { name: name.to_owned(), value, trainable, decay: true });
+            parameters.push(Parameter { name: name.to_owned(), value, trainable, decay: true, rate: 1.0 });
         }
         parameters
     }

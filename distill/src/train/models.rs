@@ -5,6 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
+use autograd::Parameter;
 use model::chat::ChatTemplate;
 use model::config::{MixerKind, ModelConfig};
 use model::initialise::{self, GraftOptions};
@@ -52,6 +53,9 @@ impl Models {
         }
         student.checkpoint_layers = section.recompute_layers;
         choose_trainable(&mut student, config.training.trainable)?;
+        for (_, parameter) in student.parameters.iter_mut().filter(|(_, parameter)| is_of_mixer(parameter)) {
+            parameter.rate = config.training.mixer_rate as f32;
+        }
         if let Some(teacher) = &teacher {
             share_frozen(&mut student, teacher)?;
         }
@@ -277,10 +281,14 @@ fn check_vocabularies(teacher: &Path, student: &Path) -> Result<()> {
     Ok(())
 }
 
+fn is_of_mixer(parameter: &Parameter) -> bool {
+    parameter.name.contains(".mixer.")
+}
+
 fn choose_trainable(student: &mut Model, trainable: Trainable) -> Result<()> {
     if trainable == Trainable::Mixers {
         for (_, parameter) in student.parameters.iter_mut() {
-            parameter.trainable = parameter.name.contains(".mixer.");
+            parameter.trainable = is_of_mixer(parameter);
         }
         ensure!(
             student.parameters.iter().any(|(_, parameter)| parameter.trainable),

@@ -3,7 +3,8 @@
 //! - With the gradient `g`, scaled: `m ← β₁ m + (1 − β₁) g`, `v ← β₂ v + (1 − β₂) g²`,
 //!   `p ← p − (decay · p + rate · m / (√v · inverse_root + ε))`, where `rate = lr / (1 − β₁ᵗ)`,
 //!   `inverse_root = 1 / √(1 − β₂ᵗ)` and `decay = lr · weight decay`. All in f32. `narrow` also writes p rounded to bf16, for
-//!   parameters that the model reads in bf16 while the optimizer keeps them in f32.
+//!   parameters that the model reads in bf16 while the optimizer keeps them in f32. A parameter may have a multiple of the
+//!   learning rate of its own.
 //! - Layout: a table has a row per parameter. A block takes up to 8192 neighbouring elements of one of them, each thread 8
 //!   times 4 elements, the lanes of a warp 512 neighbouring bytes of each operand at a time; 128 bytes per thread are on
 //!   their way at once. It finds its row by bisection, for which it reads as many words as the number of rows has bits.
@@ -23,7 +24,7 @@ const AHEAD: u32 = 2;
 /// Elements of a block.
 const BLOCK: u32 = 4 * AHEAD * ROUND;
 
-const ROW: [ParameterKind; 7] = [
+const ROW: [ParameterKind; 8] = [
     ParameterKind::Write(Element::F32),
     ParameterKind::Write(Element::F32),
     ParameterKind::Write(Element::F32),
@@ -31,15 +32,16 @@ const ROW: [ParameterKind; 7] = [
     ParameterKind::U64,
     ParameterKind::U64,
     ParameterKind::U64,
+    ParameterKind::U64,
 ];
-const NARROW_ROW: [ParameterKind; 8] =
-    [ROW[0], ROW[1], ROW[2], ROW[3], ROW[4], ROW[5], ROW[6], ParameterKind::Write(Element::Bf16)];
+const NARROW_ROW: [ParameterKind; 9] =
+    [ROW[0], ROW[1], ROW[2], ROW[3], ROW[4], ROW[5], ROW[6], ROW[7], ParameterKind::Write(Element::Bf16)];
 
 /// One step on many parameters.
 ///
 /// Parameters: `table` (a row per parameter: its value, first and second moments (f32, read and written), gradient (f32), the
-/// number of elements of each, at least 1, the first block that works on it, 1 if weight decay applies and 0 otherwise, and,
-/// where `narrow`, the value in bf16 (written)), `rows` (u32), `scale` (f32: what the gradients are multiplied by),
+/// number of elements of each, at least 1, the first block that works on it, 1 if weight decay applies and 0 otherwise, the
+/// bits of the f32 by which its learning rate is multiplied, and, where `narrow`, the value in bf16 (written)), `rows` (u32), `scale` (f32: what the gradients are multiplied by),
 /// `old_first`, `new_first`, `old_second`, `new_second`, `rate`, `inverse_root`, `epsilon`, `decay` (f32: β₁, 1 − β₁, β₂,
 /// 1 − β₂ and the factors of the [module](self)). One block per [`AdamW::blocks`] of each row.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -70,13 +72,15 @@ impl KernelSource for AdamW {
             let decay = k.f32("decay");
             let block = k.block();
             let row = table.row_of_block(rows, 5, block);
+            let multiple = row.number(7).as_f32();
+            let (rate, decay) = (rate * multiple, decay * multiple);
             let decay = row.number(6).ne(0).select(decay, k.constant(0.0f32));
             let factors = Factors { scale, first, second, rate, inverse_root, epsilon, decay };
             let begin = ((block - row.number(5)) * BLOCK).named("begin");
             let left = (row.number(4) - begin).named("left");
             let operands = Operands {
                 inputs: [0, 1, 2, 3].map(|word| row.memory(word).from(begin.wide())),
-                rounded: narrow.then(|| row.memory(7).from(begin.wide())),
+                rounded: narrow.then(|| row.memory(8).from(begin.wide())),
             };
             k.if_else(
                 left.ge(BLOCK),

@@ -43,7 +43,13 @@ pub fn load(
             DType::Bf16 => read::<bf16>(view, spec, device, convert::to_bf16)?,
             _ => read::<f32>(view, spec, device, convert::to_f32)?,
         };
-        parameters.push(Parameter { name: spec.name.clone(), value, trainable: spec.trainable, decay: spec.decay });
+        parameters.push(Parameter {
+            name: spec.name.clone(),
+            value,
+            trainable: spec.trainable,
+            decay: spec.decay,
+            rate: 1.0,
+        });
     }
     Ok(parameters)
 }

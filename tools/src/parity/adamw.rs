@@ -19,6 +19,7 @@ pub(super) fn run(case: &Case<'_>, outcome: &mut Outcome) -> Result<()> {
             value: case.upload_as(DType::F32, case.array(&format!("p0.{name}"))?)?,
             trainable: true,
             decay: !no_decay.iter().any(|other| other == name),
+            rate: 1.0,
         });
     }
     let betas: [f64; 2] = case.scalar("betas")?;

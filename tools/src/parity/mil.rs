@@ -129,7 +129,7 @@ fn transparent(case: &Case<'_>, geometry: &MambaConfig, rows: usize, kept: usize
     let mut push = |name: &str, shape: &[usize], value: &dyn Fn(usize) -> f64| {
         let values = Array::new(shape, (0..shape.iter().product()).map(value).collect())?;
         let value = case.upload_as(DType::F32, &values)?;
-        parameters.push(Parameter { name: name.to_owned(), value, trainable: false, decay: false });
+        parameters.push(Parameter { name: name.to_owned(), value, trainable: false, decay: false, rate: 1.0 });
         Ok::<(), anyhow::Error>(())
     };
     let unless = |zero: bool| if zero { 0.0 } else { 1.0 };
@@ -184,7 +184,7 @@ fn teacher(case: &Case<'_>) -> Result<Model> {
     config.mamba = Some(geometry(case)?);
     let mut parameters = Parameters::default();
     let mut push = |name: String, value: Tensor| {
-        parameters.push(Parameter { name, value, trainable: true, decay: false });
+        parameters.push(Parameter { name, value, trainable: true, decay: false, rate: 1.0 });
     };
     push("model.embed_tokens.weight".to_owned(), Tensor::zeros(case.device, &[1, hidden], DType::F32)?);
     for name in case.names_after("teacher.") {

@@ -80,7 +80,7 @@ pub(super) fn parameters(case: &Case<'_>, convert: impl Fn(&str) -> Result<(Stri
 }
 
 fn push(parameters: &mut Parameters, name: &str, value: Tensor) {
-    parameters.push(Parameter { name: name.to_owned(), value, trainable: true, decay: false });
+    parameters.push(Parameter { name: name.to_owned(), value, trainable: true, decay: false, rate: 1.0 });
 }
 
 /// Matrices in the element type of the run; vectors, convolution and state-space parameters in f32, as the model keeps

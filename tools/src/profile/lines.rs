@@ -636,7 +636,13 @@ fn weights(make: &Inputs<'_>, sizes: &LayerSizes, layers: usize) -> Result<(Para
             let value = make.random(shape, dtype, 0.02)?;
             gradients.add(&value, make.random(shape, DType::F32, 1e-3)?)?;
             count += value.count();
-            parameters.push(Parameter { name: format!("{layer}.{index}"), value, trainable: true, decay: true });
+            parameters.push(Parameter {
+                name: format!("{layer}.{index}"),
+                value,
+                trainable: true,
+                decay: true,
+                rate: 1.0,
+            });
         }
     }
     Ok((parameters, gradients, count))

@@ -1,39 +1,21 @@
-//! Where threads stand in the kernel that scans whole rows: who scans and who serves, shared memory, reads and writes.
+//! What the kernels that scan whole rows share: the tile that a block takes, and how its serving threads read and write.
 //!
-//! A block takes one tile: 16 channels by 16 states, with two warps that scan and two that serve them. A lane that scans
-//! holds 2 channels by 2 states, so a step costs it one 16-byte read each for Δ and Δu of its channels and for B and C of its
-//! states. The lanes that serve stand for a channel pair (or a state pair) and every eighth step: they read global memory
-//! two intervals ahead, compute what depends on the channel alone (softplus, gate, D), and add up what the scanning lanes
-//! leave in shared memory, in a fixed order. Both meet at one barrier per interval.
-//!
-//! Lane bits of those that scan: bits 0, 4 and 5 choose the channel pair, bits 1 to 3 the state pair, so that of every two
-//! neighbours, and of every two lanes at distance two, one pair reads the same place: meant to let wide reads of shared memory
-//! share their passes. Which two warps scan alternates from one multiprocessor's first block to its second, since a warp's
-//! index decides which quarter of the multiprocessor runs it.
+//! A block takes one tile: 16 channels by 16 states. Some of its warps scan, each lane with channels and states of its own;
+//! the others serve them. A thread that serves stands for a channel pair (or a state pair) and a step: it reads global
+//! memory, computes what depends on the channel alone, and adds up what the scanning lanes leave in shared memory, in a
+//! fixed order.
 
 use super::lane::softplus;
 use super::{Scan, TILE};
 use crate::Element;
-use crate::asm::{Address, Assembler, F32, Global, Pred, Shared, U32, U64, Value, Variable};
+use crate::asm::{Address, Assembler, F32, Global, Pred, U32, U64, Value, Variable};
 
 /// States of a channel.
 pub(super) const STATES: u32 = 16;
-/// Threads of a block: half of them scan.
-pub(super) const THREADS: u32 = 128;
-/// Channels, and states, of a lane that scans.
+/// Channels, and states, of a thread that serves.
 pub(super) const PAIR: usize = 2;
-/// Steps that the serving lanes stand for at a time.
-pub(super) const SLOTS: u32 = 8;
-/// f32 of a step that hold four values per channel pair or state pair.
-pub(super) const ROW: u32 = 32;
 
-/// Blocks after which the two halves of a block change places: an H100's multiprocessors.
-const BLOCKS_PER_ROUND: u32 = 132;
-
-/// `[channel][state]` of a lane.
-pub(super) type Square<T> = [[T; PAIR]; PAIR];
-
-/// A thread's place.
+/// A block's tile, and a thread's part of it while it serves.
 pub(super) struct Tile<'a> {
     pub k: &'a Assembler,
     pub form: Scan,
@@ -42,14 +24,8 @@ pub(super) struct Tile<'a> {
     pub row: Value<'a, U32>,
     /// The tile's index in its row.
     pub tile: Value<'a, U32>,
-    /// The thread scans; else it serves.
-    pub scans: Value<'a, Pred>,
-    /// Of a thread that scans: its channel pair and its state pair.
-    pub channel_pair: Value<'a, U32>,
-    pub state_pair: Value<'a, U32>,
-    /// Of a thread that serves: its channel pair, which is also its state pair, and its step among [`SLOTS`].
+    /// The serving thread's channel pair, which is also its state pair; threads stand for all of them in turn.
     pub pair: Value<'a, U32>,
-    pub slot: Value<'a, U32>,
     pub b: Columns<'a>,
     pub c: Columns<'a>,
     /// The serving thread's channel pair in `[batch, time, channels]`.
@@ -93,6 +69,11 @@ impl<'a> Stored<'a> {
         Self { element, words: (0..2 * element.bytes() / 4).map(|_| k.variable(0u32)).collect() }
     }
 
+    /// The same words in registers of their own.
+    pub fn copied(&self, k: &'a Assembler) -> Self {
+        Self { element: self.element, words: self.words.iter().map(|word| k.variable(word.get())).collect() }
+    }
+
     pub fn set(&self, other: &Self) {
         for (word, other) in self.words.iter().zip(&other.words) {
             word.set(other.get());
@@ -124,13 +105,7 @@ impl<'a> Tile<'a> {
         let tiles = (channels >> TILE.ilog2()).named("tiles");
         let row = k.block().div(tiles).named("row");
         let tile = k.block().rem(tiles).named("tile");
-        let turned = k.block().div(BLOCKS_PER_ROUND) & 1;
-        let scans = (k.thread() >> 6).eq(turned);
-        let worker = (k.thread() & 63).named("worker");
-        let channel_pair = ((worker & 1) | ((worker >> 3) & 6)).named("channel_pair");
-        let state_pair = ((worker >> 1) & 7).named("state_pair");
-        let pair = (worker & 7).named("pair");
-        let slot = (worker >> 3).named("slot");
+        let pair = (k.thread() & (TILE / PAIR as u32 - 1)).named("pair");
         let first_channel = tile * TILE;
         let group = |width: Value<'a, U32>| Columns {
             first: pair.mad(PAIR as u32, first_channel.div(width) * STATES).wide(),
@@ -144,20 +119,11 @@ impl<'a> Tile<'a> {
             channels,
             row,
             tile,
-            scans,
-            channel_pair,
-            state_pair,
             pair,
-            slot,
             b: group(b_width),
             c: group(c_width),
             own,
         }
-    }
-
-    /// Waits for the whole block: scanning and serving warps meet here, each from its own part of the text.
-    pub fn meet(&self) {
-        self.k.meet(1, THREADS);
     }
 
     /// Where the serving thread's elements of `memory` are.
@@ -208,108 +174,8 @@ impl<'a> Tile<'a> {
         exists.select(size, 0.0)
     }
 
-    /// Whether a step begins a document, 1 or 0.
-    pub fn load_begins(&self, document_start: Global<'a>, step: Value<'a, U32>) -> Value<'a, U32> {
-        let start = document_start.at(self.row.mad(self.time, step)).load_u32_if(step.lt(self.time), u32::MAX);
-        start.eq(step).select(1u32, 0u32)
-    }
-
-    /// For each of a scanning lane's channels, the place of its states in a `[…, channels, states]` tensor whose outer
-    /// index is `outer`.
-    fn state_places(&self, memory: Global<'a>, outer: Value<'a, U32>) -> [Address<'a>; PAIR] {
-        let channel = self.channel_pair.mad(PAIR as u32, self.tile * TILE);
-        let first = channel.mad(STATES, self.state_pair * PAIR as u32);
-        let place = memory.from_row(outer, self.channels * STATES).at(first);
-        [place, place.plus(i64::from(STATES))]
-    }
-
-    /// Reads a scanning lane's square of a `[…, channels, states]` tensor, where the condition holds; else zeros.
-    pub fn load_states(
-        &self,
-        memory: Global<'a>,
-        outer: Value<'a, U32>,
-        condition: Value<'a, Pred>,
-    ) -> Square<Value<'a, F32>> {
-        self.state_places(memory, outer).map(|place| {
-            let words = place.load_words_if(condition, PAIR);
-            [words[0].as_f32(), words[1].as_f32()]
-        })
-    }
-
-    /// Writes a scanning lane's square to a `[…, channels, states]` tensor.
-    pub fn store_states(&self, memory: Global<'a>, outer: Value<'a, U32>, values: &Square<Value<'a, F32>>) {
-        for (place, values) in self.state_places(memory, outer).into_iter().zip(values) {
-            place.store_vector(values);
-        }
-    }
-
-    /// A times log₂ e, so that the decay of a step is `2^(Δ A)`.
-    pub fn rates(&self, a: Global<'a>) -> Square<Value<'a, F32>> {
-        let always = self.channels.gt(0);
-        let values = self.load_states(a, self.k.constant(0u32), always);
-        values.map(|values| values.map(|value| value * std::f32::consts::LOG2_E))
-    }
-
-    /// Registers of zeros that change.
-    pub fn zeros(&self) -> Square<Variable<'a, F32>> {
-        std::array::from_fn(|_| std::array::from_fn(|_| self.k.variable(0.0f32)))
-    }
-
-    /// A scanning lane's place among four values per channel pair.
-    pub fn by_channels(&self, memory: Shared<'a>, row: Value<'a, U32>) -> Address<'a> {
-        memory.at(row.mad(ROW, self.channel_pair * 4))
-    }
-
-    /// A scanning lane's place among four values per state pair.
-    pub fn by_states(&self, memory: Shared<'a>, row: Value<'a, U32>) -> Address<'a> {
-        memory.at(row.mad(ROW, self.state_pair * 4))
-    }
-
-    /// A serving lane's place among four values per pair, at its step of the steps from `row` on.
-    pub fn served(&self, memory: Shared<'a>, row: u32) -> Address<'a> {
-        memory.at(self.slot.mad(ROW, self.pair * 4)).plus(i64::from(row * ROW))
-    }
-}
-
-/// The values of variables.
-pub(super) fn values<'a>(variables: &Square<Variable<'a, F32>>) -> Square<Value<'a, F32>> {
-    variables.map(|variables| variables.map(Variable::get))
-}
-
-/// Sets variables; values that are other variables' registers are copied first.
-pub(super) fn set<'a>(variables: &Square<Variable<'a, F32>>, values: Square<Value<'a, F32>>) {
-    for (variables, values) in variables.iter().zip(values) {
-        for (variable, value) in variables.iter().zip(values) {
-            variable.set(value);
-        }
-    }
-}
-
-/// The states after a step: `2^(Δ A) h + Δu B`.
-pub(super) fn advance<'a>(
-    rates: &Square<Value<'a, F32>>,
-    states: &Square<Value<'a, F32>>,
-    drive: [Value<'a, F32>; 4],
-    b: [Value<'a, F32>; PAIR],
-) -> Square<Value<'a, F32>> {
-    std::array::from_fn(|channel| {
-        let (size, driven) = (drive[2 * channel], drive[2 * channel + 1]);
-        std::array::from_fn(|n| {
-            let decay = (size * rates[channel][n]).exp2_flushed();
-            decay.fma(states[channel][n], driven * b[n])
-        })
-    })
-}
-
-/// Zeros where a document begins.
-pub(super) fn reset<'a>(
-    begins: Option<Value<'a, Pred>>,
-    states: Square<Value<'a, F32>>,
-) -> Square<Value<'a, F32>> {
-    match begins {
-        None => states,
-        Some(begins) => states.map(|states| {
-            states.map(|state| begins.select::<F32>(0.0, state))
-        }),
+    /// Reads the first step of a step's document.
+    pub fn load_document_start(&self, document_start: Global<'a>, step: Value<'a, U32>) -> Value<'a, U32> {
+        document_start.at(self.row.mad(self.time, step)).load_u32_if(step.lt(self.time), u32::MAX)
     }
 }

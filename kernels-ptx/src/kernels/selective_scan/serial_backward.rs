@@ -23,11 +23,16 @@
 
 use super::backward::{GroupGradient, gated};
 use super::forward::SIZES;
-use super::serial::{self, PAIR, STATES, Stored, THREADS, Tile, Track};
+use super::serial::{self, PAIR, STATES, Stored, Tile, Track};
 use super::{CHUNK, Scan, TILE};
 use crate::asm::{Address, Assembler, Description, F32, Global, Pred, Shared, U32, Value, Variable};
 use crate::{Element, Kernel, KernelSource, Target, Work};
 
+/// Threads of a block.
+const THREADS: u32 = 128;
+/// Blocks after which the two halves of a block change places, since a warp's index decides which quarter of the
+/// multiprocessor runs it: an H100's multiprocessors.
+const BLOCKS_PER_ROUND: u32 = 132;
 /// Steps of a round.
 const STAGE: u32 = 4;
 /// Stages of a chunk.
@@ -230,16 +235,22 @@ impl<'a> Backward<'a> {
 
     fn write(&self) {
         let k = self.k;
+        let turned = k.block().div(BLOCKS_PER_ROUND) & 1;
+        let scans = (k.thread() >> 6).eq(turned);
         let second = (k.thread() & 32).ne(0);
         k.if_else(
-            self.tile.scans,
+            scans,
             || k.if_else(second, || self.forth(), || self.back()),
             || k.if_else(second, || self.prepare(), || self.finish()),
         );
     }
 
-    fn meet(&self, times: u32) {
-        self.k.for_(0u32, times, 1u32, |_| self.tile.meet());
+    fn meet(&self) {
+        self.k.meet(1, THREADS);
+    }
+
+    fn meet_times(&self, times: u32) {
+        self.k.for_(0u32, times, 1u32, |_| self.meet());
     }
 
     /// The place of the stage that *prepare* takes in a round. Chunks alternate in the direction of their places, so that
@@ -475,7 +486,7 @@ impl<'a> Backward<'a> {
             set(&ahead, &lane.places_in(tile, self.chunk_states, outer).map(|place| place.load_vector()));
         };
         load(self.chunks - 1);
-        tile.meet();
+        self.meet();
         k.for_(0u32, self.rounds, 1u32, |round| {
             let stage = round & (STAGES - 1);
             k.if_(stage.eq(0), || set(&states, &get(&ahead)));
@@ -501,9 +512,9 @@ impl<'a> Backward<'a> {
                 sums.by_state.plus(C_SUMS + row).store_vector(&c_sums);
             }
             set(&states, &held);
-            tile.meet();
+            self.meet();
         });
-        self.meet(STAGES + 1);
+        self.meet_times(STAGES + 1);
     }
 
     fn back(&self) {
@@ -513,7 +524,7 @@ impl<'a> Backward<'a> {
         if let Some(carries) = self.carries {
             set(&carry, &lane.places_in(tile, carries, tile.row).map(|place| place.load_vector()));
         }
-        self.meet(STAGES + 1);
+        self.meet_times(STAGES + 1);
         // The stages of a chunk from its end.
         let place_in = |round: Value<'a, U32>| self.place(round ^ (STAGES - 1));
         let place = k.variable(place_in(k.constant(0u32)));
@@ -566,9 +577,9 @@ impl<'a> Backward<'a> {
                 set(decays, later);
             }
             place.set(next_place);
-            tile.meet();
+            self.meet();
         });
-        self.meet(1);
+        self.meet_times(1);
         for (place, values) in lane.places_in(tile, self.outputs.a, tile.row).into_iter().zip(get(&a_sums)) {
             place.store_vector(&values);
         }
@@ -589,7 +600,8 @@ struct Item<'a> {
     gate: Option<Stored<'a>>,
     b: Stored<'a>,
     c: Stored<'a>,
-    begins: Option<Variable<'a, U32>>,
+    /// The first step of the step's document; compared where it is wanted, since a comparison waits.
+    document_start: Option<Variable<'a, U32>>,
     u: Stored<'a>,
     slope: [Variable<'a, F32>; PAIR],
 }
@@ -668,7 +680,7 @@ impl<'a> Backward<'a> {
                 gate: form.gate.then(|| self.stored()),
                 b: self.stored(),
                 c: self.stored(),
-                begins: form.documents.then(|| k.variable(0u32)),
+                document_start: form.documents.then(|| k.variable(0u32)),
                 u: self.stored(),
                 slope: [0, 1].map(|_| k.variable(0.0f32)),
             })
@@ -694,12 +706,12 @@ impl<'a> Backward<'a> {
                 }
                 self.prepare_step(item, step.get() + index * STAGE, place, bias, &d_sums);
                 self.load(item, &tracks, next + index * STAGE);
-                tile.meet();
+                self.meet();
             }
             before.set(step.get());
             step.set(next);
         });
-        self.meet(2);
+        self.meet_times(2);
         if let Some(parts) = self.outputs.d {
             self.store_channel_sums(parts, &d_sums);
         }
@@ -725,8 +737,8 @@ impl<'a> Backward<'a> {
         }
         tile.load(&item.b, tracks.b, step);
         tile.load(&item.c, tracks.c, step);
-        if let (Some(begins), Some(document_start)) = (item.begins, self.inputs.document_start) {
-            begins.set(tile.load_begins(document_start, step));
+        if let (Some(start), Some(document_start)) = (item.document_start, self.inputs.document_start) {
+            start.set(tile.load_document_start(document_start, step));
         }
     }
 
@@ -759,8 +771,9 @@ impl<'a> Backward<'a> {
         self.served(memory.drive, place, QUADS_ROW).store_vector(&drive);
         self.served(memory.b, place, PAIRS_ROW).store_vector(&item.b.get());
         self.served(memory.c, place, PAIRS_ROW).store_vector(&item.c.get());
-        if let (Some(begins), Some(flag)) = (memory.begins, item.begins) {
-            k.if_(tile.pair.eq(0), || begins.at(place.mad(STAGE, self.slot())).store_u32(flag.get()));
+        if let (Some(begins), Some(start)) = (memory.begins, item.document_start) {
+            let flag = start.get().eq(step).select::<U32>(1u32, 0u32);
+            k.if_(tile.pair.eq(0), || begins.at(place.mad(STAGE, self.slot())).store_u32(flag));
         }
     }
 
@@ -806,7 +819,7 @@ impl<'a> Backward<'a> {
         for (index, items) in (0u32..).zip(&items) {
             load(items, last - index * STAGE);
         }
-        self.meet(STAGES + 2);
+        self.meet_times(STAGES + 2);
         k.for_(0u32, self.rounds, AHEAD, |first| {
             let first_step = last - first * STAGE;
             let places = self.places(first ^ (STAGES - 1), true);
@@ -841,7 +854,7 @@ impl<'a> Backward<'a> {
                 tile.store(delta_gradient, step, [delta_gradients[0], delta_gradients[1]]);
                 tile.store(b_gradient, step, self.parts(pairs.plus(B_SUMS), TILE / PAIR as u32, STATES));
                 load(items, step - AHEAD * STAGE);
-                tile.meet();
+                self.meet();
             }
         });
         if let Some(parts) = self.outputs.bias {

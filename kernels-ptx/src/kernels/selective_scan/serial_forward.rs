@@ -1,25 +1,47 @@
 //! The scan forward over whole rows.
 //!
+//! A block takes one tile: 16 channels by 16 states. Some of its warps scan: a lane holds one channel by [`HELD`] states, and
+//! computes the decays of a step while it takes the step before, so that exponentials and products overlap. The others
+//! serve: a thread stands for a channel pair (or a state pair) and a step; it reads global memory two intervals ahead,
+//! computes what depends on the channel alone (softplus, gate, D), and adds up what the scanning lanes leave in shared memory,
+//! in a fixed order. Both meet at one barrier per interval; what is prepared lies ready for a whole interval before it is
+//! scanned, so that the scan's reads run on over the barrier.
+//!
 //! Floor at 1 × 16,384 × 4096 × 16 in bf16 on an H100: bytes 0.81 GB, 0.27 ms at 2.96 TB/s
-//! (with the states that training saves 0.87 GB, 0.29 ms);
-//! per step and quarter of a multiprocessor, two blocks on each: exponentials and reciprocals 40 cycles, 0.37 ms; instructions
-//! (counted in the machine code for sm_90) 25 of the warp that scans and 16 of the one that serves beside it, 41 cycles,
-//! 0.39 ms. So issue and exponentials bind alike. One block per multiprocessor takes as long as two. States are saved as often
-//! as the backward pass over chunks wants them.
+//! (with the states that training saves 0.87 GB, 0.29 ms); exponentials and reciprocals 40 cycles per step and quarter of a
+//! multiprocessor, two blocks on each, 0.33 ms at 1.98 GHz; instructions about as many. States are saved as often as the
+//! backward pass over chunks wants them.
+
+use std::collections::VecDeque;
 
 use super::forward::SIZES;
-use super::serial::{self, PAIR, ROW, SLOTS, STATES, Stored, THREADS, Tile, Track};
+use super::serial::{PAIR, STATES, Stored, Tile, Track};
 use super::{CHUNK, Scan, Sizes, TILE};
 use crate::asm::{Address, Assembler, Description, F32, Global, Shared, U32, Value, Variable};
 use crate::{Element, Kernel, KernelSource, Target, Work};
 
+/// States of a scanning lane.
+const HELD: usize = 4;
+/// Lanes that share a channel.
+const PARTS: u32 = STATES / HELD as u32;
+/// Threads that scan.
+const SCANNERS: u32 = TILE * PARTS;
+/// Threads that serve.
+const SERVERS: u32 = 128;
+/// Steps that the serving threads stand for at a time.
+const SLOTS: u32 = SERVERS / 8;
 /// Steps between two barriers.
 const INTERVAL: u32 = 16;
-/// Steps whose inputs are read from shared memory together, ahead of the steps before them.
-const GROUP: usize = 4;
-/// f32 of a step that hold two values per state pair and channel pair, so laid out that neighbouring steps lie in
-/// different halves of the banks.
-const SUMS_ROW: u32 = 8 * 16 + 16;
+/// Intervals that shared memory has places for.
+const PLACES: u32 = 4;
+/// Steps between a step and the one whose Δ and Δu a scanning lane reads from shared memory meanwhile, and whose B and C.
+const DRIVE_AHEAD: usize = 4;
+const GROUPS_AHEAD: usize = 3;
+/// f32 of a step that hold two values per channel, or four per state pair.
+const ROW: u32 = 2 * TILE;
+/// f32 of a step that hold a value per channel of each part of the states, so that neighbouring steps lie in different
+/// halves of the banks.
+const SUMS_ROW: u32 = PARTS * TILE + TILE;
 
 /// The scan over whole rows, for channels of 16 states whose groups of B and C are multiples of 16 channels.
 ///
@@ -64,8 +86,8 @@ impl KernelSource for SerialForward {
         let name = form.name("selective_scan_serial_forward");
         let description = Description {
             name: format!("{name}{}{}", flag(resumed, "_resumed"), flag(saves, "_saves")),
-            summary: "selective scan over whole rows; a block per tile of 16 channels: two warps scan, two serve".to_owned(),
-            block: [THREADS, 1, 1],
+            summary: "selective scan over whole rows; a block per tile of 16 channels: some warps scan, others serve".to_owned(),
+            block: [SCANNERS + SERVERS, 1, 1],
             target: Target::Sm80,
             sizes: SIZES,
             work: move |sizes: &[u64]| {
@@ -81,7 +103,7 @@ impl KernelSource for SerialForward {
         };
         Assembler::assemble(description, |k| {
             let forward = Forward::new(k, *self);
-            k.if_else(forward.tile.scans, || forward.scan(), || forward.serve());
+            k.if_else(k.thread().lt(SCANNERS), || forward.scan(), || forward.serve());
         })
     }
 
@@ -109,10 +131,10 @@ struct Forward<'a> {
     document_start: Option<Global<'a>>,
     initial: Option<Global<'a>>,
     tile: Tile<'a>,
-    /// Intervals of a row, made even; steps that do not exist change nothing.
+    /// Intervals of a row, made a multiple of [`PLACES`]; steps that do not exist change nothing.
     intervals: Value<'a, U32>,
-    /// Two intervals each of: Δ and Δu of two channels; B and C of two states; C · h of two channels and two states; whether a
-    /// step begins a document.
+    /// Per place of an interval and step: Δ and Δu of each channel; B and C of two states each; whether a document begins. Of
+    /// two intervals: C · h of each channel and part of the states.
     drive: Shared<'a>,
     groups: Shared<'a>,
     sums: Shared<'a>,
@@ -135,7 +157,8 @@ impl<'a> Forward<'a> {
         let document_start = form.documents.then(|| k.read("document_start", Element::U32));
         let initial = resumed.then(|| k.read("initial", Element::F32));
         let tile = Tile::new(k, form);
-        let intervals = (((tile.time + (2 * INTERVAL - 1)) >> (2 * INTERVAL).ilog2()) * 2).named("intervals");
+        const PERIOD: u32 = PLACES * INTERVAL;
+        let intervals = (((tile.time + (PERIOD - 1)) >> PERIOD.ilog2()) * PLACES).named("intervals");
         Self {
             k,
             source,
@@ -154,66 +177,95 @@ impl<'a> Forward<'a> {
             initial,
             tile,
             intervals,
-            drive: k.shared(Element::F32, 2 * INTERVAL * ROW),
-            groups: k.shared(Element::F32, 2 * INTERVAL * ROW),
+            drive: k.shared(Element::F32, PLACES * INTERVAL * ROW),
+            groups: k.shared(Element::F32, PLACES * INTERVAL * ROW),
             sums: k.shared(Element::F32, 2 * INTERVAL * SUMS_ROW),
-            begins: form.documents.then(|| k.shared(Element::U32, 2 * INTERVAL)),
+            begins: form.documents.then(|| k.shared(Element::U32, PLACES * INTERVAL)),
         }
     }
 
-    /// What the scanning warps do.
+    /// Waits for the whole block: scanning and serving warps meet here, each from its own part of the text.
+    fn meet(&self) {
+        self.k.meet(1, SCANNERS + SERVERS);
+    }
+
+    /// What the scanning warps do: in round r they scan interval r − 2.
     fn scan(&self) {
         let (k, tile) = (self.k, &self.tile);
-        let rates = tile.rates(self.a);
-        let states = tile.zeros();
+        let lane = Lane::new(self);
+        let rates = lane.load_states(self, self.a, k.constant(0u32)).map(|rate| rate * std::f32::consts::LOG2_E);
+        let decays = |drive: Drive<'a>| rates.map(|rate| (drive[0] * rate).exp2_flushed());
+        let states = [0; HELD].map(|_| k.variable(0.0f32));
         if let Some(initial) = self.initial {
-            serial::set(&states, tile.load_states(initial, tile.row, tile.channels.gt(0)));
+            for (state, value) in states.iter().zip(lane.load_states(self, initial, tile.row)) {
+                state.set(value);
+            }
         }
-        // The place among the sums of a state pair turns with the state pair, so that lanes do not share banks.
-        let turned = tile.channel_pair ^ ((tile.state_pair >> 1) * 2);
-        let own_sum = tile.state_pair.mad(16u32, turned * 2).named("own_sum");
         let chunks = ((tile.time + (CHUNK - 1)) >> CHUNK.ilog2()).named("chunks");
-        tile.meet();
-        k.for_(0u32, self.intervals, 1u32, |interval| {
+        const PER_CHUNK: u32 = CHUNK / INTERVAL;
+        // A whole number of chunks makes a row's intervals.
+        const { assert!(PER_CHUNK.is_multiple_of(PLACES)) };
+        let save = |interval: Value<'a, U32>| {
             if let Some(chunk_states) = self.chunk_states {
-                // A multiple of two intervals, so that the interval that makes the row's even begins no chunk.
-                const PER_CHUNK: u32 = CHUNK / INTERVAL;
-                k.if_((interval & (PER_CHUNK - 1)).eq(0), || {
-                    let outer = tile.row.mad(chunks, interval >> PER_CHUNK.ilog2());
-                    tile.store_states(chunk_states, outer, &serial::values(&states));
-                });
+                let outer = tile.row.mad(chunks, interval >> PER_CHUNK.ilog2());
+                lane.store_states(self, chunk_states, outer, states.map(Variable::get));
             }
-            let row = (interval & 1) * INTERVAL;
-            let (drive, groups) = (tile.by_channels(self.drive, row), tile.by_states(self.groups, row));
-            let sums = self.sums.at(row.mad(SUMS_ROW, own_sum));
-            let begins = self.begins.map(|begins| begins.at(row));
-            let mut held = serial::values(&states);
-            let mut ahead = Inputs::load(drive, groups, begins, 0);
-            for group in 0..INTERVAL as usize / GROUP {
-                let now = ahead;
-                let next = (group + 1) * GROUP;
-                // Before this group's results are written: the reads of the next may not pass those.
-                ahead = if next < INTERVAL as usize { Inputs::load(drive, groups, begins, next) } else { Vec::new() };
-                let mut results = Vec::new();
-                for inputs in &now {
-                    let begins = inputs.begins.map(|begins| begins.ne(0));
-                    let [b0, b1, c0, c1] = inputs.groups;
-                    held = serial::advance(&rates, &serial::reset(begins, held), inputs.drive, [b0, b1]);
-                    results.push(held.map(|[first, second]| second.fma(c1, first * c0)));
+        };
+        k.if_(self.intervals.gt(0), || save(k.constant(0u32)));
+        self.meet();
+        self.meet();
+        // What the next steps need, in variables from interval to interval.
+        let start = lane.places(self);
+        let drive: VecDeque<_> = (0..DRIVE_AHEAD as u32).map(|step| start.drive(step)).collect();
+        let groups = (0..GROUPS_AHEAD as u32).map(|step| start.groups(step)).collect();
+        let first = Ahead { decays: decays(drive[0]), drive, groups };
+        let carried = Carried::new(k, &first);
+        k.for_(0u32, self.intervals, 1u32, |interval| {
+            let (here, after) = (start.of(interval), start.of(interval + 1));
+            let of = |step: u32| if step < INTERVAL { (here, step) } else { (after, step - INTERVAL) };
+            let sums = self.sums.at(lane.sum).moved((interval & 1) * (INTERVAL * SUMS_ROW * 4));
+            let mut held = states.map(Variable::get);
+            let mut ahead = carried.get();
+            let mut result = None;
+            for step in 0..INTERVAL {
+                // Reads do not pass writes, as far as the assembler knows: what is written step by step keeps the reads, and
+                // the exponentials that follow from them, apart.
+                let write = |(step, result): (u32, Value<'a, F32>)| sums.plus(i64::from(step * SUMS_ROW)).store(result);
+                result.map(write);
+                let (places, next) = of(step + DRIVE_AHEAD as u32);
+                ahead.drive.push_back(places.drive(next));
+                let (places, next) = of(step + GROUPS_AHEAD as u32);
+                ahead.groups.push_back(places.groups(next));
+                let now = ahead.next(|drive| decays(drive));
+                if let Some(begins) = now.groups.begins {
+                    let begins = begins.ne(0);
+                    held = held.map(|state| begins.select::<F32>(0.0, state));
                 }
-                for (index, results) in results.iter().enumerate() {
-                    let step = (group * GROUP + index) as i64;
-                    sums.plus(step * i64::from(SUMS_ROW)).store_vector(results);
+                let Groups { b, c, .. } = now.groups;
+                held = std::array::from_fn(|n| now.decays[n].fma(held[n], now.driven * b[n]));
+                let sum = (1..HELD).fold(held[0] * c[0], |sum, n| held[n].fma(c[n], sum));
+                result = Some((step, sum));
+                if step == INTERVAL - 1 {
+                    result.map(write);
                 }
             }
-            serial::set(&states, held);
-            tile.meet();
+            carried.set(&ahead);
+            for (state, value) in states.iter().zip(held) {
+                state.set(value);
+            }
+            let next = interval + 1;
+            if self.chunk_states.is_some() {
+                k.if_((next & (PER_CHUNK - 1)).eq(0) & next.lt(self.intervals), || save(next));
+            }
+            self.meet();
         });
-        tile.store_states(self.last_state, tile.row, &serial::values(&states));
-        tile.meet();
+        lane.store_states(self, self.last_state, tile.row, states.map(Variable::get));
+        self.meet();
+        self.meet();
     }
 
-    /// What the serving warps do: in round r they finish interval r − 2, prepare interval r and read interval r + 2.
+    /// What the serving warps do: in round r they finish interval r − 3 and prepare interval r; before every second round they
+    /// send for the intervals of the two rounds after it.
     fn serve(&self) {
         let (k, tile) = (self.k, &self.tile);
         let tracks = Tracks {
@@ -225,74 +277,99 @@ impl<'a> Forward<'a> {
             c: tile.track(self.c, tile.c),
         };
         let (bias, d) = (tile.own_of(self.bias), tile.own_of(self.d));
-        // The place among the sums, by how far it is turned.
-        let own_sums = [0u32, 2, 4, 6].map(|turn| tile.slot.mad(SUMS_ROW, (tile.pair ^ turn) * 2));
-        // Of even and odd rounds each, the steps that this thread stands for.
-        let items: [Vec<Item<'a>>; 2] =
-            std::array::from_fn(|_| (0..INTERVAL / SLOTS).map(|_| Item::new(self)).collect());
-        for (odd, items) in (0u32..).zip(&items) {
-            for (index, item) in (0u32..).zip(items) {
-                item.raw.load(self, &tracks, tile.slot + (odd * INTERVAL + index * SLOTS));
+        let slot = ((k.thread() - SCANNERS) >> 3).named("slot");
+        let served = |memory: Shared<'a>, row: u32| memory.at(slot.mad(row, tile.pair * 4));
+        let places = Served {
+            drive: served(self.drive, ROW),
+            groups: served(self.groups, ROW),
+            sums: self.sums.at(slot.mad(SUMS_ROW, tile.pair * PAIR as u32)),
+            begins: self.begins.map(|begins| begins.at(slot)),
+        };
+        const ITEMS: u32 = INTERVAL / SLOTS;
+        // What is on its way for two intervals; of every place for an interval, what its steps are finished with.
+        let raw: Vec<Raw<'a>> = (0..2 * ITEMS).map(|_| Raw::new(self)).collect();
+        let kept: Vec<Kept<'a>> = (0..PLACES * ITEMS).map(|_| Kept::new(self)).collect();
+        let load = |first: Value<'a, U32>| {
+            for (index, raw) in (0u32..).zip(&raw) {
+                raw.load(self, &tracks, first + index * SLOTS);
             }
-        }
-        // Two rounds at a time: what is on its way stays in the registers that it was sent to.
-        k.for_(0u32, self.intervals + 2, 2u32, |even| {
-            for (odd, items) in (0u32..).zip(&items) {
-                let first = even.mad(INTERVAL, tile.slot + odd * INTERVAL);
-                let row = odd * INTERVAL;
-                k.if_(even.ge(2), || {
-                    for (index, item) in (0u32..).zip(items) {
-                        let step = first + (index * SLOTS) - 2 * INTERVAL;
-                        let sums = i64::from((row + index * SLOTS) * SUMS_ROW);
-                        self.finish(&tracks, step, own_sums.map(|own| self.sums.at(own).plus(sums)), item, d);
+        };
+        load(slot);
+        k.for_(0u32, self.intervals + PLACES, PLACES, |round| {
+            let first = round.mad(INTERVAL, slot);
+            for half in 0..PLACES / 2 {
+                // All reads share a scoreboard, which counts but does not tell them apart: whoever waits for one waits for all
+                // that have been sent. So what arrived is taken once in two rounds, and the next reads leave at once.
+                let taken: Vec<Raw<'a>> = raw.iter().map(|raw| raw.copied(k)).collect();
+                load(first + (2 * half + 2) * INTERVAL);
+                for odd in 0..2 {
+                    let place = 2 * half + odd;
+                    let finished = (place + 1) % PLACES;
+                    let items = |place: u32| (0..ITEMS).map(move |item| (place * ITEMS + item, item * SLOTS));
+                    let finish = || {
+                        for (index, row) in items(finished) {
+                            let step = first + (place * INTERVAL + row) - 3 * INTERVAL;
+                            let sums = places.sums.plus(i64::from((finished % 2 * INTERVAL + row) * SUMS_ROW));
+                            self.finish(&tracks, step, sums, &kept[index as usize], d);
+                        }
+                    };
+                    if place < PLACES - 1 {
+                        k.if_(round.ge(PLACES), finish);
+                    } else {
+                        finish();
                     }
-                });
-                for (index, item) in (0u32..).zip(items) {
-                    let step = first + index * SLOTS;
-                    self.prepare(step, row + index * SLOTS, &item.raw, bias);
-                    item.input.set(&item.raw.input);
-                    if let (Some(kept), Some(gate)) = (&item.gate, &item.raw.gate) {
-                        kept.set(gate);
+                    for (index, row) in items(place) {
+                        let raw = &taken[(odd * ITEMS + row / SLOTS) as usize];
+                        self.prepare(first + (place * INTERVAL + row), &places, place * INTERVAL + row, raw, bias);
+                        kept[index as usize].set(raw);
                     }
-                    item.raw.load(self, &tracks, step + 2 * INTERVAL);
+                    self.meet();
                 }
-                tile.meet();
             }
         });
     }
 
-    /// Puts what the scan needs of a step into shared memory.
-    fn prepare(&self, step: Value<'a, U32>, row: u32, raw: &Raw<'a>, bias: [Value<'a, F32>; PAIR]) {
+    /// Puts what the scan needs of a step into shared memory, `row` steps after the first place.
+    fn prepare(
+        &self,
+        step: Value<'a, U32>,
+        places: &Served<'a>,
+        row: u32,
+        raw: &Raw<'a>,
+        bias: [Value<'a, F32>; PAIR],
+    ) {
         let (k, tile) = (self.k, &self.tile);
         let exists = step.lt(tile.time);
         let (u, delta) = (raw.input.get(), raw.delta.get());
         let sizes = [0, 1].map(|channel| tile.step_size(delta[channel], bias[channel], exists));
-        tile.served(self.drive, row).store_vector(&[sizes[0], sizes[0] * u[0], sizes[1], sizes[1] * u[1]]);
+        let moved = i64::from(row * ROW);
+        places.drive.plus(moved).store_vector(&[sizes[0], sizes[0] * u[0], sizes[1], sizes[1] * u[1]]);
         let ([b0, b1], [c0, c1]) = (raw.b.get(), raw.c.get());
-        tile.served(self.groups, row).store_vector(&[b0, b1, c0, c1]);
-        if let (Some(begins), Some(flag)) = (self.begins, raw.begins) {
-            k.if_(tile.pair.eq(0), || begins.at(tile.slot).plus(i64::from(row)).store_u32(flag.get()));
+        places.groups.plus(moved).store_vector(&[b0, b1, c0, c1]);
+        if let (Some(begins), Some(start)) = (places.begins, raw.document_start) {
+            let begins = begins.plus(i64::from(row));
+            k.if_(tile.pair.eq(0), || begins.store_u32(start.get().eq(step).select::<U32>(1u32, 0u32)));
         }
     }
 
-    /// Writes the output of a step from what the scan left at `sums` (by how far the place is turned).
+    /// Writes the output of a step from what the scan left at `sums`.
     fn finish(
         &self,
         tracks: &Tracks<'a>,
         step: Value<'a, U32>,
-        sums: [Address<'a>; 4],
-        item: &Item<'a>,
+        sums: Address<'a>,
+        kept: &Kept<'a>,
         d: [Value<'a, F32>; PAIR],
     ) {
         let tile = &self.tile;
         let parts: Vec<[Value<'a, F32>; PAIR]> =
-            (0..STATES as usize / PAIR).map(|pair| sums[pair / 2].plus(pair as i64 * 16).load_vector()).collect();
+            (0..PARTS).map(|part| sums.plus(i64::from(part * TILE)).load_vector()).collect();
         let mut y = tree_sum(&parts);
         if self.d.is_some() {
-            let u = item.input.get();
+            let u = kept.input.get();
             y = [0, 1].map(|channel| d[channel].fma(u[channel], y[channel]));
         }
-        if let Some(gate) = &item.gate {
+        if let Some(gate) = &kept.gate {
             let z = gate.get();
             y = [0, 1].map(|channel| y[channel] * (z[channel] * z[channel].sigmoid_flushed()));
         }
@@ -312,23 +389,168 @@ pub(super) fn tree_sum<'a, const N: usize>(parts: &[[Value<'a, F32>; N]]) -> [Va
     }
 }
 
-/// What a scanning lane reads of a step.
-struct Inputs<'a> {
-    drive: [Value<'a, F32>; 4],
-    groups: [Value<'a, F32>; 4],
+/// The values of a scanning lane's states.
+type Held<'a> = [Value<'a, F32>; HELD];
+/// Δ and Δu of a lane's channel at a step.
+type Drive<'a> = [Value<'a, F32>; 2];
+
+/// Which channel and states a scanning lane holds. A warp has all channels of two parts of the states; neighbours share a
+/// channel, lanes at distance two a part, so that wide reads of shared memory share their passes.
+struct Lane<'a> {
+    channel: Value<'a, U32>,
+    part: Value<'a, U32>,
+    /// Its place among the sums of a step.
+    sum: Value<'a, U32>,
+}
+
+impl<'a> Lane<'a> {
+    fn new(forward: &Forward<'a>) -> Self {
+        let k = forward.k;
+        let channel = ((k.thread() >> 1) & (TILE - 1)).named("channel");
+        let part = (((k.thread() >> 5) << 1) | (k.thread() & 1)).named("part");
+        Self { channel, part, sum: part.mad(TILE, channel).named("own_sum") }
+    }
+
+    /// The place of its states in a `[…, channels, states]` tensor whose outer index is `outer`.
+    fn states(&self, forward: &Forward<'a>, memory: Global<'a>, outer: Value<'a, U32>) -> Address<'a> {
+        let tile = &forward.tile;
+        let channel = tile.tile.mad(TILE, self.channel);
+        memory.from_row(outer, tile.channels * STATES).at(channel.mad(STATES, self.part * HELD as u32))
+    }
+
+    fn load_states(&self, forward: &Forward<'a>, memory: Global<'a>, outer: Value<'a, U32>) -> Held<'a> {
+        self.states(forward, memory, outer).load_vector()
+    }
+
+    fn store_states(&self, forward: &Forward<'a>, memory: Global<'a>, outer: Value<'a, U32>, states: Held<'a>) {
+        self.states(forward, memory, outer).store_vector(&states);
+    }
+
+    /// Its places in the inputs of the first interval.
+    fn places(&self, forward: &Forward<'a>) -> Places<'a> {
+        Places {
+            drive: forward.drive.at(self.channel * 2),
+            groups: forward.groups.at(self.part * (2 * HELD) as u32),
+            begins: forward.begins.map(|begins| begins.first()),
+        }
+    }
+}
+
+/// A scanning lane's places in an interval.
+#[derive(Clone, Copy)]
+struct Places<'a> {
+    drive: Address<'a>,
+    groups: Address<'a>,
+    begins: Option<Address<'a>>,
+}
+
+impl<'a> Places<'a> {
+    /// Those in another interval, from those in the first.
+    fn of(self, interval: Value<'a, U32>) -> Self {
+        let place = interval & (PLACES - 1);
+        let rows = place * (INTERVAL * ROW * 4);
+        Self {
+            drive: self.drive.moved(rows),
+            groups: self.groups.moved(rows),
+            begins: self.begins.map(|begins| begins.moved(place * (INTERVAL * 4))),
+        }
+    }
+
+    fn drive(&self, step: u32) -> Drive<'a> {
+        self.drive.plus(i64::from(step * ROW)).load_vector()
+    }
+
+    fn groups(&self, step: u32) -> Groups<'a> {
+        let pairs: [[Value<'a, F32>; 4]; HELD / PAIR] =
+            std::array::from_fn(|pair| self.groups.plus(i64::from(step * ROW) + 4 * pair as i64).load_vector());
+        Groups {
+            b: std::array::from_fn(|n| pairs[n / PAIR][n % PAIR]),
+            c: std::array::from_fn(|n| pairs[n / PAIR][PAIR + n % PAIR]),
+            begins: self.begins.map(|begins| begins.plus(i64::from(step)).load_u32()),
+        }
+    }
+}
+
+/// B and C of a scanning lane's states, and whether the step begins a document.
+#[derive(Clone, Copy)]
+struct Groups<'a> {
+    b: Held<'a>,
+    c: Held<'a>,
     begins: Option<Value<'a, U32>>,
 }
 
-impl<'a> Inputs<'a> {
-    fn load(drive: Address<'a>, groups: Address<'a>, begins: Option<Address<'a>>, first: usize) -> Vec<Self> {
-        let row = i64::from(ROW);
-        (first..first + GROUP)
-            .map(|step| Self {
-                drive: drive.plus(step as i64 * row).load_vector(),
-                groups: groups.plus(step as i64 * row).load_vector(),
-                begins: begins.map(|begins| begins.plus(step as i64).load_u32()),
-            })
-            .collect()
+/// What a scanning lane has of the steps before it: the decays of the next one, Δ and Δu, and B and C, from the next one on.
+struct Ahead<'a> {
+    decays: Held<'a>,
+    drive: VecDeque<Drive<'a>>,
+    groups: VecDeque<Groups<'a>>,
+}
+
+/// What a step needs.
+struct Now<'a> {
+    decays: Held<'a>,
+    driven: Value<'a, F32>,
+    groups: Groups<'a>,
+}
+
+impl<'a> Ahead<'a> {
+    /// Takes the next step; computes the decays of the one after it.
+    fn next(&mut self, decays: impl FnOnce(Drive<'a>) -> Held<'a>) -> Now<'a> {
+        let (Some([_, driven]), Some(groups)) = (self.drive.pop_front(), self.groups.pop_front()) else {
+            unreachable!("steps were read ahead")
+        };
+        let next = decays(self.drive[0]);
+        Now { decays: std::mem::replace(&mut self.decays, next), driven, groups }
+    }
+
+    /// In the order in which [`Carried::get`] takes them.
+    fn numbers(&self) -> impl Iterator<Item = Value<'a, F32>> {
+        let groups = self.groups.iter().flat_map(|groups| groups.b.into_iter().chain(groups.c));
+        self.decays.into_iter().chain(self.drive.iter().flatten().copied()).chain(groups)
+    }
+
+    fn begins(&self) -> impl Iterator<Item = Value<'a, U32>> {
+        self.groups.iter().filter_map(|groups| groups.begins)
+    }
+}
+
+/// The same in variables.
+struct Carried<'a> {
+    numbers: Vec<Variable<'a, F32>>,
+    begins: Vec<Variable<'a, U32>>,
+}
+
+impl<'a> Carried<'a> {
+    fn new(k: &'a Assembler, ahead: &Ahead<'a>) -> Self {
+        Self {
+            numbers: ahead.numbers().map(|value| k.variable(value)).collect(),
+            begins: ahead.begins().map(|value| k.variable(value)).collect(),
+        }
+    }
+
+    fn set(&self, ahead: &Ahead<'a>) {
+        for (variable, value) in self.numbers.iter().zip(ahead.numbers()) {
+            variable.set(value);
+        }
+        for (variable, value) in self.begins.iter().zip(ahead.begins()) {
+            variable.set(value);
+        }
+    }
+
+    fn get(&self) -> Ahead<'a> {
+        let mut numbers = self.numbers.iter();
+        let mut begins = self.begins.iter();
+        let mut next = || match numbers.next() {
+            Some(variable) => variable.get(),
+            None => unreachable!("there are as many as were set"),
+        };
+        let decays = std::array::from_fn(|_| next());
+        let drive = (0..DRIVE_AHEAD).map(|_| std::array::from_fn(|_| next())).collect();
+        let groups = (0..GROUPS_AHEAD).map(|_| {
+            let (b, c) = (std::array::from_fn(|_| next()), std::array::from_fn(|_| next()));
+            Groups { b, c, begins: begins.next().map(|begins| begins.get()) }
+        });
+        Ahead { decays, drive, groups: groups.collect() }
     }
 }
 
@@ -342,19 +564,32 @@ struct Tracks<'a> {
     c: Track<'a>,
 }
 
-/// What a serving lane keeps of a step of every second interval.
-struct Item<'a> {
-    raw: Raw<'a>,
-    /// The input and the gate, until the step is finished.
+/// A serving lane's first places in shared memory.
+struct Served<'a> {
+    drive: Address<'a>,
+    groups: Address<'a>,
+    sums: Address<'a>,
+    begins: Option<Address<'a>>,
+}
+
+/// What a serving lane keeps of a step until it is finished.
+struct Kept<'a> {
     input: Stored<'a>,
     gate: Option<Stored<'a>>,
 }
 
-impl<'a> Item<'a> {
+impl<'a> Kept<'a> {
     fn new(forward: &Forward<'a>) -> Self {
         let form = forward.source.scan;
         let stored = || Stored::new(forward.k, form.element);
-        Self { raw: Raw::new(forward), input: stored(), gate: form.gate.then(stored) }
+        Self { input: stored(), gate: form.gate.then(stored) }
+    }
+
+    fn set(&self, raw: &Raw<'a>) {
+        self.input.set(&raw.input);
+        if let (Some(kept), Some(gate)) = (&self.gate, &raw.gate) {
+            kept.set(gate);
+        }
     }
 }
 
@@ -365,7 +600,8 @@ struct Raw<'a> {
     gate: Option<Stored<'a>>,
     b: Stored<'a>,
     c: Stored<'a>,
-    begins: Option<Variable<'a, U32>>,
+    /// The first step of the step's document; compared where it is wanted, since a comparison waits.
+    document_start: Option<Variable<'a, U32>>,
 }
 
 impl<'a> Raw<'a> {
@@ -378,7 +614,19 @@ impl<'a> Raw<'a> {
             gate: form.gate.then(stored),
             b: stored(),
             c: stored(),
-            begins: form.documents.then(|| k.variable(0u32)),
+            document_start: form.documents.then(|| k.variable(0u32)),
+        }
+    }
+
+    /// The same values in registers of their own.
+    fn copied(&self, k: &'a Assembler) -> Self {
+        Self {
+            input: self.input.copied(k),
+            delta: self.delta.copied(k),
+            gate: self.gate.as_ref().map(|gate| gate.copied(k)),
+            b: self.b.copied(k),
+            c: self.c.copied(k),
+            document_start: self.document_start.map(|start| k.variable(start.get())),
         }
     }
 
@@ -391,8 +639,8 @@ impl<'a> Raw<'a> {
         }
         tile.load(&self.b, tracks.b, step);
         tile.load(&self.c, tracks.c, step);
-        if let (Some(begins), Some(document_start)) = (self.begins, forward.document_start) {
-            begins.set(tile.load_begins(document_start, step));
+        if let (Some(start), Some(document_start)) = (self.document_start, forward.document_start) {
+            start.set(tile.load_document_start(document_start, step));
         }
     }
 }

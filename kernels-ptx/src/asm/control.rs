@@ -66,8 +66,8 @@ impl Assembler {
     }
 
     /// The same for warps that come from different places in the text, `threads` in all: warps that share out the work of a
-    /// block. Each such meeting wants an `id` of its own, from 1 to 15. `bar.sync` would not do: it is the aligned form, which
-    /// promises that all who meet execute the same instruction.
+    /// block. Each such meeting wants an `id` of its own, from 1 to 15. `bar.sync` would not do: it is the aligned form, and
+    /// compute-sanitizer's synccheck and the simulator report warps that wait there from different instructions.
     pub fn meet(&self, id: u32, threads: u32) {
         assert!((1..16).contains(&id) && threads.is_multiple_of(32), "barrier {id} of {threads} threads");
         self.emit_effect("barrier.sync", vec![super::print::Piece::text(&format!("{id}, {threads}"))]);

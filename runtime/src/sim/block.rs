@@ -4,8 +4,8 @@
 use super::Fault;
 use super::execute::{Execution, Stop};
 use super::fault::Place;
-use super::program::Program;
-use super::shadow::{LANES, WARPS};
+use super::program::{Op, Program};
+use super::shadow::{LANES, WARPS, Who};
 use super::spaces::{Checked, Memory, OtherThread, Raised};
 use super::warp::{BlockPlace, State, Warp};
 
@@ -136,6 +136,9 @@ impl<'x, 'r> Running<'x, 'r> {
             );
             return Err(Raised::new(0, problem));
         }
+        if waits && barrier.waiting != 0 {
+            self.check_aligned(index, barrier.waiting.trailing_zeros() as usize)?;
+        }
         barrier.wanted = wanted;
         barrier.arrived += 1;
         if waits {
@@ -155,6 +158,27 @@ impl<'x, 'r> Running<'x, 'r> {
             return Ok(true);
         }
         Ok(false)
+    }
+
+    /// Warps may wait at one barrier from different instructions only where none of them is aligned. The instruction set asks
+    /// that of the threads of a warp alone; compute-sanitizer's synccheck calls such threads of a block divergent. Those that
+    /// only arrive are not asked: their instruction is another one than that of those that wait for them. If one who waits
+    /// differs from any other, it differs from the first.
+    fn check_aligned(&mut self, index: usize, first: usize) -> Checked<()> {
+        let [own, other] = [index, first].map(|warp| self.warps[warp].at - 1);
+        let aligned = |at: usize| matches!(self.program.instructions[at].op, Op::Barrier { aligned: true, .. });
+        if own == other || !(aligned(own) || aligned(other)) {
+            return Ok(());
+        }
+        let warp = &mut self.warps[index];
+        warp.at = own;
+        Err(Box::new(Raised {
+            lane: warp.alive.trailing_zeros() as usize & 31,
+            problem: "waits at an aligned barrier from another instruction than others that wait there (barrier.sync without \
+                      .aligned allows that): "
+                .to_owned(),
+            other: Some(OtherThread { who: Who::new(other, first, false), phase: None }),
+        }))
     }
 
     /// The fault of warps that wait for others which never come.

@@ -478,6 +478,8 @@ pub(super) enum Op {
         id: Slot,
         count: Slot,
         arrive: bool,
+        /// Whether it is the aligned form.
+        aligned: bool,
     },
     WarpBarrier {
         members: Slot,

@@ -872,7 +872,9 @@ impl<'d, 'a> Decoder<'d, '_, 'a> {
             let [members] = self.operands()?;
             return Ok(Op::WarpBarrier { members: self.to.word(members)? });
         }
-        q.ignore(&["cta", "aligned"]);
+        q.ignore(&["cta"]);
+        // `bar` is short for the aligned form of `barrier`.
+        let aligned = q.takes("aligned") || q.name == "bar";
         let arrive = match q.choose(&[("sync", false), ("arrive", true)]) {
             Some(arrive) => arrive,
             None => return Err("the simulator knows bar.sync, bar.arrive and bar.warp.sync".to_owned()),
@@ -884,7 +886,7 @@ impl<'d, 'a> Decoder<'d, '_, 'a> {
         };
         let id = self.to.word(id)?;
         let count = count.map_or(Ok(NO_SLOT), |count| self.to.word(count))?;
-        Ok(Op::Barrier { id, count, arrive })
+        Ok(Op::Barrier { id, count, arrive, aligned })
     }
 
     fn shuffle(&mut self, q: &mut Qualifiers<'a>) -> Decoded<Op> {

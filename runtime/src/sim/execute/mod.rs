@@ -100,7 +100,7 @@ impl Execution<'_, '_> {
                     self.warp.at = at + 1;
                     continue;
                 }
-                Op::Barrier { id, count, arrive } => {
+                Op::Barrier { id, count, arrive, aligned: _ } => {
                     let stop = self.barrier(lanes, id, count, arrive)?;
                     self.warp.at = at + 1;
                     return Ok(stop);

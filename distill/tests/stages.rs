@@ -297,6 +297,30 @@ fn schedules_that_cannot_be_are_named() {
 }
 
 #[test]
+fn mixers_that_the_device_does_not_run_are_refused_before_any_work() {
+    let workshop = Workshop::new();
+    // Heads of 128 dimensions; no weights of that size are read.
+    let config = workshop.path("teacher").join("config.json");
+    let mut source: Value = serde_json::from_slice(&fs::read(&config).unwrap()).unwrap();
+    source["head_dim"] = 128.into();
+    fs::write(&config, source.to_string()).unwrap();
+    let whole = ["--init", "whole_head", "--device", "sim", "--steps", "2"];
+    let ranked = [&whole[..], &["--schedule", "2", "--rank", "loo"]].concat();
+    let (teacher, data, out) = (workshop.path("teacher"), workshop.path("train.jsonl"), workshop.path("run"));
+    let rank = ["rank", text(&teacher), "--method", "mmr", "--data", text(&data), "--out", text(&out)];
+    for message in [
+        fail(&borrowed(&workshop.distill("run", &whole))),
+        fail(&borrowed(&arguments(&workshop, "run", &ranked))),
+        fail(&[&rank[..], &whole].concat()),
+    ] {
+        let expected = "sim scans channels of at most 64 states, and new mixers would have 128, as many as a head has \
+                        dimensions (--init whole_head, model.init): use another --init, or --device cpu";
+        assert!(message.contains(expected), "{message}");
+    }
+    assert!(!out.exists() || files_below(&out).is_empty(), "{:?}", files_below(&out).keys());
+}
+
+#[test]
 fn a_dry_run_prints_the_plan_and_writes_nothing() {
     let workshop = Workshop::new();
     let mut more = STAGES.to_vec();

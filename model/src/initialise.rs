@@ -5,6 +5,7 @@
 
 use std::path::PathBuf;
 
+use autograd::ops::MOST_GPU_STATES;
 use autograd::{DType, Parameter, Parameters, Tensor};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -98,9 +99,12 @@ fn too_large(spec: &ParameterSpec, error: &autograd::Error) -> Error {
 ///
 /// # Errors
 /// [`Error::Graft`] for a layer that does not exist, is named twice, or has no attention in base or teacher; for head
-/// sizes that `d_state` does not divide; for a teacher of another geometry.
+/// sizes that `d_state` does not divide; for a teacher of another geometry; for more states than the teacher's device scans.
 pub fn graft(base: &Model, teacher: &Model, layers: &[usize], options: &GraftOptions) -> Result<Model> {
     check_layers(base, teacher, layers)?;
+    if !layers.is_empty() {
+        check_states(&base.config, options.start, &teacher_device(teacher))?;
+    }
     let config = hybrid_config(&base.config, layers, options.start);
     if let Some(geometry) = &config.mamba {
         check_geometry(&config, geometry)?;
@@ -130,6 +134,28 @@ pub fn hybrid_config(base: &ModelConfig, layers: &[usize], start: Start) -> Mode
     }
     config.mamba = Some(base.mamba.clone().unwrap_or_else(|| default_geometry(base, start)));
     config
+}
+
+/// That a device runs the mixers that a graft on `base` makes: GPUs scan at most [`MOST_GPU_STATES`] states of a channel.
+///
+/// # Errors
+/// [`Error::Graft`] for more.
+pub fn check_states(base: &ModelConfig, start: Start, device: &Device) -> Result<()> {
+    let (states, advice) = match &base.mamba {
+        Some(geometry) => (geometry.d_state, "like those that the model has (ssm_cfg.d_state): use --device cpu"),
+        None => (
+            default_geometry(base, start).d_state,
+            "as many as a head has dimensions (--init whole_head, model.init): use another --init, or --device cpu",
+        ),
+    };
+    if device.is_cpu() || states <= MOST_GPU_STATES {
+        return Ok(());
+    }
+    Err(Error::Graft {
+        message: format!(
+            "{device} scans channels of at most {MOST_GPU_STATES} states, and new mixers would have {states}, {advice}"
+        ),
+    })
 }
 
 /// Which of `layers` have biases in the teacher's attention that are not zero. A graft loses them: the mixer's projections
@@ -605,5 +631,29 @@ mod tests {
         assert!(message(&[1, 1]).contains("layer 1 is named twice"));
         let hybrid = graft(&teacher, &teacher, &[1], &options).unwrap();
         assert!(graft(&hybrid, &teacher, &[1], &options).unwrap_err().to_string().contains("no attention to replace"));
+    }
+
+    #[test]
+    fn states_that_gpus_do_not_scan_are_refused_before_anything_runs() {
+        let (cpu, sim) = (Device::cpu(), "sim".parse::<Device>().unwrap());
+        let teacher = |head_size, device: &Device| Model::random(config(4, 2, head_size), 7, device).unwrap();
+        let on = |teacher: &Model, base: &Model, layer, start| {
+            graft(base, teacher, &[layer], &GraftOptions { seed: 3, start })
+        };
+        let (fits, wide) = (teacher(MOST_GPU_STATES, &sim), teacher(2 * MOST_GPU_STATES, &sim));
+        on(&fits, &fits, 1, Start::WholeHead).unwrap();
+        on(&wide, &wide, 1, Start::IdentityConvolution).unwrap();
+        let message = on(&wide, &wide, 1, Start::WholeHead).unwrap_err().to_string();
+        let expected = format!(
+            "cannot graft: sim scans channels of at most {MOST_GPU_STATES} states, and new mixers would have {}, as many as \
+             a head has dimensions (--init whole_head, model.init): use another --init, or --device cpu",
+            2 * MOST_GPU_STATES
+        );
+        assert_eq!(message, expected);
+        let wide = teacher(2 * MOST_GPU_STATES, &cpu);
+        let hybrid = on(&wide, &wide, 1, Start::WholeHead).unwrap();
+        // What is a hybrid already keeps its geometry, whatever the start.
+        let message = check_states(&hybrid.config, Start::Paper, &sim).unwrap_err().to_string();
+        assert!(message.ends_with("like those that the model has (ssm_cfg.d_state): use --device cpu"), "{message}");
     }
 }

@@ -47,7 +47,8 @@ pub use rms_norm::{rms_norm, rms_norm_residual};
 pub use rope::{RotaryScaling, RotaryTable, rope};
 pub use sampling::{NO_TOKEN, SamplingOptions, argmax, argmax_into, sample, sample_into};
 pub use selective_scan::{
-    ScanInputs, ScanOutput, ScanStepInputs, ScanWay, selective_scan, selective_scan_by, selective_scan_step,
+    MOST_GPU_STATES, ScanInputs, ScanOutput, ScanStepInputs, ScanWay, selective_scan, selective_scan_by,
+    selective_scan_step,
 };
 pub use swiglu::swiglu;
 pub use top_log_probabilities::TopLogProbabilities;

@@ -24,7 +24,7 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
 use model::chat::ChatTemplate;
 use model::config::{MixerKind, ModelConfig};
-use model::initialise::GraftOptions;
+use model::initialise::{GraftOptions, check_states};
 use model::tokenizer::Tokenizer;
 use model::{Model, Precision};
 use runtime::Device;
@@ -281,6 +281,10 @@ pub fn run(
     config.check()?;
     let device: Device = config.device.parse()?;
     let layers = layers_to_rank(config)?;
+    // The other methods make new mixers.
+    if config.method != Method::Loo {
+        check_states(&ModelConfig::read(&config.model)?, config.graft_options().start, &device)?;
+    }
     let tokenizer = Tokenizer::load(&config.model)?;
     let tokenizer_hash = tokenizer_hash(&config.model)?;
     let template = ChatTemplate::load(&config.model)?;

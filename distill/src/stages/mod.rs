@@ -19,7 +19,7 @@ use anyhow::{Context, Result, bail, ensure};
 use autograd::DType;
 use model::architecture::parameter_specs;
 use model::config::{MixerKind, ModelConfig};
-use model::initialise::hybrid_config;
+use model::initialise::{check_states, hybrid_config};
 use serde::{Deserialize, Serialize};
 
 pub use plan::{Plan, PlannedStage, plan};
@@ -166,11 +166,14 @@ pub(crate) fn mamba_layers(model: &ModelConfig) -> Vec<usize> {
     (0..model.mixers.len()).filter(|&layer| model.mixers[layer] == MixerKind::Mamba).collect()
 }
 
-/// That the first model has what the schedule asks for; later stages follow from it.
+/// That the first model has what the schedule asks for, and that the device runs what comes of it; later stages follow from it.
 fn check_schedule(config: &RunConfig) -> Result<()> {
     let teacher = config.model.teacher.as_ref().context("model.teacher is missing")?;
     let teacher = ModelConfig::read(teacher)?;
     let base = ModelConfig::read(&base_of(config, Path::new(""), 1)?)?;
+    if !config.stages.schedule.is_empty() {
+        check_states(&base, config.model.init.start().unwrap_or_default(), &config.device.parse()?)?;
+    }
     let mut done = mamba_layers(&base);
     let most = done.len() + base.count_mixers(MixerKind::Attention);
     let mut count = done.len();

@@ -171,6 +171,11 @@ fn distillation(
     let teacher_folder = given(section.teacher.as_ref(), "model.teacher")?;
     let teacher_config = ModelConfig::read(teacher_folder)?;
     check_layers(section, &teacher_config)?;
+    let options = GraftOptions { seed: config.training.seed, start: section.init.start().unwrap_or_default() };
+    if !section.layers.is_empty() {
+        let base = section.student.as_deref().map(ModelConfig::read).transpose()?;
+        initialise::check_states(base.as_ref().unwrap_or(&teacher_config), options.start, device)?;
+    }
     memory::check(config, &teacher_config, device)?;
     if let Some(student_folder) = &section.student {
         check_vocabularies(teacher_folder, student_folder)?;
@@ -182,7 +187,6 @@ fn distillation(
     let teacher = load(teacher_folder, device, precision, "teacher", interruption)?;
     hashes.insert("teacher".to_owned(), model_hash(teacher_folder, interruption)?);
     interruption.check()?;
-    let options = GraftOptions { seed: config.training.seed, start: section.init.start().unwrap_or_default() };
     let student = match &section.student {
         None => initialise::graft(&teacher, &teacher, &section.layers, &options)?,
         Some(folder) => {

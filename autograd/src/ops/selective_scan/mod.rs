@@ -9,6 +9,9 @@ use crate::{Error, Result, Tape, Tensor, Var, check};
 
 const OPERATOR: &str = "selective_scan";
 
+/// The most states of a channel that GPUs have kernels for; the CPU scans any number.
+pub const MOST_GPU_STATES: usize = kernels_ptx::kernels::selective_scan::MOST_STATES as usize;
+
 /// What a scan reads. Channels `d`, groups `g`, states `n`.
 #[derive(Clone, Copy, Debug)]
 pub struct ScanInputs<'a> {
@@ -53,7 +56,7 @@ pub struct ScanOutput {
 ///
 /// # Errors
 /// Shape errors that name the argument; groups that do not divide the channels; an initial state together with
-/// document starts; on GPUs more than 64 states, or none.
+/// document starts; on GPUs more than [`MOST_GPU_STATES`] states, or none.
 pub fn selective_scan(tape: &Tape<'_>, inputs: ScanInputs<'_>) -> Result<ScanOutput> {
     scan(tape, inputs, None)
 }

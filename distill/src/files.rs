@@ -4,9 +4,10 @@
 //! reader sees under the final name is therefore complete, whenever the process dies; after a power loss too, as far as
 //! the file system keeps its promises.
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufWriter, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::process;
 
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
@@ -24,14 +25,7 @@ const PARTIAL: &str = ".partial";
 /// Those of `write`, as they are: what it reads may be at fault, not this file. A folder that cannot be written, a full
 /// disk, naming this file.
 pub fn write_file<T>(path: &Path, write: impl FnOnce(&mut Writer) -> Result<T>) -> Result<T> {
-    // A rename would put a file in the place of a device, and of a link what should be behind it.
-    let real = match fs::metadata(path) {
-        Ok(metadata) if !metadata.is_file() && !metadata.is_dir() => {
-            bail!("{} is no file that can be replaced: name another", path.display())
-        }
-        Ok(_) => fs::canonicalize(path).map_err(in_writing(path))?,
-        Err(_) => path.to_owned(),
-    };
+    let real = real_path(path)?;
     let path = real.as_path();
     let partial = partial_sibling(path)?;
     let written = fill(&partial, path, write).and_then(|value| {
@@ -43,6 +37,47 @@ pub fn write_file<T>(path: &Path, write: impl FnOnce(&mut Writer) -> Result<T>) 
         let _ = fs::remove_file(&partial);
     }
     written
+}
+
+/// Where a file is to be put: a rename would put it in the place of a device, and of a link what should be behind it.
+fn real_path(path: &Path) -> Result<PathBuf> {
+    match fs::metadata(path) {
+        Ok(metadata) if metadata.is_dir() => {
+            bail!("writing {}: it is a folder: name a file", path.display())
+        }
+        Ok(metadata) if !metadata.is_file() => {
+            bail!("{} is no file that can be replaced: name another", path.display())
+        }
+        Ok(_) => Ok(fs::canonicalize(path).map_err(in_writing(path))?),
+        Err(_) => Ok(path.to_owned()),
+    }
+}
+
+/// That [`write_file`] can write a file, once [`create_parent`] has made its folder: for before the work that it is the result
+/// of. Leaves nothing behind.
+///
+/// # Errors
+/// As [`check_folder`]; a folder or a device of this name.
+pub fn check_file(path: &Path) -> Result<()> {
+    check_folder(parent(&real_path(path)?))
+}
+
+/// That files can be written in a folder, once it is made where it is not there: for before the work that they are the result
+/// of. Leaves nothing behind.
+///
+/// # Errors
+/// A file where a folder should be; one that cannot be written. Both are named.
+pub fn check_folder(path: &Path) -> Result<()> {
+    let there = path.ancestors().find(|folder| folder.exists()).unwrap_or(Path::new("."));
+    if !there.is_dir() {
+        bail!("writing {}: {} is no folder: name another place", path.display(), there.display());
+    }
+    // Permissions do not tell everything: the file system may be read-only or full.
+    let attempt = there.join(format!(".grafter-{}{PARTIAL}", process::id()));
+    let made = OpenOptions::new().write(true).create_new(true).open(&attempt);
+    made.and_then(|_| fs::remove_file(&attempt)).with_context(|| {
+        format!("nothing can be written in {}: name another place, or change its permissions", there.display())
+    })
 }
 
 /// Writes a value as JSON for people to read.
@@ -186,6 +221,14 @@ pub fn create_folder(path: &Path) -> Result<()> {
     fs::create_dir_all(path).with_context(|| format!("making the folder {}", path.display()))
 }
 
+/// Makes the folder that a file is to be in.
+///
+/// # Errors
+/// As [`create_folder`].
+pub fn create_parent(path: &Path) -> Result<()> {
+    create_folder(parent(path))
+}
+
 /// A writer that also computes the SHA-256 of what passes through.
 #[derive(Debug)]
 pub struct HashingWriter<W> {
@@ -321,6 +364,30 @@ mod tests {
         let full = fill_file(Path::new("/dev/full"), |writer| Ok(writer.write_all(&[0; 2 << 20])?)).unwrap_err();
         assert!(format!("{full:#}").starts_with("writing /dev/full: No space left"), "{full:#}");
         assert_eq!(full.downcast_ref::<io::Error>().unwrap().kind(), ErrorKind::StorageFull);
+    }
+
+    #[test]
+    fn places_that_cannot_be_written_are_found_beforehand_and_nothing_is_left() {
+        let folder = tempfile::tempdir().unwrap();
+        let (file, new) = (folder.path().join("file"), folder.path().join("new").join("newer"));
+        fs::write(&file, "old").unwrap();
+        check_file(&file).unwrap();
+        check_file(&new).unwrap();
+        check_folder(&new).unwrap();
+        check_file(Path::new("a name in the current folder")).unwrap();
+        let message = |checked: Result<()>| format!("{:#}", checked.unwrap_err());
+        let of_folder = message(check_file(folder.path()));
+        assert_eq!(of_folder, format!("writing {}: it is a folder: name a file", folder.path().display()));
+        let below = message(check_file(&file.join("deep").join("file")));
+        assert!(below.ends_with(&format!("{} is no folder: name another place", file.display())), "{below}");
+        // Nobody may make files there, not even root.
+        if cfg!(target_os = "linux") {
+            let message = message(check_file(Path::new("/proc/new/file")));
+            assert!(message.starts_with("nothing can be written in /proc: name another place, or "), "{message}");
+        }
+        assert_eq!(fs::read(&file).unwrap(), b"old");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+        assert!(fs::read_dir(".").unwrap().all(|entry| !is_partial(&entry.unwrap().path())));
     }
 
     #[test]

@@ -12,7 +12,7 @@ use model::tokenizer::Tokenizer;
 use model::{Model, TokenBatch};
 use runtime::Device;
 use serde_json::{Value, json};
-use support::{Workshop, fail, run, succeed, text};
+use support::{Workshop, fail, files_below, run, succeed, text};
 
 fn write_lines(path: &Path, lines: &[Value]) {
     let lines: Vec<String> = lines.iter().map(Value::to_string).collect();
@@ -180,4 +180,35 @@ fn questions_that_are_none_and_flags_that_make_no_sense_are_named() {
     assert!(refused("generation", "", &["--temperature", "0"]).contains("temperature"));
     let usage = run(&["eval", text(&teacher), "--task", "generation", "--data", "x", "--extract", "regex:("]);
     assert_eq!(usage.status.code(), Some(2));
+}
+
+#[test]
+fn places_that_cannot_be_written_are_named_before_the_work() {
+    let workshop = Workshop::new();
+    let (data, folder) = (workshop.path("train.jsonl"), workshop.path("teacher"));
+    let before = files_below(&workshop.path("."));
+    let below_a_file = data.join("out");
+    // What they are to work on is not there either: the place comes first.
+    let (nowhere, out) = (workshop.path("nowhere"), text(&below_a_file));
+    let nowhere = text(&nowhere);
+    let eval = ["eval", nowhere, "--task", "generation", "--data", text(&data)];
+    for arguments in [
+        &[&eval[..], &["--out", out]].concat()[..],
+        &["report", nowhere, "--out", out],
+        &["report", nowhere, nowhere, "--out", out],
+        &["report", "--models", nowhere, "--out", out],
+        &["rank", nowhere, "--method", "loo", "--data", text(&data), "--out", out],
+        &["teach", nowhere, "--data", text(&data), "--out", out],
+    ] {
+        let said = fail(arguments);
+        assert!(
+            said.contains("error: --out: writing ") && said.contains("train.jsonl is no folder: name another"),
+            "{said}"
+        );
+    }
+    for arguments in [&eval[..], &["report", nowhere]] {
+        let said = fail(&[arguments, &["--out", text(&folder)]].concat());
+        assert!(said.contains("teacher: it is a folder: name a file"), "{said}");
+    }
+    assert_eq!(files_below(&workshop.path(".")), before);
 }

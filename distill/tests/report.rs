@@ -148,9 +148,12 @@ fn folders_that_are_no_runs_and_files_that_are_not_ours_are_named() {
     assert!(!workshop.path("teacher").join("report.html").exists());
     succeed(&borrowed(&workshop.distill("run", &["--steps", "2", "--batch-size", "2"])));
     let run = workshop.path("run");
-    let nowhere = workshop.path("no such folder").join("page.html");
-    let message = fail(&["report", text(&run), "--out", text(&nowhere)]);
-    assert!(message.contains("page.html"), "{message}");
+    let below_a_file = run.join("config.toml").join("page.html");
+    let message = fail(&["report", text(&run), "--out", text(&below_a_file)]);
+    assert!(message.contains("config.toml is no folder: name another place"), "{message}");
+    let new = workshop.path("new folder").join("page.html");
+    succeed(&["report", text(&run), "--out", text(&new)]);
+    assert!(new.exists());
     let metrics = run.join("metrics.jsonl");
     fs::write(&metrics, format!("nonsense\n{}", fs::read_to_string(&metrics).unwrap())).unwrap();
     let message = fail(&["report", text(&run)]);

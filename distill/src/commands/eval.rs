@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
 use indicatif::ProgressBar;
 use model::Model;
@@ -118,6 +118,9 @@ enum EvalTask {
 
 pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
     arguments.check()?;
+    if let Some(out) = &arguments.out {
+        files::check_file(out).context("--out")?;
+    }
     let device: Device = arguments.device.parse()?;
     let tokenizer = Tokenizer::load(&arguments.model)?;
     let template = ChatTemplate::load(&arguments.model)?;
@@ -137,9 +140,7 @@ pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
     let (model, data) = (model.clone(), data.clone());
     let results = Results { task, model, data, data_sha256, settings, metrics, by_task, items };
     if let Some(path) = &arguments.out {
-        if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
-            files::create_folder(folder)?;
-        }
+        files::create_parent(path)?;
         files::write_json(path, &results)?;
     }
     match arguments.task {

@@ -4,13 +4,14 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::Args;
 
 use super::run_flags::parse_layers;
 use super::{INTERRUPTED, done, interrupted, output};
 use crate::config::{Init, PrecisionKind, RunConfig, Task};
 use crate::data::LongDocuments;
+use crate::files;
 use crate::interruption::Interruption;
 use crate::rank::{self, Method, Metric, RankConfig, Ranking};
 use crate::train::Progress;
@@ -106,6 +107,7 @@ pub(super) struct Arguments {
 }
 
 pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
+    files::check_folder(&arguments.out).context("--out")?;
     let layers = match &arguments.layers {
         Some(layers) => parse_layers(layers)?.into_iter().map(|layer| layer as usize).collect(),
         None => Vec::new(),

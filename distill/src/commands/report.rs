@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result};
 use clap::Args;
 
 use super::{done, output};
@@ -47,24 +47,26 @@ pub(super) struct Arguments {
 pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
     let Arguments { runs, models, out } = arguments;
     if let ([run], None) = (runs.as_slice(), &models) {
+        if let Some(out) = &out {
+            files::check_file(out).context("--out")?;
+        }
         let out = out.unwrap_or_else(|| run.join("report.html"));
         report::write(run, &out)?;
         output::line(&format!("report  {}", out.display()))?;
         return done();
     }
-    ensure!(out.is_some(), "comparing writes several files: name their folder (--out DIR)");
+    let folder = out.context("comparing writes several files: name their folder (--out DIR)")?;
+    files::check_folder(&folder).context("--out")?;
     let Comparison { plots, table } = match &models {
-        Some(folder) => report::compare_models(folder)?,
+        Some(models) => report::compare_models(models)?,
         None => report::compare_runs(&runs)?,
     };
     output::line(table.trim_end())?;
-    if let Some(folder) = out {
-        files::create_folder(&folder)?;
-        for (name, drawing) in plots {
-            let path = folder.join(name);
-            files::write_file(&path, |writer| Ok(writer.write_all(drawing.as_bytes())?))?;
-            output::line(&format!("plot  {}", path.display()))?;
-        }
+    files::create_folder(&folder)?;
+    for (name, drawing) in plots {
+        let path = folder.join(name);
+        files::write_file(&path, |writer| Ok(writer.write_all(drawing.as_bytes())?))?;
+        output::line(&format!("plot  {}", path.display()))?;
     }
     done()
 }

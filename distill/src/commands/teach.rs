@@ -3,13 +3,14 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::Args;
 use serde_json::json;
 
 use super::{INTERRUPTED, done, interrupted, output};
 use crate::config::PrecisionKind;
 use crate::data::LongDocuments;
+use crate::files;
 use crate::interruption::Interruption;
 use crate::teach::{self, TeachConfig};
 use crate::train::Progress;
@@ -71,6 +72,7 @@ pub(super) struct Arguments {
 }
 
 pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
+    files::check_folder(&arguments.out).context("--out")?;
     let config = TeachConfig {
         teacher: arguments.teacher,
         data: arguments.data,

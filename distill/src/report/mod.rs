@@ -33,12 +33,13 @@ const RATE: &str = "Learning rate";
 /// Most samples that are shown.
 const MOST_SAMPLES: usize = 12;
 
-/// Writes the page of a run's or a ranking's folder to `out`.
+/// Writes the page of a run's or a ranking's folder to `out`, whose folder is made where there is none.
 ///
 /// # Errors
 /// A folder that holds neither; files that are not what this version writes; a page that cannot be written.
 pub fn write(run: &Path, out: &Path) -> Result<()> {
     let page = html(run)?;
+    files::create_parent(out)?;
     files::write_file(out, |writer| Ok(writer.write_all(page.as_bytes())?))
 }
 

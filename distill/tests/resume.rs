@@ -95,7 +95,7 @@ fn a_run_ended_by_a_signal_continues_to_the_same_bits() {
     let folder = workshop.path(name);
     let arguments = workshop.distill(name, &RUN);
     let mut last_step = 0;
-    for (signal_name, lines_more) in [("-INT", 3), ("-TERM", 7), ("-INT", 1), ("-TERM", 6)] {
+    for (signal_name, lines_more) in [("-INT", 3), ("-TERM", 7), ("-HUP", 4), ("-INT", 1), ("-TERM", 6)] {
         let lines = count_lines(&folder) + lines_more;
         let mut child = start(&arguments);
         assert!(wait_for_lines(&mut child, &folder, lines), "the run ended before the signal");
@@ -103,7 +103,7 @@ fn a_run_ended_by_a_signal_continues_to_the_same_bits() {
         let output = child.wait_with_output().unwrap();
         let said = stderr(&output);
         assert_eq!(output.status.code(), Some(3), "{said}");
-        let by = if signal_name == "-INT" { "SIGINT" } else { "SIGTERM" };
+        let by = signal_name.replace('-', "SIG");
         assert!(said.contains(&format!("interrupted by {by} after step ")), "{said}");
         assert!(said.contains("the same command continues"), "{said}");
         let step: u64 = fs::read_dir(folder.join("checkpoints"))
@@ -118,7 +118,7 @@ fn a_run_ended_by_a_signal_continues_to_the_same_bits() {
     let output = run(&borrowed(&arguments));
     assert!(output.status.success());
     assert!(stderr(&output).contains(&format!("continuing after step {last_step} from ")), "{}", stderr(&output));
-    assert_same(&result(&folder), &expected, "after four signals");
+    assert_same(&result(&folder), &expected, "after five signals");
 
     // A run that is finished stays as it is.
     let before = files_below(&folder);
@@ -128,13 +128,30 @@ fn a_run_ended_by_a_signal_continues_to_the_same_bits() {
 }
 
 #[test]
+fn a_run_that_is_to_outlive_its_terminal_does() {
+    let workshop = Workshop::new();
+    let folder = workshop.path("run");
+    let arguments = workshop.distill("run", &RUN);
+    // What nohup does.
+    let script = "trap '' HUP; exec \"$0\" \"$@\"";
+    let mut command = Command::new("bash");
+    command.args(["-c", script, env!("CARGO_BIN_EXE_grafter")]).args(&arguments);
+    let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    assert!(wait_for_lines(&mut child, &folder, 3), "the run ended before the signal");
+    signal(&child, "-HUP");
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(folder.join("model").exists());
+}
+
+#[test]
 fn a_signal_while_documents_are_packed_ends_the_run_at_once_and_leaves_nothing() {
     let workshop = Workshop::new();
     let folder = workshop.path("run");
     // Packing takes seconds, and is ended long before.
     support::write_documents(&workshop.path("train.jsonl"), 400_000);
     let arguments = workshop.distill("run", &["--steps", "2"]);
-    for (signal_name, by) in [("-INT", "SIGINT"), ("-TERM", "SIGTERM")] {
+    for (signal_name, by) in [("-INT", "SIGINT"), ("-TERM", "SIGTERM"), ("-HUP", "SIGHUP")] {
         let mut child = start(&arguments);
         let mut said = BufReader::new(child.stderr.take().unwrap());
         let mut line = String::new();

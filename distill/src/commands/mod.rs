@@ -33,7 +33,7 @@ Exit codes:
   0  done
   1  an error, explained on standard error
   2  a wrong command line
-  3  interrupted (SIGINT or SIGTERM); the same command continues from the newest checkpoint";
+  3  interrupted (SIGINT, SIGTERM or SIGHUP); the same command continues from the newest checkpoint";
 
 /// Exit code of an error.
 const FAILED: u8 = 1;

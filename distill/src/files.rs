@@ -39,6 +39,28 @@ pub fn write_file<T>(path: &Path, write: impl FnOnce(&mut Writer) -> Result<T>) 
     written
 }
 
+/// As [`write_file`], but a file that is there already stays, and must have the same contents.
+///
+/// # Errors
+/// As [`write_file`]; other contents, naming the file.
+pub fn write_same_file(path: &Path, write: impl FnOnce(&mut Writer) -> Result<()>) -> Result<()> {
+    if !path.exists() {
+        return write_file(path, write);
+    }
+    let wanted = partial_sibling(path)?;
+    let hash = |path: &Path| hash_file(path, &Interruption::new());
+    let same = fill(&wanted, path, write).and_then(|()| Ok(hash(&wanted)? == hash(path)?));
+    // Found again and removed by the next attempt, should it stay.
+    let _ = fs::remove_file(&wanted);
+    if !same? {
+        bail!(
+            "{} is there and has other contents than what would be written: keep it and name another folder, or remove it",
+            path.display()
+        );
+    }
+    Ok(())
+}
+
 /// Where a file is to be put: a rename would put it in the place of a device, and of a link what should be behind it.
 fn real_path(path: &Path) -> Result<PathBuf> {
     match fs::metadata(path) {

@@ -339,6 +339,19 @@ fn folders_of_other_things_are_refused_and_left_as_they_are() {
     let said = fail(&["import", text(&workshop.path("teacher")), text(&foreign)]);
     assert!(said.contains("foreign: exists and is not empty"), "{said}");
     assert_eq!(files_below(&foreign), before);
+    // A run file that was edited is somebody's, too.
+    let world = workshop.path("world");
+    succeed(&["demo", "--export", text(&world)]);
+    succeed(&["demo", "--export", text(&world)]);
+    let edited = world.join("distill.toml");
+    fs::write(&edited, fs::read_to_string(&edited).unwrap() + "# mine\n").unwrap();
+    let before = files_below(&world);
+    let said = fail(&["demo", "--export", text(&world)]);
+    assert!(
+        said.contains("distill.toml is there and has other contents than what would be written: keep it"),
+        "{said}"
+    );
+    assert!(files_below(&world) == before);
 }
 
 #[test]

@@ -7,7 +7,8 @@ use anyhow::Result;
 use clap::Args;
 
 use super::{INTERRUPTED, done, output};
-use crate::demo::{self, DemoOutcome, Summary, reasoning, world};
+use crate::demo::world::{self, Existing};
+use crate::demo::{self, DemoOutcome, Summary, reasoning};
 use crate::train::{Interruption, Progress};
 
 const EXAMPLES: &str = "\
@@ -48,7 +49,7 @@ pub(super) struct Arguments {
 
 pub(super) fn run(arguments: Arguments) -> Result<ExitCode> {
     if let Some(folder) = &arguments.export {
-        let world = world::write(folder)?;
+        let world = world::write(folder, Existing::Refuse)?;
         output::line(&format!("teacher   {}", world.teacher.display()))?;
         output::line(&format!("problems  {}", world.train.display()))?;
         output::line(&format!("run file  {}", world.distill_run.display()))?;

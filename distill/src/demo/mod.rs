@@ -94,7 +94,7 @@ fn distil_and_examine(
 ) -> Result<Summary> {
     check_folder(folder)?;
     let device = Device::cpu();
-    let world = world::write(&folder.join("world"))?;
+    let world = world::write(&folder.join("world"), world::Existing::Replace)?;
     let config = run_config(&world)?;
     let tokenizer = Tokenizer::load(&world.teacher)?;
     let template = ChatTemplate::load(&world.teacher)?.context("the demo's teacher has a chat template")?;

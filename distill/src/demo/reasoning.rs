@@ -20,7 +20,7 @@ use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
 
 use super::task::{Problem, Problems, Split, split_of};
-use super::world::{self, Characters};
+use super::world::{self, Characters, Existing};
 use crate::files;
 
 /// Names of the levels, the easiest first.
@@ -50,7 +50,7 @@ pub struct World {
 /// Writes the world into `folder`, which is new, empty, or such a world already, with so many problems to train on.
 ///
 /// # Errors
-/// A folder with other things in it; files that cannot be written.
+/// A folder with other things in it; files that cannot be written, or are there and have other contents.
 pub fn write(folder: &Path, problems: usize) -> Result<World> {
     files::create_folder(folder)?;
     let world = World {
@@ -62,9 +62,9 @@ pub fn write(folder: &Path, problems: usize) -> Result<World> {
     if fs::read_dir(folder)?.next().is_some() && !world.teacher.exists() {
         bail!("{} has other things in it: name a new or empty folder", folder.display());
     }
-    world::write_model(&world.teacher, &config(), CHARACTERS)?;
+    world::write_model(&world.teacher, &config(), CHARACTERS, Existing::Refuse)?;
     let chats = |path: &Path, split, seed, count| {
-        files::write_file(path, |writer| {
+        files::write_same_file(path, |writer| {
             for (_, problem) in Mixed::new(split, seed).take(count) {
                 writeln!(writer, "{}", world::chat(&problem))?;
             }
@@ -73,7 +73,7 @@ pub fn write(folder: &Path, problems: usize) -> Result<World> {
     };
     chats(&world.train, Split::Train, TRAIN_SEED, problems)?;
     chats(&world.validation, Split::Unseen, VALIDATION_SEED, VALIDATION_PROBLEMS)?;
-    files::write_file(&world.exam, |writer| {
+    files::write_same_file(&world.exam, |writer| {
         for (level, name) in LEVELS.iter().enumerate() {
             let mut asked: Vec<String> = Vec::new();
             for (_, problem) in Mixed::new(Split::Unseen, EXAM_SEED).filter(|(of, _)| *of == level) {

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value, json};
 
 use super::task::{Problem, Problems, Split};
-use crate::files;
+use crate::files::{self, Writer};
 
 /// Characters of a world's problems, in the order of their token ids after the special tokens.
 #[derive(Clone, Copy, Debug)]
@@ -52,40 +52,58 @@ pub struct World {
     pub staged_run: PathBuf,
 }
 
+/// What becomes of a file that is there already and has other contents.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Existing {
+    /// It is written anew.
+    Replace,
+    /// It may be somebody's work: an error.
+    Refuse,
+}
+
+impl Existing {
+    /// Writes a file.
+    pub(super) fn write(self, path: &Path, write: impl FnOnce(&mut Writer) -> Result<()>) -> Result<()> {
+        match self {
+            Self::Replace => files::write_file(path, write),
+            Self::Refuse => files::write_same_file(path, write),
+        }
+    }
+}
+
 /// Writes the demo's world into `folder`, which is new, empty, or such a world already: `teacher/`, `train.jsonl`,
 /// `validation.jsonl`, `teacher.toml` (how the teacher was trained), `distill.toml` (a hybrid of it) and `staged.toml` (the
 /// same in stages, which is what the demo does).
 ///
 /// # Errors
-/// A folder with other things in it; files that cannot be written.
-pub fn write(folder: &Path) -> Result<World> {
+/// A folder with other things in it; files that cannot be written, or, with [`Existing::Refuse`], that have other contents.
+pub fn write(folder: &Path, existing: Existing) -> Result<World> {
     files::create_folder(folder)?;
     let mut entries = folder.read_dir().with_context(|| format!("reading the folder {}", folder.display()))?;
     let mark = folder.join("teacher.toml");
     if entries.next().is_some() && !mark.exists() {
         bail!("{} has other things in it: name a new or empty folder", folder.display());
     }
-    // First of all, so that a folder that was begun is known again.
-    run_file(&mark, TEACHER_RUN, folder)?;
-    let teacher = folder.join("teacher");
-    write_model(&teacher, &config(), CHARACTERS)?;
-    files::write_file(&teacher.join("model.safetensors"), |writer| Ok(writer.write_all(TEACHER_WEIGHTS)?))?;
     let world = World {
-        teacher,
+        teacher: folder.join("teacher"),
         train: folder.join("train.jsonl"),
         validation: folder.join("validation.jsonl"),
         distill_run: folder.join("distill.toml"),
         staged_run: folder.join("staged.toml"),
     };
-    problems(&world.train, Split::Train, TRAIN_SEED, TRAIN_PROBLEMS)?;
-    problems(&world.validation, Split::Unseen, VALIDATION_SEED, VALIDATION_PROBLEMS)?;
-    run_file(&world.distill_run, DISTILL_RUN, folder)?;
-    run_file(&world.staged_run, STAGED_RUN, folder)?;
+    // First of all the mark, so that a folder that was begun is known again; and what people edit, before anything large.
+    for (path, text) in [(&mark, TEACHER_RUN), (&world.distill_run, DISTILL_RUN), (&world.staged_run, STAGED_RUN)] {
+        run_file(path, text, folder, existing)?;
+    }
+    write_model(&world.teacher, &config(), CHARACTERS, existing)?;
+    existing.write(&world.teacher.join("model.safetensors"), |writer| Ok(writer.write_all(TEACHER_WEIGHTS)?))?;
+    problems(&world.train, Split::Train, TRAIN_SEED, TRAIN_PROBLEMS, existing)?;
+    problems(&world.validation, Split::Unseen, VALIDATION_SEED, VALIDATION_PROBLEMS, existing)?;
     Ok(world)
 }
 
 /// Writes the folder of a model without its weights: configuration, and a tokenizer with a token per character.
-pub(super) fn write_model(folder: &Path, config: &Value, characters: Characters) -> Result<()> {
+pub(super) fn write_model(folder: &Path, config: &Value, characters: Characters, existing: Existing) -> Result<()> {
     files::create_folder(folder)?;
     for (name, value) in [
         ("config.json", config),
@@ -94,17 +112,17 @@ pub(super) fn write_model(folder: &Path, config: &Value, characters: Characters)
         ("tokenizer_config.json", &tokenizer_config()),
     ] {
         let text = serde_json::to_string_pretty(value)?;
-        files::write_file(&folder.join(name), |writer| Ok(writeln!(writer, "{text}")?))?;
+        existing.write(&folder.join(name), |writer| Ok(writeln!(writer, "{text}")?))?;
     }
     Ok(())
 }
 
 /// Writes a run file, which speaks of `world/`, with the real folder in its place.
-fn run_file(path: &Path, text: &str, folder: &Path) -> Result<()> {
+fn run_file(path: &Path, text: &str, folder: &Path, existing: Existing) -> Result<()> {
     let text = text
         .replace("world/", &format!("{}/", folder.display()))
         .replace("--export world", &format!("--export {}", folder.display()));
-    files::write_file(path, |writer| Ok(writer.write_all(text.as_bytes())?))
+    existing.write(path, |writer| Ok(writer.write_all(text.as_bytes())?))
 }
 
 /// How the teacher was trained; paths are relative to where the command is given.
@@ -116,8 +134,8 @@ const DISTILL_RUN: &str = include_str!("distill.toml");
 /// What the demo does.
 const STAGED_RUN: &str = include_str!("staged.toml");
 
-fn problems(path: &Path, split: Split, seed: u64, count: usize) -> Result<()> {
-    files::write_file(path, |writer| {
+fn problems(path: &Path, split: Split, seed: u64, count: usize, existing: Existing) -> Result<()> {
+    existing.write(path, |writer| {
         for problem in Problems::new(split, seed).take(count) {
             writeln!(writer, "{}", chat(&problem))?;
         }
@@ -208,19 +226,29 @@ mod tests {
         let path = folder.path().join("world");
         fs::create_dir(&path).unwrap();
         fs::write(path.join("train.jsonl"), "somebody else's").unwrap();
-        let message = write(&path).unwrap_err().to_string();
+        let message = write(&path, Existing::Replace).unwrap_err().to_string();
         assert!(message.contains("world has other things in it: name a new or empty folder"), "{message}");
         assert_eq!(fs::read_dir(&path).unwrap().count(), 1);
         assert_eq!(fs::read(path.join("train.jsonl")).unwrap(), b"somebody else's");
 
         fs::remove_file(path.join("train.jsonl")).unwrap();
-        let world = write(&path).unwrap();
+        let world = write(&path, Existing::Refuse).unwrap();
         assert!(path.join("teacher.toml").exists() && world.distill_run.exists());
         let documents = fs::read(&world.train).unwrap();
         // An export that was killed on its way.
         fs::remove_file(&world.distill_run).unwrap();
-        fs::write(&world.train, "half").unwrap();
-        write(&path).unwrap();
+        fs::remove_file(&world.train).unwrap();
+        write(&path, Existing::Refuse).unwrap();
         assert!(world.distill_run.exists() && fs::read(&world.train).unwrap() == documents);
+
+        fs::write(&world.train, "somebody's own").unwrap();
+        let message = write(&path, Existing::Refuse).unwrap_err().to_string();
+        let expected = "train.jsonl is there and has other contents than what would be written: keep it and name another folder, \
+                        or remove it";
+        assert!(message.ends_with(expected), "{message}");
+        assert_eq!(fs::read(&world.train).unwrap(), b"somebody's own");
+        write(&path, Existing::Replace).unwrap();
+        assert_eq!(fs::read(&world.train).unwrap(), documents);
+        assert_eq!(fs::read_dir(&path).unwrap().count(), 6, "leftovers");
     }
 }

@@ -23,6 +23,16 @@ pub struct Kernel {
     work: WorkOfSizes,
 }
 
+/// What a block takes of a multiprocessor.
+#[derive(Clone, Copy)]
+pub(crate) struct Bounds {
+    pub block: [u32; 3],
+    /// Bytes of dynamic shared memory.
+    pub shared_bytes: u32,
+    /// Blocks that must fit a multiprocessor by their registers; 0 where the compiler decides.
+    pub resident_blocks: u32,
+}
+
 /// From a problem's sizes to the roofline's numbers.
 type WorkOfSizes = Arc<dyn Fn(&[u64]) -> Work + Send + Sync>;
 
@@ -100,14 +110,14 @@ impl Kernel {
         name: &str,
         summary: &str,
         parameters: Vec<Parameter>,
-        block: [u32; 3],
+        bounds: Bounds,
         target: Target,
-        shared_bytes: u32,
         body: &str,
         sizes: &'static [&'static str],
         work: impl Fn(&[u64]) -> Work + Send + Sync + 'static,
     ) -> Self {
-        let text = text(name, summary, &parameters, block, target, shared_bytes, body);
+        let text = text(name, summary, &parameters, bounds, target, body);
+        let Bounds { block, shared_bytes, .. } = bounds;
         let work = Arc::new(work);
         Self { name: name.to_owned(), text, parameters, block, shared_bytes, target, sizes, work }
     }
@@ -214,9 +224,8 @@ fn text(
     name: &str,
     summary: &str,
     parameters: &[Parameter],
-    block: [u32; 3],
+    bounds: Bounds,
     target: Target,
-    shared_bytes: u32,
     body: &str,
 ) -> String {
     let mut text = String::new();
@@ -225,14 +234,18 @@ fn text(
     }
     let declarations: Vec<String> =
         parameters.iter().map(|parameter| format!("    {} {}", parameter.kind.declaration(), parameter.name)).collect();
-    let [x, y, z] = block;
-    let shared = match shared_bytes {
+    let [x, y, z] = bounds.block;
+    let resident = match bounds.resident_blocks {
+        0 => String::new(),
+        blocks => format!(".minnctapersm {blocks}\n"),
+    };
+    let shared = match bounds.shared_bytes {
         0 => String::new(),
         bytes => format!("// {bytes} bytes\n.extern .shared .align 128 .b8 shared_memory[];\n\n"),
     };
     let _ = write!(
         text,
-        "\n.version {}\n.target {}\n.address_size 64\n\n{shared}.visible .entry {name}(\n{}\n)\n.reqntid {x}, {y}, {z}\n{{\n{}\n}}\n",
+        "\n.version {}\n.target {}\n.address_size 64\n\n{shared}.visible .entry {name}(\n{}\n)\n.reqntid {x}, {y}, {z}\n{resident}{{\n{}\n}}\n",
         target.version(),
         target.name(),
         declarations.join(",\n"),

@@ -26,6 +26,7 @@ pub use memory::{Address, Global, Shared, Table};
 pub use value::{F32, Operand, Pred, Type, U16, U32, U64, Value, Variable};
 pub use warp::LANES;
 
+use crate::kernel::Bounds;
 use crate::{Kernel, Parameter, ParameterKind, Target, Work};
 use print::{Line, Piece};
 
@@ -58,6 +59,7 @@ struct State {
     labels: usize,
     depth: usize,
     shared_bytes: u32,
+    resident_blocks: u32,
 }
 
 struct Register {
@@ -80,7 +82,14 @@ impl Assembler {
         let state = assembler.state.into_inner();
         let body = print::body(&state);
         let Description { name, summary, block, target, sizes, work } = description;
-        Kernel::new(&name, &summary, state.parameters, block, target, state.shared_bytes, &body, sizes, work)
+        let bounds = Bounds { block, shared_bytes: state.shared_bytes, resident_blocks: state.resident_blocks };
+        Kernel::new(&name, &summary, state.parameters, bounds, target, &body, sizes, work)
+    }
+
+    /// Bounds the registers of a thread so that this many blocks fit a multiprocessor, where shared memory allows. Compilers
+    /// differ in how many they take: what must not be lost with one of them is asked for here.
+    pub fn resident_blocks(&self, count: u32) {
+        self.state.borrow_mut().resident_blocks = count;
     }
 
     /// A line of comment before what follows.

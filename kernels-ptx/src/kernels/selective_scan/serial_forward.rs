@@ -102,6 +102,7 @@ impl KernelSource for SerialForward {
             },
         };
         Assembler::assemble(description, |k| {
+            k.resident_blocks(3);
             let forward = Forward::new(k, *self);
             k.if_else(k.thread().lt(SCANNERS), || forward.scan(), || forward.serve());
         })

@@ -220,14 +220,7 @@ impl fmt::Display for Target {
 }
 
 /// The module's text: the header from the description, then the body.
-fn text(
-    name: &str,
-    summary: &str,
-    parameters: &[Parameter],
-    bounds: Bounds,
-    target: Target,
-    body: &str,
-) -> String {
+fn text(name: &str, summary: &str, parameters: &[Parameter], bounds: Bounds, target: Target, body: &str) -> String {
     let mut text = String::new();
     for line in summary.lines() {
         let _ = writeln!(text, "// {line}");

@@ -184,7 +184,8 @@ pub struct TrainingSection {
     pub learning_rate: f64,
     /// The rate at the end of the decay.
     pub minimum_learning_rate: f64,
-    /// By how much the rates of Mamba mixers are multiplied: they are further from their goal than what the teacher gave.
+    /// By how much the rates of Mamba mixers are multiplied, as they are further from their goal than what the teacher gave. 4
+    /// for distillation, 1 with `init = "paper"` and in other tasks, unless it is set.
     pub mixer_rate: f64,
     /// Steps of linear warm-up.
     pub warmup_steps: u64,
@@ -344,7 +345,7 @@ impl RunConfig {
                 precision: PrecisionKind::F32,
                 learning_rate: if distill { 5e-5 } else { 1e-3 },
                 minimum_learning_rate: 0.0,
-                mixer_rate: 1.0,
+                mixer_rate: if distill { 4.0 } else { 1.0 },
                 warmup_steps: 0,
                 decay: DecayKind::Linear,
                 decay_steps: None,

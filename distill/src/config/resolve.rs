@@ -9,7 +9,7 @@ use serde::forward_to_deserialize_any;
 use toml::{Table, Value};
 
 use super::{
-    CheckpointSection, DataSection, EvaluationSection, LossSection, ModelSection, RunConfig, StagesSection, Task,
+    CheckpointSection, DataSection, EvaluationSection, Init, LossSection, ModelSection, RunConfig, StagesSection, Task,
     TrainingSection, check,
 };
 
@@ -54,19 +54,25 @@ impl Override {
 /// out of range.
 pub fn resolve(task: Task, file: Option<&Path>, overrides: &[Override]) -> Result<RunConfig> {
     let mut table = Table::try_from(RunConfig::defaults(task)).context("the defaults")?;
+    let mut rate_is_set = overrides.iter().any(|setting| setting.key == "training.mixer_rate");
     if let Some(path) = file {
         let text = fs::read_to_string(path).with_context(|| format!("reading the run file {}", path.display()))?;
         let mut written: Table =
             toml::from_str(&text).with_context(|| format!("the run file {} is not TOML", path.display()))?;
         renew(&mut written);
+        rate_is_set |= written.get("training").is_some_and(|training| training.get("mixer_rate").is_some());
         merge_file(&mut table, written, task).with_context(|| format!("the run file {}", path.display()))?;
     }
     for setting in overrides {
         apply(&mut table, setting, task).with_context(|| setting.origin.clone())?;
     }
-    let config: RunConfig = Value::Table(table).try_into().map_err(|error: toml::de::Error| {
+    let mut config: RunConfig = Value::Table(table).try_into().map_err(|error: toml::de::Error| {
         anyhow!("the run's configuration: {}", error.to_string().trim_end().replace('\n', " "))
     })?;
+    // Whoever asks for the published start gets what was published.
+    if config.model.init == Init::Paper && !rate_is_set {
+        config.training.mixer_rate = 1.0;
+    }
     check::check(&config)?;
     Ok(config)
 }
@@ -86,12 +92,16 @@ pub fn read(path: &Path) -> Result<RunConfig> {
 /// Says in today's words what earlier versions wrote: `model.mil_align` beside `model.init = "mil"`; and what was not there
 /// yet was off.
 fn renew(written: &mut Table) {
-    let Some(Value::Table(model)) = written.get_mut("model") else { return };
-    let Some(aligned) = model.remove("mil_align") else { return };
-    if aligned == Value::Boolean(true) {
+    if let Some(Value::Table(model)) = written.get_mut("model")
+        && let Some(aligned) = model.remove("mil_align")
+        && aligned == Value::Boolean(true)
+    {
         model.insert("init".to_owned(), "aligned".into());
     }
-    // Such a key is written by resolved configurations alone, which have all keys of their time.
+    // Resolved configurations alone say the task, and have all keys of their time.
+    if !written.contains_key("task") {
+        return;
+    }
     for (section, key, value) in [
         ("loss", "mixer_matching_steps", Value::Integer(0)),
         ("training", "graphs", Value::Boolean(true)),
@@ -316,6 +326,16 @@ mod tests {
     }
 
     #[test]
+    fn mixers_learn_faster_but_after_the_published_start() {
+        let rate = |assignments: &[&str]| with(assignments).unwrap().training.mixer_rate;
+        assert_eq!(rate(&[]), 4.0);
+        assert_eq!(rate(&["model.init=paper"]), 1.0);
+        assert_eq!(rate(&["model.init=paper", "training.mixer_rate=2"]), 2.0);
+        assert_eq!(rate(&["training.mixer_rate=1"]), 1.0);
+        assert!(message(&["training.mixer_rate=0"]).contains("training.mixer_rate is 0: it must be above 0"));
+    }
+
+    #[test]
     fn flags_override_the_file_and_the_file_the_defaults() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("run.toml");
@@ -350,6 +370,7 @@ mod tests {
         let mut config = RunConfig::defaults(Task::Distill);
         config.model.layers = vec![1];
         config.model.init = Init::Paper;
+        config.training.mixer_rate = 1.0;
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("config.toml");
         for (aligned, init) in [("false", Init::Paper), ("true", Init::Aligned)] {

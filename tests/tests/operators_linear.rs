@@ -246,6 +246,39 @@ fn gradients_of_an_id_are_added_in_order() {
     }
 }
 
+/// More tokens and ids than a block of the sort takes at a time, one id with a third of the tokens, and on GPUs ids outside
+/// the vocabulary. Sums of whole numbers are exact, and those of the last id show the order of its tokens, which lie far
+/// apart.
+#[test]
+fn many_tokens_of_many_ids() {
+    let (tokens, vocabulary, width) = (9001, 1100, 1);
+    let mut random = Random::new(9);
+    let last = vocabulary - 1;
+    let mut ids: Vec<usize> =
+        (0..tokens).map(|token| if token % 3 == 0 { 700 } else { random.below(vocabulary - 1) }).collect();
+    let mut gradients: Vec<f64> = (0..tokens).map(|_| random.below(9) as f64).collect();
+    for (token, gradient) in [(10, 1.0), (3000, 1e8), (6001, -1e8), (9000, 0.5)] {
+        (ids[token], gradients[token]) = (last, gradient);
+    }
+    let weight = tensor(DType::F32, &[vocabulary, width], &vec![0.0; vocabulary * width]);
+    if !weight.device().is_cpu() {
+        for (token, id) in [(0, vocabulary), (1, 1536), (4097, vocabulary), (8999, u32::MAX as usize)] {
+            ids[token] = id;
+        }
+    }
+    let mut expected = vec![0.0f32; vocabulary];
+    for (id, gradient) in ids.iter().zip(&gradients) {
+        if let Some(sum) = expected.get_mut(*id) {
+            *sum += *gradient as f32;
+        }
+    }
+    assert_eq!(expected[last], 0.5);
+    let tape = Tape::new();
+    let output = ops::embedding(&tape, &indices(&[tokens], &ids), &tape.leaf(&weight), DType::F32).unwrap();
+    let found = tape.backward_from(vec![(output, tensor(DType::F32, &[tokens, width], &gradients))]).unwrap();
+    assert_eq!(found.get(&weight).unwrap().to_f32_vec().unwrap(), expected);
+}
+
 /// On GPUs, where the host does not see the ids, such a row is NaN and its gradient goes nowhere.
 #[test]
 fn an_id_outside_the_vocabulary_is_named() {

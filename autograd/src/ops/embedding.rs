@@ -3,9 +3,7 @@
 use std::collections::BTreeMap;
 
 use half::bf16;
-use kernels_ptx::kernels::embedding::{
-    EmbeddingBackward, EmbeddingForward, EmbeddingOrder, EmbeddingRepeated, EmbeddingRuns,
-};
+use kernels_ptx::kernels::embedding::{EmbeddingBackward, EmbeddingForward, EmbeddingOrder, EmbeddingRepeated};
 use rayon::prelude::*;
 use runtime::Argument;
 
@@ -65,18 +63,19 @@ fn forward_gpu(ids: &Tensor, weight: &Tensor, output: DType) -> Result<Tensor> {
 /// Sorts the tokens by id, then sums each id's.
 fn backward_gpu(gradient: &Tensor, ids: &Tensor, shape: &[usize]) -> Result<Tensor> {
     let (device, [tokens, vocabulary, width]) = (gradient.device(), sizes(ids, shape)?);
-    let mut order = Output::like(ids)?;
-    let arguments = [order.write(), gpu::read(ids), Argument::U32(tokens), Argument::U32(vocabulary)];
+    let (mut order, mut runs) = (Output::like(ids)?, Output::new(device, &[2, shape[0]], DType::U32)?);
+    let mut repeated = Output::new(device, &[EmbeddingOrder::repeated(tokens) as usize], DType::U32)?;
+    let arguments = [
+        order.write(),
+        runs.write(),
+        repeated.write(),
+        gpu::read(ids),
+        Argument::U32(tokens),
+        Argument::U32(vocabulary),
+    ];
     let grid = EmbeddingOrder::grid(tokens, vocabulary);
-    gpu::launch(OPERATOR, device, &EmbeddingOrder, grid, &[tokens.into()], &arguments)?;
-    let order = order.tensor();
-
-    let mut runs = Output::new(device, &[2, shape[0]], DType::U32)?;
-    runs.set_zero()?;
-    let arguments = [runs.write(), gpu::read(ids), gpu::read(&order), Argument::U32(tokens), Argument::U32(vocabulary)];
-    let grid = EmbeddingRuns::grid(tokens);
-    gpu::launch(OPERATOR, device, &EmbeddingRuns, grid, &[tokens.into()], &arguments)?;
-    let runs = runs.tensor();
+    gpu::launch(OPERATOR, device, &EmbeddingOrder, grid, &[tokens.into(), vocabulary.into()], &arguments)?;
+    let (order, runs, repeated) = (order.tensor(), runs.tensor(), repeated.tensor());
 
     let mut weight_gradient = Output::new(device, shape, DType::F32)?;
     let kernel = EmbeddingBackward::new(gpu::element(gradient.dtype()), width);
@@ -95,9 +94,9 @@ fn backward_gpu(gradient: &Tensor, ids: &Tensor, shape: &[usize]) -> Result<Tens
     let arguments = [
         weight_gradient.write(),
         gpu::read(gradient),
-        gpu::read(ids),
         gpu::read(&order),
         gpu::read(&runs),
+        gpu::read(&repeated),
         Argument::U32(vocabulary),
         Argument::U32(width),
     ];

@@ -335,6 +335,11 @@ impl<'a> Value<'a, U32> {
         self.assembler.emit("mad.wide.u32", vec![self.piece(), factor.operand().0, addend.operand().0])
     }
 
+    /// How many bits are set.
+    pub fn count_ones(self) -> Self {
+        self.unary("popc.b32")
+    }
+
     /// The same number in 64 bits.
     pub fn wide(self) -> Value<'a, U64> {
         self.unary("cvt.u64.u32")

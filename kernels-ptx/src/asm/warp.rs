@@ -60,6 +60,11 @@ impl Assembler {
         self.emit("vote.sync.any.pred", vec![condition.piece(), Piece::text("0xffffffff")])
     }
 
+    /// The lanes where the condition holds, as bits. All lanes take part.
+    pub fn ballot<'a>(&'a self, condition: Value<'a, Pred>) -> Value<'a, U32> {
+        self.emit("vote.sync.ballot.b32", vec![condition.piece(), Piece::text("0xffffffff")])
+    }
+
     /// The sum over groups of `lanes` neighbouring lanes (a power of two), in every lane of each.
     pub fn lanes_sum<'a>(&'a self, value: Value<'a, F32>, lanes: u32) -> Value<'a, F32> {
         self.across(value, lanes, |a, b| a + b)

@@ -1,9 +1,9 @@
 //! Causal depthwise convolution along time, with optional SiLU: `y[t] = activation(bias + Σ_w weight[w] x[t − (W − 1) + w])`
 //! per channel, its gradients, and its decoding step. Tensors are `[batch, time, channels]`.
 //!
-//! - Layout: a block takes 16 neighbouring groups of [`VECTOR`] channels in 8 stretches of one row's time, one group and
-//!   stretch per thread (one access of 8 or 16 bytes per step). Channels that are no multiple of [`VECTOR`] are taken one
-//!   by one.
+//! - Layout: a block takes 32 neighbouring groups of [`VECTOR`] channels in 4 stretches of one row's time, one group and
+//!   stretch per thread (one access of 8 or 16 bytes per step; a warp lies along the channels). Channels that are no
+//!   multiple of [`VECTOR`] are taken one by one.
 //! - Forward: a stretch has 16 steps; all that it reads is on its way before anything is computed.
 //! - Backward: a stretch has 64 steps, of which 4 are in hand and 12 on their way to shared memory (`Stream`); the last
 //!   `W − 1` inputs stay in registers. A thread walks its steps and the `W − 1` after them, computes the gradient `dq` of
@@ -19,21 +19,35 @@ use crate::{Element, Kernel, KernelSource, Target, Work};
 
 /// Neighbouring channels of a thread.
 pub const VECTOR: u32 = 4;
-/// Threads of a block that lie side by side along the channels.
-const ACROSS: u32 = 16;
-/// Threads of a block that follow each other in time.
-const GROUPS: u32 = 8;
-/// Steps of a thread of the forward pass.
-const FORWARD_STEPS: u32 = 16;
-/// Steps of a thread of the backward pass.
-const BACKWARD_STEPS: u32 = 64;
+/// Rows of 256 bytes of bf16 for a block: with 128, the kernels are 4 % slower.
+const FORWARD: Shape = Shape { across: 32, groups: 4, steps: 16 };
+const BACKWARD: Shape = Shape { across: 32, groups: 4, steps: 64 };
 /// Steps that a thread of the backward pass works on at a time.
 const AHEAD: u32 = 4;
 /// So many times [`AHEAD`] steps have room in shared memory: all but one are on their way.
 const SLOTS: u32 = 4;
-const THREADS: u32 = ACROSS * GROUPS;
-const WARPS: u32 = THREADS / 32;
 const STEP_THREADS: u32 = 128;
+
+/// How a block's threads share out its part of a row.
+#[derive(Clone, Copy)]
+struct Shape {
+    /// Threads that lie side by side along the channels.
+    across: u32,
+    /// Threads that follow each other in time.
+    groups: u32,
+    /// Steps of a thread.
+    steps: u32,
+}
+
+impl Shape {
+    fn threads(self) -> u32 {
+        self.across * self.groups
+    }
+
+    fn block_steps(self) -> u32 {
+        self.groups * self.steps
+    }
+}
 
 /// What the forward and the backward kernel of a convolution have in common.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -90,18 +104,18 @@ pub struct ConvolutionStep {
 impl Convolution {
     /// Blocks of the forward pass; `None` when one launch cannot cover them.
     pub fn forward_grid(&self, batch: u32, time: u32, channels: u32) -> Option<[u32; 3]> {
-        self.grid(batch, time.div_ceil(GROUPS * FORWARD_STEPS), channels)
+        self.grid(FORWARD, batch, time, channels)
     }
 
     /// Blocks of the backward pass; their extent in y is the number of parts of the weight's gradient. `None` when one
     /// launch cannot cover them.
     pub fn backward_grid(&self, batch: u32, time: u32, channels: u32) -> Option<[u32; 3]> {
-        self.grid(batch, time.div_ceil(GROUPS * BACKWARD_STEPS), channels)
+        self.grid(BACKWARD, batch, time, channels)
     }
 
-    fn grid(&self, batch: u32, blocks: u32, channels: u32) -> Option<[u32; 3]> {
-        let parts = u64::from(batch) * u64::from(blocks);
-        (parts <= 65_535).then_some([channels.div_ceil(ACROSS * self.lanes()), parts as u32, 1])
+    fn grid(&self, shape: Shape, batch: u32, time: u32, channels: u32) -> Option<[u32; 3]> {
+        let parts = u64::from(batch) * u64::from(time.div_ceil(shape.block_steps()));
+        (parts <= 65_535).then_some([channels.div_ceil(shape.across * self.lanes()), parts as u32, 1])
     }
 
     /// Channels of a thread.
@@ -145,14 +159,13 @@ impl Convolution {
 struct Thread<'a> {
     k: &'a Assembler,
     form: Convolution,
+    shape: Shape,
     input: Global<'a>,
     initial_state: Option<Global<'a>>,
     document_start: Option<Global<'a>>,
     time: Value<'a, U32>,
     channels: Value<'a, U32>,
     row: Value<'a, U32>,
-    /// The thread's place along the channels in its block.
-    across: Value<'a, U32>,
     channel: Value<'a, U32>,
     /// The thread's steps.
     first: Value<'a, U32>,
@@ -170,8 +183,8 @@ struct Weights<'a> {
 }
 
 impl<'a> Thread<'a> {
-    /// Declares the inputs; the thread takes `steps` steps.
-    fn new(k: &'a Assembler, form: Convolution, steps: u32) -> Self {
+    /// Declares the inputs.
+    fn new(k: &'a Assembler, form: Convolution, shape: Shape) -> Self {
         let input = k.read("input", form.element);
         let weight = k.read("weight", Element::F32);
         let bias = form.bias.then(|| k.read("bias", Element::F32));
@@ -179,25 +192,25 @@ impl<'a> Thread<'a> {
         let initial_state = form.initial.then(|| k.read("initial_state", form.element));
         let (time, channels) = (k.u32("time"), k.u32("channels"));
         k.comment("this thread's channels and steps");
-        let across = k.thread() & (ACROSS - 1);
-        let group = k.thread() >> ACROSS.ilog2();
-        let channel = (k.block().mad(ACROSS, across) * form.lanes()).named("channel");
-        let block_steps = GROUPS * steps;
+        let across = k.thread() & (shape.across - 1);
+        let group = k.thread() >> shape.across.ilog2();
+        let channel = (k.block().mad(shape.across, across) * form.lanes()).named("channel");
+        let block_steps = shape.block_steps();
         let blocks = (time + (block_steps - 1)).div(block_steps);
         let row = k.block_y().div(blocks).named("row");
-        let first = ((k.block_y() - row * blocks).mad(GROUPS, group) * steps).named("first");
-        let end = (first + steps).min(time).named("end");
+        let first = ((k.block_y() - row * blocks).mad(shape.groups, group) * shape.steps).named("first");
+        let end = (first + shape.steps).min(time).named("end");
         let active = channel.lt(channels) & first.lt(time);
         Self {
             k,
             form,
+            shape,
             input,
             initial_state,
             document_start,
             time,
             channels,
             row,
-            across,
             channel,
             first,
             end,
@@ -323,6 +336,8 @@ impl<'a> Places<'a> {
 /// for itself. Single elements, which are too small for that, go to registers.
 struct Stream<'a> {
     k: &'a Assembler,
+    /// Threads of the block.
+    threads: u32,
     memory: Global<'a>,
     /// Where the next steps lie, and how many bytes apart.
     pointer: Variable<'a, U64>,
@@ -351,33 +366,34 @@ impl<'a> Stream<'a> {
         let first = memory.from_row(token, thread.channels).at(thread.channel).global_address();
         let bytes = memory.element().bytes();
         let words = thread.form.vector.then_some(VECTOR as usize * bytes / 4);
-        Self::new(thread.k, memory, first, thread.channels.mul_wide(bytes as u32), words)
+        Self::new(thread, memory, first, thread.channels.mul_wide(bytes as u32), words)
     }
 
     /// The start of every step's document.
     fn of_documents(thread: &Thread<'a>) -> Option<Self> {
         let memory = thread.document_start?;
         let first = memory.at(thread.row.mad(thread.time, thread.first)).global_address();
-        Some(Self::new(thread.k, memory, first, thread.k.constant(4u64), Some(1)))
+        Some(Self::new(thread, memory, first, thread.k.constant(4u64), Some(1)))
     }
 
     /// A stream of so many words per step, or of single elements.
     fn new(
-        k: &'a Assembler,
+        thread: &Thread<'a>,
         memory: Global<'a>,
         first: Value<'a, U64>,
         stride: Value<'a, U64>,
         words: Option<usize>,
     ) -> Self {
+        let (k, threads) = (thread.k, thread.shape.threads());
         let way = match words {
             None => Way::Registers((0..AHEAD).map(|_| k.variable(0.0f32)).collect()),
             Some(words) => {
-                let shared = k.shared(Element::U32, SLOTS * AHEAD * THREADS * words as u32);
+                let shared = k.shared(Element::U32, SLOTS * AHEAD * threads * words as u32);
                 let own = shared.at(k.thread() * words as u32);
                 Way::Shared { own, words, fill: k.variable(0u32), take: k.variable(0u32) }
             }
         };
-        Self { k, memory, pointer: k.variable(first), stride, way }
+        Self { k, threads, memory, pointer: k.variable(first), stride, way }
     }
 
     /// How many times [`AHEAD`] steps are on their way.
@@ -392,7 +408,7 @@ impl<'a> Stream<'a> {
             match &self.way {
                 Way::Registers(elements) => elements[offset as usize].set(place.load_if(exists, 0.0)),
                 Way::Shared { own, words, fill, .. } => {
-                    let target = own.moved(fill.get()).plus(i64::from(offset * THREADS) * *words as i64);
+                    let target = own.moved(fill.get()).plus(i64::from(offset * self.threads) * *words as i64);
                     let bytes = exists.select::<U32>(4 * *words as u32, 0);
                     self.k.copy_bytes(target, place, 4 * words, bytes);
                 }
@@ -410,7 +426,7 @@ impl<'a> Stream<'a> {
             Way::Registers(elements) => elements.iter().map(|element| vec![self.k.constant(element.get()).bits()]).collect(),
             Way::Shared { own, words, take, .. } => {
                 let place = own.moved(take.get());
-                let step = |offset| place.plus(i64::from(offset * THREADS) * *words as i64).load_words(*words);
+                let step = |offset| place.plus(i64::from(offset * self.threads) * *words as i64).load_words(*words);
                 let taken = (0..AHEAD).map(step).collect();
                 self.advance(take, *words);
                 taken
@@ -420,7 +436,7 @@ impl<'a> Stream<'a> {
 
     /// Goes on to the next slot.
     fn advance(&self, slot: &Variable<'a, U32>, words: usize) {
-        let bytes = AHEAD * THREADS * 4 * words as u32;
+        let bytes = AHEAD * self.threads * 4 * words as u32;
         let next = slot.get() + bytes;
         slot.set(next.lt(SLOTS * bytes).select(next, 0u32));
     }
@@ -459,17 +475,18 @@ fn remember<'a>(history: &[Vec<Variable<'a, F32>>], window: &[Vec<Value<'a, F32>
 
 impl KernelSource for ConvolutionForward {
     fn build(&self) -> Kernel {
-        let form = self.0;
+        let (form, shape) = (self.0, FORWARD);
         let bytes = form.element.bytes() as u64;
         let width = u64::from(form.width);
         let description = Description {
             name: form.name("forward"),
             summary: format!(
-                "causal convolution along time of {} taps per channel; {} channels and {FORWARD_STEPS} steps per thread",
+                "causal convolution along time of {} taps per channel; {} channels and {} steps per thread",
                 form.width,
-                form.lanes()
+                form.lanes(),
+                shape.steps
             ),
-            block: [THREADS, 1, 1],
+            block: [shape.threads(), 1, 1],
             target: Target::Sm80,
             sizes: &["batch", "time", "channels"],
             work: move |sizes: &[u64]| {
@@ -482,13 +499,13 @@ impl KernelSource for ConvolutionForward {
         };
         Assembler::assemble(description, |k| {
             let output = k.write("output", form.element);
-            let thread = Thread::new(k, form, FORWARD_STEPS);
+            let thread = Thread::new(k, form, shape);
             k.return_if(!thread.active);
             k.comment("all that is read");
             let history = thread.history();
             let token = thread.row.mad(thread.time, thread.first);
             let inputs = Places::new(&thread, thread.input, token);
-            let steps: Vec<_> = (0..FORWARD_STEPS).map(|offset| (offset, thread.first + offset)).collect();
+            let steps: Vec<_> = (0..shape.steps).map(|offset| (offset, thread.first + offset)).collect();
             let fresh: Vec<_> = steps
                 .iter()
                 .map(|(offset, step)| load_words_if(&form, inputs.at(*offset), step.lt(thread.end)))
@@ -525,18 +542,19 @@ impl KernelSource for ConvolutionForward {
 
 impl KernelSource for ConvolutionBackward {
     fn build(&self) -> Kernel {
-        let form = self.0;
+        let (form, shape) = (self.0, BACKWARD);
         let bytes = form.element.bytes() as u64;
         let width = u64::from(form.width);
         let description = Description {
             name: form.name("backward"),
             summary: format!(
-                "gradients of a causal convolution along time of {} taps per channel; {} channels and {BACKWARD_STEPS} steps \
+                "gradients of a causal convolution along time of {} taps per channel; {} channels and {} steps \
                  per thread, weight and bias gradients as one part per block",
                 form.width,
-                form.lanes()
+                form.lanes(),
+                shape.steps
             ),
-            block: [THREADS, 1, 1],
+            block: [shape.threads(), 1, 1],
             target: Target::Sm80,
             sizes: &["batch", "time", "channels"],
             work: move |sizes: &[u64]| {
@@ -547,7 +565,7 @@ impl KernelSource for ConvolutionBackward {
                 }
             },
         };
-        Assembler::assemble(description, |k| backward(k, form))
+        Assembler::assemble(description, |k| backward(k, form, shape))
     }
 
     fn configurations() -> Vec<Self> {
@@ -555,14 +573,14 @@ impl KernelSource for ConvolutionBackward {
     }
 }
 
-fn backward(k: &Assembler, form: Convolution) {
+fn backward(k: &Assembler, form: Convolution, shape: Shape) {
     let (width, lanes) = (form.width as usize, form.lanes() as usize);
     let input_gradient = k.write("input_gradient", form.element);
     let weight_parts = k.write("weight_parts", Element::F32);
     let bias_parts = form.bias.then(|| k.write("bias_parts", Element::F32));
     let state_gradient = form.initial.then(|| k.write("state_gradient", form.element));
     let gradient = k.read("gradient", form.element);
-    let thread = Thread::new(k, form, BACKWARD_STEPS);
+    let thread = Thread::new(k, form, shape);
     // Per channel, the sums of its taps and then of its bias.
     let sums: Vec<Vec<_>> = (0..lanes).map(|_| (0..=width).map(|_| k.variable(0.0f32)).collect()).collect();
     k.if_(thread.active, || {
@@ -661,27 +679,25 @@ fn backward(k: &Assembler, form: Convolution) {
         k.wait_copies(0);
     });
 
-    k.comment("weight and bias gradients of the block: the two halves of each warp, then the warps in order");
+    k.comment("weight and bias gradients of the block: those of its threads in the order of their steps");
     let per_thread = (lanes * (width + 1)) as u32;
-    let scratch = k.shared(Element::F32, WARPS * ACROSS * per_thread);
-    let place = scratch.at(k.warp().mad(ACROSS, thread.across) * per_thread);
-    let lower = k.lane().lt(ACROSS);
+    let scratch = k.shared(Element::F32, shape.threads() * per_thread);
+    let place = scratch.at(k.thread() * per_thread);
     for (lane, sums) in sums.iter().enumerate() {
         // As the gradients are stored: a thread's taps by channel, then its biases.
         for (tap, sum) in sums.iter().enumerate() {
             let at = if tap < width { lane * width + tap } else { lanes * width + lane };
-            let both = sum.get() + k.shuffle_xor(sum.get(), ACROSS);
-            place.plus(at as i64).store_if(lower, both);
+            place.plus(at as i64).store(sum.get());
         }
     }
     k.barrier();
-    k.for_(k.thread(), ACROSS * per_thread, THREADS, |index| {
+    k.for_(k.thread(), shape.across * per_thread, shape.threads(), |index| {
         let first = scratch.at(index);
-        let stride = i64::from(ACROSS * per_thread);
-        let total = (1..i64::from(WARPS)).fold(first.load(), |total, warp| total + first.plus(warp * stride).load());
+        let stride = i64::from(shape.across * per_thread);
+        let total = (1..i64::from(shape.groups)).fold(first.load(), |total, group| total + first.plus(group * stride).load());
         let across = index.div(per_thread);
         let within = index.rem(per_thread);
-        let channel = k.block().mad(ACROSS, across) * lanes as u32;
+        let channel = k.block().mad(shape.across, across) * lanes as u32;
         let taps = (lanes * width) as u32;
         let exists = channel.lt(thread.channels);
         let weights = weight_parts.from_row(k.block_y() * form.width, thread.channels);

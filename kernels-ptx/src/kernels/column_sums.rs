@@ -1,8 +1,8 @@
 //! Column sums: `sums[p, j] = Σᵢ x[i, j]` over the rows `i` of part `p`, in f32. With one part it is the whole sum; with more,
 //! [`SumParts`](super::sum_parts::SumParts) adds them in order.
 //!
-//! - Layout: a block takes 32 columns of a part, a lane one of them; its 8 warps take rows in turn, so that 8 · 4 rows of
-//!   32 elements are on their way at a time. Their sums are added in order.
+//! - Layout: a block takes 32 columns of a part, a lane one of them; its 8 warps take rows in turn, so that 8 · 16 rows
+//!   of 32 elements are on their way at a time. Their sums are added in order.
 //! - Traffic: every element of x is read once. Bound by memory.
 
 use crate::asm::{Assembler, Description, LANES};
@@ -11,7 +11,7 @@ use crate::{Element, Kernel, KernelSource, Target, Work};
 const THREADS: u32 = 256;
 const WARPS: u32 = THREADS / LANES;
 /// Rows that a thread has on their way at a time.
-const AHEAD: u32 = 4;
+const AHEAD: u32 = 16;
 
 /// Sums a matrix over its rows.
 ///
@@ -79,9 +79,9 @@ impl KernelSource for ColumnSums {
             });
 
             k.comment("the warps' sums, in order");
-            let [a, b, c, d] = totals.map(|total| total.get());
+            let total = totals[1..].iter().fold(totals[0].get(), |sum, total| sum + total.get());
             let scratch = k.shared(Element::F32, THREADS);
-            scratch.at(k.thread()).store((a + b) + (c + d));
+            scratch.at(k.thread()).store(total);
             k.barrier();
             k.if_(exists & warp.eq(0), || {
                 let place = scratch.at(lane);

@@ -3,15 +3,17 @@
 //! - Forward: `output[t] = weight[ids[t]]`; an id outside the vocabulary gives a row of NaN, so that it shows in every
 //!   result that depends on it.
 //! - Backward: `weight_gradient[id] = Σ gradient[t]` over the tokens of that id, in their order, without atomics, and zero
-//!   for ids that do not occur. [`EmbeddingOrder`] sorts tokens by id: a token's rank is the number of tokens before it,
-//!   found by comparing it with all: `tokens²` comparisons of two instructions (ids are f32 there, and a difference that
-//!   is kept between 0 and 1 counts), 0.3·10⁹ for 16,384 tokens, which take less time than a sort in several passes.
-//!   [`EmbeddingRuns`] finds where each id's tokens lie in the order. [`EmbeddingBackward`] writes the whole gradient but
-//!   the rows of ids that occur more than 64 times, which [`EmbeddingRepeated`] sums by whole blocks: thousands of tokens
-//!   of padding take little longer than as many others.
+//!   for ids that do not occur. [`EmbeddingOrder`] sorts tokens by id: each block counts, for its ids, how many tokens each
+//!   of its warps has in its share of all tokens, adds these counts up in order, and then walks the tokens again and places
+//!   them. Tokens of one id in one step of a warp are found by comparing the ids' bits across its lanes, so that it makes
+//!   no difference how often an id occurs. [`EmbeddingBackward`] writes the whole gradient but the rows of ids that occur
+//!   more than 64 times, which [`EmbeddingRepeated`] sums by whole blocks: thousands of tokens of padding take little
+//!   longer than as many others.
 //! - Layout, forward: one warp per token; rows of a multiple of 8 elements are read 8 at a time, others one by one
 //!   (`vector`). Backward: one warp per id and 1024 columns, each lane 8 groups of 4 neighbouring columns (of one, where
-//!   the width is no multiple of 4), so that accesses of the f32 gradient are whole.
+//!   the width is no multiple of 4), so that accesses of the f32 gradient are whole; neighbouring blocks take neighbouring
+//!   columns of the same rows, so that the gradient is written from its beginning to its end. The sort: one block per 512
+//!   ids, one thread per id where counts are added up.
 //! - Traffic: forward, every token's row is read once and written once. Backward, every token's row is read once, every
 //!   row of the weight's gradient written once. Bound by memory.
 
@@ -29,10 +31,13 @@ const PARTS: u32 = 8;
 const MANY: u32 = 64;
 /// Rows that each warp has on their way where a block sums.
 const AHEAD: u32 = 8;
-/// Ids that a block has in shared memory at a time.
-const TILE: u32 = 2048;
-/// Numbers of tokens and ids are whole in f32 up to here.
-const MOST_WHOLE: u32 = 1 << 24;
+/// Ids that a block of the sort takes, one per thread.
+const IDS: u32 = 512;
+const SORT_WARPS: u32 = IDS / LANES;
+/// Times [`LANES`] tokens that each warp of the sort has on their way.
+const SORT_AHEAD: u32 = 16;
+/// The most tokens and ids that are sorted: sums of two of them are numbers of 32 bits.
+const MOST_SORTED: u32 = 1 << 30;
 
 /// Looks rows up.
 ///
@@ -50,17 +55,12 @@ pub struct EmbeddingForward {
 
 /// Sorts tokens by id, those of one id in their order; ids outside the vocabulary come last.
 ///
-/// Parameters: `order` (u32 `[tokens]`: the sorted tokens, written), `ids` (u32 `[tokens]`), `tokens`, `vocabulary` (u32,
-/// both at most 2²⁴).
+/// Parameters: `order` (u32 `[tokens]`: the sorted tokens), `runs` (u32 `[2, vocabulary]`: where each id's tokens begin in the
+/// order, and where they end), `repeated` (u32 `[tokens / 64, rounded up]`: the id that occurs more than 64 times and whose
+/// tokens' first place that is a multiple of 64 is this multiple, 2³² − 1 where there is none; all written), `ids` (u32
+/// `[tokens]`), `tokens`, `vocabulary` (u32).
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct EmbeddingOrder;
-
-/// Finds the tokens of each id in the order.
-///
-/// Parameters: `runs` (u32 `[2, vocabulary]`: where each id's tokens begin, and where they end; written for ids that occur,
-/// zero before), `ids`, `order` (u32 `[tokens]`), `tokens`, `vocabulary` (u32).
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct EmbeddingRuns;
 
 /// Sums the gradients of each id. Ids outside the vocabulary are left out.
 ///
@@ -76,8 +76,8 @@ pub struct EmbeddingBackward {
 
 /// Sums the gradients of each id that more than 64 tokens have.
 ///
-/// Parameters: `weight_gradient` (f32 `[vocabulary, width]`, written for such ids), `gradient` (`[tokens, width]`), `ids`,
-/// `order` (u32 `[tokens]`), `runs` (u32 `[2, vocabulary]`), `vocabulary`, `width` (u32).
+/// Parameters: `weight_gradient` (f32 `[vocabulary, width]`, written for such ids), `gradient` (`[tokens, width]`), `order`,
+/// `runs`, `repeated` (u32, as [`EmbeddingOrder`] writes them), `vocabulary`, `width` (u32).
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct EmbeddingRepeated {
     /// Type of the output's gradient.
@@ -99,16 +99,15 @@ impl EmbeddingForward {
 }
 
 impl EmbeddingOrder {
-    /// Blocks for so many tokens; `None` beyond 2²⁴ tokens or ids.
+    /// Blocks for so many tokens and ids; `None` beyond 2³⁰ of either.
     pub fn grid(tokens: u32, vocabulary: u32) -> Option<[u32; 3]> {
-        (tokens.max(vocabulary) <= MOST_WHOLE).then_some([tokens.div_ceil(LANES), 1, 1])
+        // What lies outside the vocabulary counts as one more id.
+        (tokens.max(vocabulary) <= MOST_SORTED).then_some([(vocabulary + 1).div_ceil(IDS), 1, 1])
     }
-}
 
-impl EmbeddingRuns {
-    /// Blocks for so many tokens.
-    pub fn grid(tokens: u32) -> Option<[u32; 3]> {
-        Some([tokens.div_ceil(THREADS), 1, 1])
+    /// The length of `repeated`.
+    pub fn repeated(tokens: u32) -> u32 {
+        tokens.div_ceil(MANY)
     }
 }
 
@@ -120,8 +119,8 @@ impl EmbeddingBackward {
 
     /// Blocks for tables of this size; `None` when one launch cannot cover them.
     pub fn grid(&self, vocabulary: u32, width: u32) -> Option<[u32; 3]> {
-        let parts = width.div_ceil(PARTS * LANES * columns(self.vector));
-        (parts <= 65_535).then_some([vocabulary.div_ceil(WARPS), parts, 1])
+        let blocks = u64::from(vocabulary.div_ceil(WARPS)) * u64::from(width.div_ceil(PARTS * LANES * columns(self.vector)));
+        (blocks <= i32::MAX as u64).then_some([blocks as u32, 1, 1])
     }
 }
 
@@ -190,95 +189,113 @@ impl KernelSource for EmbeddingOrder {
     fn build(&self) -> Kernel {
         let description = Description {
             name: "embedding_order".to_owned(),
-            summary:
-                "sorts tokens by id, stably: each token's rank by comparison with all; one lane per token, each warp \
-                      of a block an eighth of the others"
-                    .to_owned(),
-            block: [THREADS, 1, 1],
+            summary: format!(
+                "sorts tokens by id, stably: {IDS} ids per block, which counts and then places their tokens; each of its \
+                 {SORT_WARPS} warps has its own share of all tokens"
+            ),
+            block: [IDS, 1, 1],
             target: Target::Sm80,
-            sizes: &["tokens"],
-            work: |sizes: &[u64]| Work { bytes: 8 * sizes[0], operations: 2 * sizes[0] * sizes[0] },
+            sizes: &["tokens", "vocabulary"],
+            work: |sizes: &[u64]| Work {
+                bytes: 8 * (sizes[0] + sizes[1]),
+                operations: 4 * sizes[0] * (sizes[1] + 1).div_ceil(u64::from(IDS)),
+            },
         };
         Assembler::assemble(description, |k| {
-            let order = k.write("order", Element::U32);
+            let [order, runs, repeated] = ["order", "runs", "repeated"].map(|name| k.write(name, Element::U32));
             let (ids, tokens, vocabulary) = (k.read("ids", Element::U32), k.u32("tokens"), k.u32("vocabulary"));
             let (lane, warp) = (k.lane().named("lane"), k.warp().named("warp"));
-            let first = (k.block() * LANES).named("first");
-            let token = (first + lane).named("token");
-            let key_of = |token| key(ids, token, tokens, vocabulary);
-            let key = key_of(token).named("key");
-            let after = (key + 1.0).named("after");
-            let tile = k.shared(Element::F32, TILE);
-
-            k.comment("how many keys are less; of tokens of earlier blocks, less or equal");
-            let counts: [_; 4] = std::array::from_fn(|_| k.variable(0.0f32));
-            k.for_(0u32, tokens, TILE, |tile_first| {
-                k.barrier();
-                for part in 0..TILE / THREADS {
-                    let place = k.thread() + part * THREADS;
-                    tile.at(place).store(key_of(tile_first + place));
-                }
-                k.barrier();
-                let part_first = warp * (TILE / WARPS);
-                k.for_(0u32, TILE / WARPS, LANES, |group| {
-                    let place = part_first + group;
-                    let bound = (tile_first + place).lt(first).select::<F32>(after, key);
-                    for vector in 0..LANES / 4 {
-                        let others = tile.at(place).plus(i64::from(4 * vector)).load_vector::<4>();
-                        for (count, other) in counts.iter().zip(others) {
-                            count.set(count.get() + bound.sub_saturated(other));
-                        }
+            let first_id = (k.block() * IDS).named("first_id");
+            // By warp and id: tokens, and then the place of the next.
+            let counters = k.shared(Element::U32, SORT_WARPS * IDS);
+            let by_warp: Vec<_> =
+                (0..SORT_WARPS).map(|warp| counters.at(k.thread()).plus(i64::from(warp * IDS))).collect();
+            by_warp.iter().for_each(|counter| counter.store_u32(0));
+            let own = counters.at(warp * IDS);
+            let share = ((tokens + (IDS - 1)) >> IDS.ilog2()) * LANES;
+            let first = (warp * share).named("first");
+            let end = (first + share).min(tokens).named("end");
+            let before = k.variable(0u32).named("before");
+            let walk = |places: bool| {
+                k.for_(first, end, SORT_AHEAD * LANES, |group| {
+                    let read: Vec<_> = (0..SORT_AHEAD)
+                        .map(|ahead| {
+                            let token = group + (lane + ahead * LANES);
+                            let exists = token.lt(end);
+                            (token, exists, ids.at(token).load_u32_if(exists, u32::MAX))
+                        })
+                        .collect();
+                    let found: Vec<_> = read
+                        .into_iter()
+                        .map(|(token, exists, id)| {
+                            let id = id.min(vocabulary);
+                            if !places {
+                                before.set(before.get() + id.lt(first_id).select::<U32>(1u32, 0u32));
+                            }
+                            let within = id - first_id;
+                            let here = exists & within.lt(IDS);
+                            (token, within, here, k.ballot(here))
+                        })
+                        .collect();
+                    for (token, within, here, lanes) in found {
+                        k.if_(lanes.ne(0), || {
+                            let same = same_numbers(k, lanes, within, IDS.ilog2());
+                            let earlier = (same & ((k.constant(1u32) << lane) - 1)).count_ones();
+                            let counter = own.moved(here.select::<U32>(within, 0u32) * 4);
+                            let next = counter.load_u32();
+                            k.warp_barrier();
+                            counter.store_u32_if(here & earlier.eq(0), next + same.count_ones());
+                            k.warp_barrier();
+                            if places {
+                                order.at(next + earlier).store_u32_if(here, token);
+                            }
+                        });
                     }
                 });
-            });
-
-            k.comment("the sum over the warps, and the block's own tokens of the same id");
-            let [a, b, c, d] = counts.map(|count| count.get());
-            let scratch = k.shared(Element::F32, THREADS);
-            scratch.at(k.thread()).store((a + b) + (c + d));
+            };
             k.barrier();
-            k.return_if(warp.ne(0));
-            let mut rank = (0..WARPS)
-                .map(|warp| scratch.at(lane).plus(i64::from(warp * LANES)).load())
-                .fold(k.constant(0.0f32), |total, count| total + count);
-            for other in 0..LANES {
-                let same = k.shuffle_from(key, other).eq(key) & lane.gt(other);
-                rank = rank + same.select::<F32>(1.0, 0.0);
+            k.comment("how many tokens each warp has of each id, and how many have a lesser id");
+            walk(false);
+
+            k.comment("each id's number of tokens; the sum of those of lesser ids, over lanes, warps and other blocks");
+            let sums = k.shared(Element::U32, 2 * SORT_WARPS);
+            let lesser = (0..LANES.ilog2()).fold(before.get(), |sum, bit| sum + k.shuffle_xor(sum, 1 << bit));
+            k.barrier();
+            let counts: Vec<_> = by_warp.iter().map(|counter| counter.load_u32()).collect();
+            let total = counts.iter().copied().reduce(|sum, count| sum + count).unwrap_or(lesser).named("total");
+            let through = (0..LANES.ilog2()).fold(total, |sum, bit| {
+                let below = k.shuffle_up(sum, 1 << bit);
+                sum + lane.ge(1 << bit).select::<U32>(below, 0u32)
+            });
+            let last = lane.eq(LANES - 1);
+            sums.at(warp).store_u32_if(last, through);
+            sums.at(warp).plus(i64::from(SORT_WARPS)).store_u32_if(last, lesser);
+            k.barrier();
+            let parts = sums.first().load_words(2 * SORT_WARPS as usize);
+            let (of_warps, lesser) = parts.split_at(SORT_WARPS as usize);
+            let begin = of_warps.iter().zip(0..).fold(through - total, |sum, (&part, other)| {
+                sum + warp.gt(other).select::<U32>(part, 0u32)
+            });
+            let begin = lesser.iter().fold(begin, |sum, &part| sum + part).named("begin");
+            let next = k.variable(begin);
+            for (counter, count) in by_warp.iter().zip(counts) {
+                counter.store_u32(next.get());
+                next.set(next.get() + count);
             }
-            order.at(rank.truncate()).store_u32_if(token.lt(tokens), token);
-        })
-    }
+            let end = (begin + total).named("end");
+            let id = (first_id + k.thread()).named("id");
+            let known = id.lt(vocabulary);
+            runs.at(id).store_u32_if(known, begin);
+            runs.from(vocabulary.wide()).at(id).store_u32_if(known, end);
+            let [first_slot, end_slot] = [begin, end].map(|place| (place + (MANY - 1)) >> MANY.ilog2());
+            let taken = (known & total.gt(MANY)).select::<U32>(id, u32::MAX);
+            k.for_(first_slot, end_slot, 1, |slot| {
+                repeated.at(slot).store_u32(slot.eq(first_slot).select::<U32>(taken, u32::MAX));
+            });
+            k.barrier();
 
-    fn configurations() -> Vec<Self> {
-        vec![Self]
-    }
-}
-
-impl KernelSource for EmbeddingRuns {
-    fn build(&self) -> Kernel {
-        let description = Description {
-            name: "embedding_runs".to_owned(),
-            summary: "where the tokens of each id begin and end in the order; one thread per place of the order"
-                .to_owned(),
-            block: [THREADS, 1, 1],
-            target: Target::Sm80,
-            sizes: &["tokens"],
-            work: |sizes: &[u64]| Work { bytes: 16 * sizes[0], operations: 0 },
-        };
-        Assembler::assemble(description, |k| {
-            let (runs, ids, order) =
-                (k.write("runs", Element::U32), k.read("ids", Element::U32), k.read("order", Element::U32));
-            let (tokens, vocabulary) = (k.u32("tokens"), k.u32("vocabulary"));
-            let place = k.global_thread(THREADS).named("place");
-            k.return_if(place.ge(tokens));
-            let id_at = |place| id_at(ids, order, place);
-            let id = id_at(place).named("id");
-            k.return_if(id.ge(vocabulary));
-            let last = tokens - 1;
-            let before = id_at(place.max(1u32) - 1);
-            let after = id_at((place + 1).min(last));
-            runs.at(id).store_u32_if(place.eq(0) | before.ne(id), place);
-            runs.from(vocabulary.wide()).at(id).store_u32_if(place.eq(last) | after.ne(id), place + 1);
+            k.comment("the tokens to their places");
+            walk(true);
         })
     }
 
@@ -310,13 +327,18 @@ impl KernelSource for EmbeddingBackward {
             let gradient = k.read("gradient", gradient_element);
             let [order, runs] = ["order", "runs"].map(|name| k.read(name, Element::U32));
             let (vocabulary, width) = (k.u32("vocabulary"), k.u32("width"));
-            let id = k.block().mad(WARPS, k.warp()).named("id");
+            // Neighbouring blocks write neighbouring columns of the same rows.
+            let columns = columns(vector);
+            let part_columns = PARTS * LANES * columns;
+            let parts = (width + (part_columns - 1)) >> part_columns.ilog2();
+            let ids = k.block().div(parts);
+            let part = k.block() - ids * parts;
+            let id = ids.mad(WARPS, k.warp()).named("id");
             k.return_if(id.ge(vocabulary));
             let (begin, end) = run(runs, vocabulary, id);
             k.return_if((end - begin).gt(MANY));
 
-            let columns = columns(vector);
-            let first = (k.block_y().mad(PARTS * LANES, k.lane()) * columns).named("first");
+            let first = (part.mad(PARTS * LANES, k.lane()) * columns).named("first");
             let parts: Vec<(Value<'_, U32>, Value<'_, Pred>)> = (0..PARTS)
                 .map(|part| {
                     let column = first + part * LANES * columns;
@@ -364,13 +386,11 @@ impl KernelSource for EmbeddingRepeated {
         Assembler::assemble(description, |k| {
             let weight_gradient = k.write("weight_gradient", Element::F32);
             let gradient = k.read("gradient", gradient_element);
-            let [ids, order, runs] = ["ids", "order", "runs"].map(|name| k.read(name, Element::U32));
+            let [order, runs, repeated] = ["order", "runs", "repeated"].map(|name| k.read(name, Element::U32));
             let (vocabulary, width) = (k.u32("vocabulary"), k.u32("width"));
-            let place = (k.block() * MANY).named("place");
-            let id = id_at(ids, order, place).named("id");
+            let id = repeated.at(k.block()).load_u32().named("id");
             k.return_if(id.ge(vocabulary));
             let (begin, end) = run(runs, vocabulary, id);
-            k.return_if((end - begin).le(MANY) | (place - begin).ge(MANY));
 
             k.comment("every eighth token");
             let columns = columns(vector);
@@ -430,21 +450,13 @@ fn suffix(vector: bool) -> &'static str {
     if vector { "" } else { "_scalar" }
 }
 
-/// What tokens are sorted by: the id, the size of the vocabulary for ids outside it, more than that where there is no token.
-fn key<'a>(
-    ids: Global<'a>,
-    token: Value<'a, U32>,
-    tokens: Value<'a, U32>,
-    vocabulary: Value<'a, U32>,
-) -> Value<'a, F32> {
-    let exists = token.lt(tokens);
-    let id = ids.at(token).load_u32_if(exists, 0).min(vocabulary);
-    exists.select(id.to_f32(), f32::INFINITY)
-}
-
-/// The id of the token at a place of the order.
-fn id_at<'a>(ids: Global<'a>, order: Global<'a>, place: Value<'a, U32>) -> Value<'a, U32> {
-    ids.at(order.at(place).load_u32()).load_u32()
+/// Those of the given lanes (as bits) whose number, of so many bits, is that of this lane. All lanes of the warp take part.
+fn same_numbers<'a>(k: &'a Assembler, lanes: Value<'a, U32>, number: Value<'a, U32>, bits: u32) -> Value<'a, U32> {
+    (0..bits).fold(lanes, |same, bit| {
+        let set = (number & (1 << bit)).ne(0);
+        let with = k.ballot(set);
+        same & set.select::<U32>(with, with ^ u32::MAX)
+    })
 }
 
 /// Where the tokens of an id lie in the order: the first place, and the one after the last.

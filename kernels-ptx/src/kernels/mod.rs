@@ -30,7 +30,7 @@ kernels! {
     decoding: ConvolutionState, ExtendCache, Advance;
     divergence: DivergenceForward, DivergenceBackward;
     elementwise: Elementwise;
-    embedding: EmbeddingForward, EmbeddingOrder, EmbeddingRuns, EmbeddingBackward, EmbeddingRepeated;
+    embedding: EmbeddingForward, EmbeddingOrder, EmbeddingBackward, EmbeddingRepeated;
     few_rows_product: FewRowsProduct;
     fill: Fill;
     layout: CopyColumns, RepeatChunks, SumChunks;

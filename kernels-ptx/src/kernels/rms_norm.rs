@@ -22,8 +22,9 @@ const THREADS: u32 = 256;
 const WARPS: u32 = THREADS / LANES;
 /// Vectors of a row that a lane holds at most.
 const MOST_VECTORS: u32 = 4;
-/// Blocks of the backward pass: two for each of an H100's 132 multiprocessors.
-const BLOCKS: u32 = 264;
+/// Blocks of the backward pass, at most: nearly two for each of an H100's 132 multiprocessors. A power of two, so that they
+/// have as many rows each, and that as few rounds add up their sums.
+const BLOCKS: u32 = 256;
 /// Bytes of shared memory that rows on their way to a block of the backward pass may take: two blocks share an H100's
 /// multiprocessor.
 const RING_BYTES: u32 = 108 << 10;

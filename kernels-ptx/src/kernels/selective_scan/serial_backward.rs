@@ -1,45 +1,59 @@
 //! The scan's gradients over whole rows.
 //!
-//! A block takes one tile of 16 channels by 16 states; each of its four warps has a task, and all meet at one barrier per
-//! round of [`STAGE`] steps. Chunks of [`CHUNK`] steps are taken from the last to the first:
+//! A block takes one tile of 16 channels by 16 states; its five warps have four tasks, and all meet at one barrier per round of
+//! [`STAGE`] steps. Chunks of [`CHUNK`] steps are taken from the last to the first:
 //!
 //! - *Prepare*, chunk by chunk in the order of time: read global memory, compute Δ and dy, put what the scans need into shared
 //!   memory; add up and write what *forth* leaves: the gradients of the gate and of C.
 //! - *Forth*, a round later: the states from the saved ones on; Σ C h and dy h; leaves the state at the start of each stage.
 //! - *Back*, a chunk later and against the order of time: the states of a stage again, then λ and what follows from it.
-//! - *Finish*, a round later: add up and write the gradients of u, delta and B.
+//! - *Finish*, two rounds later: add up and write the gradients of u, delta and B.
+//!
+//! *Back* has two warps, which take the stages in turns and two rounds for each: in the first a warp computes what does not
+//! wait for the stage before, the decays above all; in the second it has λ from the other warp through shared memory. So a
+//! stage's exponentials overlap with the sums of the one before it.
+//!
+//! Whoever reads global memory waits, for any of its reads, for all that it has sent, and before a branch for those that are
+//! used behind it. So the warps that serve send for the steps of [`AHEAD`] rounds at once, [`AHEAD`] rounds early, and copy what has arrived
+//! before they send again.
 //!
 //! A lane that scans holds 2 channels by 4 states. What is summed over lanes is left in shared memory, for the lanes that
 //! serve to add in a fixed order. As a chunk is used up from its end while the one before it is prepared from its start, both
 //! share little more room than one of them needs.
 //!
 //! Floor at 1 × 16,384 × 4096 × 16 in bf16 on an H100, two blocks on each multiprocessor: bytes 1.24 GB, and 0.27 GB of parts
-//! where four tiles share a group of B, 0.51 ms at 2.96 TB/s; exponentials, two per channel, state and step, 0.58 ms. Instructions
-//! per step, counted in the machine code for sm_90: *back* 103, *forth* 67, *prepare* 43, *finish* 27; 240 per tile,
-//! 120 cycles of each quarter of a multiprocessor, 1.12 ms; *back* of one block shares its quarter with *finish* of the other,
-//! 130 cycles, 1.21 ms. Shared memory and reads of global memory: about 68 passes per tile and step by the rule that neighbouring
-//! lanes which read the same place share a pass, 136 cycles, 1.27 ms. So passes bind, and issue right behind.
-//! The sums over lanes are 28 of the 68 passes; a lane of 2 × 2 would leave 40 of them.
+//! where four tiles share a group of B, 0.51 ms at 2.96 TB/s; exponentials, two per channel, state and step, and what the
+//! channels need, 0.63 ms; about 245 instructions per step and tile, 1.0 ms at 1.98 GHz; 59 passes of shared memory and 3 of
+//! global memory, 1.0 ms. So instructions and passes bind alike. Measured on 2026-11-28: 1.90 ms; *forth* and *back* are
+//! active four fifths of a round. [`BLOCKS`] bounds the registers for shapes with more tiles; with two blocks, 161 registers, the same
+//! took 1.80 ms, and 8 × 2048 × 576 took 0.41 ms in the place of 0.345.
 
 use super::backward::{GroupGradient, gated};
 use super::forward::SIZES;
 use super::serial::{self, PAIR, STATES, Stored, Tile, Track};
+use super::serial_forward::tree_sum;
 use super::{CHUNK, Scan, TILE};
-use crate::asm::{Address, Assembler, Description, F32, Global, Pred, Shared, U32, Value, Variable};
+use crate::asm::{Address, Assembler, Description, F32, Global, LANES, Operand, Pred, Shared, U32, Value, Variable};
 use crate::{Element, Kernel, KernelSource, Target, Work};
 
-/// Threads of a block.
-const THREADS: u32 = 128;
-/// Blocks after which the two halves of a block change places, since a warp's index decides which quarter of the
-/// multiprocessor runs it: an H100's multiprocessors.
-const BLOCKS_PER_ROUND: u32 = 132;
 /// Steps of a round.
 const STAGE: u32 = 4;
 /// Stages of a chunk.
 const STAGES: u32 = CHUNK / STAGE;
 /// Stages that shared memory has places for.
-const PLACES: u32 = STAGES + 5;
-/// Rounds between the reads of global memory and their use.
+const PLACES: u32 = STAGES + 8;
+/// Threads of a block.
+const THREADS: u32 = 5 * 32;
+/// Blocks that share a multiprocessor where there are so many.
+const BLOCKS: u32 = 3;
+/// Rounds between a stage's first, of *prepare*, and the one in which *forth* begins it; to where *prepare* adds up what *forth*
+/// leaves.
+const TO_FORTH: u32 = 1;
+const TO_SUMS: u32 = TO_FORTH + 2;
+/// Rounds before *back* begins its first stage, and before *finish* has it.
+const TO_BACK: u32 = STAGES + 1;
+const TO_FINISH: u32 = TO_BACK + 2;
+/// Rounds between the reads of global memory and their use, at most.
 const AHEAD: u32 = 4;
 /// States of a lane that scans.
 const QUAD: usize = 4;
@@ -49,13 +63,18 @@ const QUADS_ROW: u32 = 32;
 /// f32 of a stage's first states.
 const STARTS_ROW: u32 = TILE * STATES;
 
-/// Where what the scans leave of a step begins: Σ C h and dy h of *forth*, `Σ λ B`, `Σ λ A e` and λ Δ u of *back*.
+/// f32 from a state quad's part of a sum to the next quad's, for two values per channel pair and for four: apart by so much
+/// that the lanes of a scanning warp reach all banks.
+const Y_PART: u32 = TILE + 8;
+const THROUGH_PART: u32 = 2 * TILE + 8;
+/// Where what the scans leave of a step begins: Σ C h and dy h of *forth*, `Σ λ B` with `Σ λ A e`, and λ Δ u of *back*. The
+/// first and the third are sums over a lane's states, a part per state quad; the others over its channels, a part per channel pair.
 const Y: i64 = 0;
-const C_SUMS: i64 = 64;
-const THROUGH: i64 = 192;
-const B_SUMS: i64 = 320;
+const C_SUMS: i64 = Y + 4 * Y_PART as i64;
+const THROUGH: i64 = C_SUMS + 8 * STATES as i64;
+const B_SUMS: i64 = THROUGH + 4 * THROUGH_PART as i64;
 /// f32 of a step of it, so that neighbouring steps lie in different halves of the banks.
-const SUMS_ROW: u32 = 448 + 16;
+const SUMS_ROW: u32 = B_SUMS as u32 + 8 * STATES + 16;
 
 /// `[channel][state]` of a lane.
 type Patch<T> = [[T; QUAD]; PAIR];
@@ -95,7 +114,7 @@ impl KernelSource for SerialBackward {
                 flag(carried, "_carried"),
                 flag(initial, "_initial")
             ),
-            summary: "gradients of the selective scan over whole rows; a block per tile of 16 channels, a warp per task".to_owned(),
+            summary: "gradients of the selective scan over whole rows; a block per tile of 16 channels, six warps for four tasks".to_owned(),
             block: [THREADS, 1, 1],
             target: Target::Sm80,
             sizes: SIZES,
@@ -109,7 +128,10 @@ impl KernelSource for SerialBackward {
                 }
             },
         };
-        Assembler::assemble(description, |k| Backward::new(k, *self).write())
+        Assembler::assemble(description, |k| {
+            k.resident_blocks(BLOCKS);
+            Backward::new(k, *self).write();
+        })
     }
 
     fn configurations() -> Vec<Self> {
@@ -168,7 +190,8 @@ struct Inputs<'a> {
 }
 
 /// Shared memory. Per place of a stage and step: Δ of each channel; Δu and dy, two channels each at a time; B; C; whether a
-/// document begins. Per place: the first states. Per round of two and step: what the scans leave.
+/// document begins. Per place: the first states. Per round of two and step: what the scans leave. What *back* carries to the
+/// stage before.
 struct Memory<'a> {
     sizes: Shared<'a>,
     drive: Shared<'a>,
@@ -177,6 +200,7 @@ struct Memory<'a> {
     begins: Option<Shared<'a>>,
     starts: Shared<'a>,
     sums: Shared<'a>,
+    carry: Shared<'a>,
 }
 
 impl<'a> Backward<'a> {
@@ -215,6 +239,7 @@ impl<'a> Backward<'a> {
             begins: form.documents.then(|| k.shared(Element::U32, PLACES * STAGE)),
             starts: k.shared(Element::F32, PLACES * STARTS_ROW),
             sums: shared(2, SUMS_ROW),
+            carry: k.shared(Element::F32, STARTS_ROW),
         };
         Self {
             k,
@@ -235,54 +260,50 @@ impl<'a> Backward<'a> {
 
     fn write(&self) {
         let k = self.k;
-        let turned = k.block().div(BLOCKS_PER_ROUND) & 1;
-        let scans = (k.thread() >> 6).eq(turned);
-        let second = (k.thread() & 32).ne(0);
+        let warp = k.warp();
+        let back = || self.back((warp >> 1).named("second"));
         k.if_else(
-            scans,
-            || k.if_else(second, || self.forth(), || self.back()),
-            || k.if_else(second, || self.prepare(), || self.finish()),
+            (warp & 1).ne(0),
+            back,
+            || k.if_else(warp.eq(0), || self.prepare(), || k.if_else(warp.eq(2), || self.forth(), || self.finish())),
         );
     }
 
+    /// The end of a round, from each warp's own part of the text.
     fn meet(&self) {
         self.k.meet(1, THREADS);
     }
 
-    fn meet_times(&self, times: u32) {
+    fn meet_times(&self, times: impl Operand<'a, U32>) {
         self.k.for_(0u32, times, 1u32, |_| self.meet());
     }
 
     /// The place of the stage that *prepare* takes in a round. Chunks alternate in the direction of their places, so that
-    /// one can follow where the one after it is used up; two further places between them, and another two between a chunk
+    /// one can follow where the one after it is used up; three further places between them, and another four between a chunk
     /// and the second after it, keep what a round of another task still reads.
     fn place(&self, round: Value<'a, U32>) -> Value<'a, U32> {
         let chunk = round >> STAGES.ilog2();
         let stage = round & (STAGES - 1);
-        let turned = self.k.constant(STAGES + 2) - stage;
+        let turned = self.k.constant(STAGES + 3) - stage;
         let place = (chunk & 1).ne(0).select::<U32>(turned, stage);
-        // `even mod PLACES` by a product: exact below 2²², and there are fewer chunks.
-        const { assert!(PLACES == 21) };
-        let even = chunk & !1u32;
-        let quotient = even.mul_high(0xc30c_30c4u32) >> 4;
-        let moved = (place + PLACES - even) + quotient * PLACES;
-        // Of two, the one that is not negative and the least.
-        moved.min(moved - PLACES)
+        // `moved mod PLACES` by a product, exact for all of 32 bits.
+        const { assert!(PLACES == 24) };
+        let moved = (chunk & !1u32) * 2;
+        let quotient = moved.mul_high(0xaaaa_aaabu32) >> 4;
+        self.around((place + quotient * PLACES) - moved, 1)
     }
 
-    /// The places of the stages of [`AHEAD`] rounds of a chunk from `round` on, or back from it.
-    fn places(&self, round: Value<'a, U32>, back: bool) -> Vec<Value<'a, U32>> {
-        let first = self.place(round);
-        let odd = ((round >> STAGES.ilog2()) & 1).ne(0);
+    /// A place that may lie less than [`PLACES`] before the first or after the last; places are counted in units.
+    fn around(&self, place: Value<'a, U32>, unit: u32) -> Value<'a, U32> {
+        // Of three, the one that is not negative and the least.
+        place.min(place + PLACES * unit).min(place - PLACES * unit)
+    }
+
+    /// From a stage's place to that of the stage after it in its chunk, or before it: one further or one back.
+    fn way(&self, chunk: Value<'a, U32>, back: bool) -> Value<'a, U32> {
         let (falls, rises) = (u32::MAX, 1u32);
-        let way = if back { odd.select::<U32>(rises, falls) } else { odd.select::<U32>(falls, rises) };
-        let mut places = vec![first];
-        for _ in 1..AHEAD {
-            // One further, around the end.
-            let moved = places[places.len() - 1] + way;
-            places.push(moved.min(moved + PLACES).min(moved - PLACES));
-        }
-        places
+        let odd = (chunk & 1).ne(0);
+        if back { odd.select(rises, falls) } else { odd.select(falls, rises) }
     }
 
     /// The first step of that stage; of rounds after the last, none that exists.
@@ -307,8 +328,10 @@ struct Lane<'a> {
     rates: Patch<Value<'a, F32>>,
     /// Its places in the first stage that shared memory has a place for.
     first: Places<'a>,
-    /// Its places in what the scans leave of the first round.
+    /// Its places in what it leaves for others.
     sums: Sums<'a>,
+    /// Its place in what *back* carries on.
+    carry: Address<'a>,
 }
 
 /// A scanning lane's places in a stage.
@@ -323,13 +346,15 @@ struct Places<'a> {
 }
 
 impl<'a> Lane<'a> {
-    fn new(backward: &Backward<'a>) -> Self {
+    fn new(backward: &Backward<'a>, second: Value<'a, U32>) -> Self {
         let k = backward.k;
         let index = k.lane();
         let pair = (((index >> 1) & 1) | ((index >> 2) & 6)).named("channel_pair");
         let quad = ((index & 1) | ((index >> 1) & 2)).named("state_quad");
         let memory = &backward.memory;
         let (pairs, quads) = (pair * PAIR as u32, quad * QUAD as u32);
+        // A warp always has every second stage, whose results lie in its half.
+        let sums = second * (STAGE * SUMS_ROW * 4);
         let zero = k.constant(0.0f32);
         let mut lane = Self {
             pair,
@@ -344,10 +369,11 @@ impl<'a> Lane<'a> {
                 starts: memory.starts.at(index * QUAD as u32),
             },
             sums: Sums {
-                by_state: memory.sums.at(pair.mad(STATES, quads)),
-                y: memory.sums.at(quad.mad(TILE, pairs)),
-                through: memory.sums.at(quad.mad(2 * TILE, pairs * 2)),
+                by_state: memory.sums.at(pair.mad(STATES, quads)).moved(sums),
+                y: memory.sums.at(quad.mad(Y_PART, pairs)).moved(sums),
+                through: memory.sums.at(quad.mad(THROUGH_PART, pairs * 2)).moved(sums),
             },
+            carry: memory.carry.at(index * QUAD as u32),
         };
         let values = lane.places_in(&backward.tile, backward.a, k.constant(0u32)).map(|place| place.load_vector::<QUAD>());
         lane.rates = values.map(|values| values.map(|value| value * std::f32::consts::LOG2_E));
@@ -373,30 +399,20 @@ impl<'a> Lane<'a> {
             starts: moved(starts, STARTS_ROW),
         }
     }
-
-    /// Where it leaves what is summed over lanes in a round.
-    fn sums_in(&self, round: Value<'a, U32>) -> Sums<'a> {
-        let bytes = (round & 1) * (STAGE * SUMS_ROW * 4);
-        let Sums { by_state, y, through } = self.sums;
-        Sums { by_state: by_state.moved(bytes), y: y.moved(bytes), through: through.moved(bytes) }
-    }
 }
 
-/// Where a scanning lane leaves what is summed over channel pairs, and over state quads.
+/// Where a scanning lane leaves what is summed over channel pairs, and over state quads, of its stages.
 struct Sums<'a> {
     by_state: Address<'a>,
     y: Address<'a>,
     through: Address<'a>,
 }
 
-/// What a scanning lane reads of a step.
-struct Step<'a> {
-    sizes: [Value<'a, F32>; PAIR],
-    driven: [Value<'a, F32>; PAIR],
-    dy: [Value<'a, F32>; PAIR],
-    b: [Value<'a, F32>; QUAD],
-    c: [Value<'a, F32>; QUAD],
-    begins: Option<Value<'a, U32>>,
+impl<'a> Sums<'a> {
+    fn moved(&self, bytes: Value<'a, U32>) -> Self {
+        let Self { by_state, y, through } = *self;
+        Self { by_state: by_state.moved(bytes), y: y.moved(bytes), through: through.moved(bytes) }
+    }
 }
 
 impl<'a> Places<'a> {
@@ -408,29 +424,40 @@ impl<'a> Places<'a> {
         self.drive.plus(i64::from(step * QUADS_ROW)).load_vector()
     }
 
+    fn driven_and_dy(&self, step: u32) -> [[Value<'a, F32>; PAIR]; 2] {
+        let [driven @ .., dy0, dy1] = self.drive.plus(i64::from(step * QUADS_ROW)).load_vector::<4>();
+        [driven, [dy0, dy1]]
+    }
+
     fn b(&self, step: u32) -> [Value<'a, F32>; QUAD] {
         self.b.plus(i64::from(step * PAIRS_ROW)).load_vector()
     }
 
-    fn begins(&self, step: u32) -> Option<Value<'a, U32>> {
-        self.begins.map(|begins| begins.plus(i64::from(step)).load_u32())
+    fn c(&self, step: u32) -> [Value<'a, F32>; QUAD] {
+        self.c.plus(i64::from(step * PAIRS_ROW)).load_vector()
     }
 
-    fn step(&self, step: u32) -> Step<'a> {
-        let [driven @ .., dy0, dy1] = self.drive.plus(i64::from(step * QUADS_ROW)).load_vector::<4>();
-        Step {
-            sizes: self.sizes(step),
-            driven,
-            dy: [dy0, dy1],
-            b: self.b(step),
-            c: self.c.plus(i64::from(step * PAIRS_ROW)).load_vector(),
-            begins: self.begins(step),
+    /// Whether the stage's steps begin documents.
+    fn begins(&self) -> Vec<Option<Value<'a, Pred>>> {
+        match self.begins {
+            Some(begins) => begins.load_words(STAGE as usize).into_iter().map(|flag| Some(flag.ne(0))).collect(),
+            None => vec![None; STAGE as usize],
         }
     }
+}
 
-    /// The two halves of a lane's first states.
-    fn starts(&self) -> [Address<'a>; PAIR] {
-        [self.starts, self.starts.plus(i64::from(STARTS_ROW / 2))]
+/// The two halves of a lane's values among those of all lanes.
+fn halves(first: Address<'_>) -> [Address<'_>; PAIR] {
+    [first, first.plus(i64::from(STARTS_ROW / 2))]
+}
+
+fn load(first: Address<'_>) -> Patch<Value<'_, F32>> {
+    halves(first).map(|place| place.load_vector())
+}
+
+fn store<'a>(first: Address<'a>, values: &Patch<Value<'a, F32>>) {
+    for (place, values) in halves(first).into_iter().zip(values) {
+        place.store_vector(values);
     }
 }
 
@@ -453,16 +480,23 @@ fn get<'a>(variables: &Patch<Variable<'a, F32>>) -> Patch<Value<'a, F32>> {
     variables.map(|variables| variables.map(Variable::get))
 }
 
+/// Where a warp is: its stage's place, and [`Backward::way`].
+struct Passing<'a> {
+    place: Variable<'a, U32>,
+    way: Variable<'a, U32>,
+}
+
+/// Something of every step of a stage.
+fn stage_of<T>(of: impl Fn(usize) -> T) -> [T; STAGE as usize] {
+    std::array::from_fn(of)
+}
+
 /// Zeros where a document begins.
 fn reset<'a>(begins: Option<Value<'a, Pred>>, values: Patch<Value<'a, F32>>) -> Patch<Value<'a, F32>> {
     match begins {
         None => values,
         Some(begins) => values.map(|values| values.map(|value| begins.select::<F32>(0.0, value))),
     }
-}
-
-fn begins<'a>(flag: Option<Value<'a, U32>>) -> Option<Value<'a, Pred>> {
-    flag.map(|flag| flag.ne(0))
 }
 
 /// The sum of products, first to last.
@@ -477,122 +511,192 @@ impl<'a> Backward<'a> {
         patch(|channel, n| (sizes[channel] * lane.rates[channel][n]).exp2_flushed())
     }
 
+    /// Goes through the stages that a warp has, every second, in two rounds each; `first` and `then` are told a stage's index.
+    /// What passes from one to the other is in variables: one loop takes the two in turns, as in a straight text the assembler
+    /// would move all of `first` but its reads behind the end of its round.
+    fn in_turns(
+        &self,
+        second: Value<'a, U32>,
+        first: impl FnOnce(Value<'a, U32>),
+        then: impl FnOnce(Value<'a, U32>),
+    ) {
+        self.k.for_(second, self.rounds + second, 1u32, |round| {
+            self.k.if_else(((round ^ second) & 1).eq(0), || first(round), || then(round - 1));
+            self.meet();
+        });
+    }
+
+    /// The places of the stages that a warp has, of which `stage` is the next.
+    fn move_on(&self, passing: &Passing<'a>, stage: Value<'a, U32>, back: bool, at_start: impl FnOnce()) {
+        let Passing { place, way } = *passing;
+        self.k.if_else(
+            (stage & (STAGES - 2)).eq(0),
+            || {
+                way.set(self.way(stage >> STAGES.ilog2(), back));
+                place.set(self.place(if back { stage ^ (STAGES - 1) } else { stage }));
+                at_start();
+            },
+            || place.set(self.around(place.get() + way.get() * 2, 1)),
+        );
+    }
+
     fn forth(&self) {
         let (k, tile) = (self.k, &self.tile);
-        let lane = Lane::new(self);
+        let lane = Lane::new(self, k.constant(0u32));
+        // The states at the start of the chunk that comes next, read while the one before it is gone through.
         let (states, ahead) = (zeros(k), zeros(k));
-        let load = |chunk: Value<'a, U32>| {
+        let load_saved = |chunk: Value<'a, U32>| {
             let outer = tile.row.mad(self.chunks, chunk);
             set(&ahead, &lane.places_in(tile, self.chunk_states, outer).map(|place| place.load_vector()));
         };
-        load(self.chunks - 1);
+        let begin_chunk = |chunk: Value<'a, U32>| {
+            set(&states, &get(&ahead));
+            let later = chunk + 1;
+            k.if_(later.lt(self.chunks), || load_saved(self.chunks - 1 - later));
+        };
+        load_saved(self.chunks - 1);
+        begin_chunk(k.constant(0u32));
+        let passing = Passing { place: k.variable(0u32), way: k.variable(0u32) };
+        let Passing { place, way } = passing;
+        place.set(self.place(k.constant(0u32)));
+        way.set(self.way(k.constant(0u32), false));
+        self.meet_times(TO_FORTH);
+        // Those of a step are computed while the step before it is gone through.
+        let decays = zeros(k);
+        let first = lane.places(place.get());
+        store(first.starts, &get(&states));
+        set(&decays, &self.decays(&lane, first.sizes(0)));
         self.meet();
-        k.for_(0u32, self.rounds, 1u32, |round| {
-            let stage = round & (STAGES - 1);
-            k.if_(stage.eq(0), || set(&states, &get(&ahead)));
-            let later = (round >> STAGES.ilog2()) + 1;
-            k.if_(stage.eq(1) & later.lt(self.chunks), || load(self.chunks - 1 - later));
-            let places = lane.places(self.place(round));
-            let sums = lane.sums_in(round);
-            let mut held = get(&states);
-            for (place, states) in places.starts().into_iter().zip(&held) {
-                place.store_vector(states);
-            }
-            let mut ahead = Some(places.step(0));
+        k.for_(0u32, self.rounds, 1u32, |stage| {
+            let sums = lane.sums.moved((stage & 1) * (STAGE * SUMS_ROW * 4));
+            let places = lane.places(place.get());
+            let later = stage + 1;
+            let last = (later & (STAGES - 1)).eq(0);
+            k.if_else(
+                last,
+                || {
+                    place.set(self.place(later));
+                    way.set(self.way(later >> STAGES.ilog2(), false));
+                },
+                || place.set(self.around(place.get() + way.get(), 1)),
+            );
+            let next = lane.places(place.get());
+            let begins = places.begins();
+            let (mut held, mut now) = (get(&states), get(&decays));
+            let read = |step: u32| {
+                let sizes = if step + 1 < STAGE { places.sizes(step + 1) } else { next.sizes(0) };
+                (places.driven_and_dy(step), places.b(step), places.c(step), sizes)
+            };
+            let mut read_ahead = Some(read(0));
             for step in 0..STAGE {
-                let Some(now) = ahead else { unreachable!("a step was read") };
+                let Some(([driven, dy], b, c, later_sizes)) = read_ahead else { unreachable!("a step was read") };
                 // Before this step's results are written: reads may not pass those.
-                ahead = (step + 1 < STAGE).then(|| places.step(step + 1));
-                let decays = self.decays(&lane, now.sizes);
-                let before = reset(begins(now.begins), held);
-                held = patch(|channel, n| decays[channel][n].fma(before[channel][n], now.driven[channel] * now.b[n]));
+                read_ahead = (step + 1 < STAGE).then(|| read(step + 1));
+                let before = reset(begins[step as usize], held);
+                held = patch(|channel, n| now[channel][n].fma(before[channel][n], driven[channel] * b[n]));
+                now = self.decays(&lane, later_sizes);
                 let row = i64::from(step * SUMS_ROW);
-                sums.y.plus(Y + row).store_vector(&held.map(|held| dot(held, now.c)));
-                let c_sums: [_; QUAD] = std::array::from_fn(|n| dot(now.dy, [held[0][n], held[1][n]]));
+                sums.y.plus(Y + row).store_vector(&held.map(|held| dot(held, c)));
+                let c_sums: [_; QUAD] = std::array::from_fn(|n| dot(dy, [held[0][n], held[1][n]]));
                 sums.by_state.plus(C_SUMS + row).store_vector(&c_sums);
             }
+            set(&decays, &now);
             set(&states, &held);
+            k.if_(last, || begin_chunk(later >> STAGES.ilog2()));
+            store(next.starts, &get(&states));
             self.meet();
         });
-        self.meet_times(STAGES + 1);
+        self.meet_times(TO_FINISH - TO_FORTH - 1);
     }
 
-    fn back(&self) {
+    /// The two warps have the stages in turns as those of *forth*, from the last of a chunk.
+    fn back(&self, second: Value<'a, U32>) {
         let (k, tile) = (self.k, &self.tile);
-        let lane = Lane::new(self);
-        let (carry, a_sums) = (zeros(k), zeros(k));
-        if let Some(carries) = self.carries {
-            set(&carry, &lane.places_in(tile, carries, tile.row).map(|place| place.load_vector()));
-        }
-        self.meet_times(STAGES + 1);
-        // The stages of a chunk from its end.
-        let place_in = |round: Value<'a, U32>| self.place(round ^ (STAGES - 1));
-        let place = k.variable(place_in(k.constant(0u32)));
-        let first = lane.places(place.get());
-        let decays: Vec<_> =
-            (0..STAGE).map(|step| self.decays(&lane, first.sizes(step)).map(|values| values.map(|value| k.variable(value)))).collect();
-        k.for_(0u32, self.rounds, 1u32, |round| {
-            let places = lane.places(place.get());
-            let next_place = place_in(round + 1);
-            let next = lane.places(next_place);
-            let sums = lane.sums_in(round);
+        let lane = Lane::new(self, second);
+        let a_sums = zeros(k);
+        k.if_(second.eq(0), || match self.carries {
+            Some(carries) => {
+                store(lane.carry, &lane.places_in(tile, carries, tile.row).map(|place| place.load_vector()))
+            }
+            None => store(lane.carry, &get(&zeros(k))),
+        });
+        let passing = Passing { place: k.variable(0u32), way: k.variable(0u32) };
+        let (decays, before) = (stage_of(|_| zeros(k)), stage_of(|_| zeros(k)));
+        self.meet_times(second + TO_BACK);
+        let first = |stage: Value<'a, U32>| {
             k.comment("forth through the stage: the states before its steps");
-            let mut before = Vec::new();
-            let mut held = places.starts().map(|place| place.load_vector());
+            self.move_on(&passing, stage, true, || ());
+            let places = lane.places(passing.place.get());
+            let begins = places.begins();
+            let mut held = load(places.starts);
             for step in 0..STAGE {
-                held = reset(begins(places.begins(step)), held);
-                before.push(held);
+                let index = step as usize;
+                let now = self.decays(&lane, places.sizes(step));
+                held = reset(begins[index], held);
+                set(&decays[index], &now);
+                set(&before[index], &held);
                 if step + 1 < STAGE {
                     let (driven, b) = (places.driven(step), places.b(step));
-                    held = patch(|channel, n| {
-                        decays[step as usize][channel][n].get().fma(held[channel][n], driven[channel] * b[n])
-                    });
+                    held = patch(|channel, n| now[channel][n].fma(held[channel][n], driven[channel] * b[n]));
                 }
             }
-            k.comment("and back; meanwhile the decays of the stage before");
-            let mut later: Vec<Patch<Value<'a, F32>>> = Vec::new();
-            let mut ahead = Some((places.step(STAGE - 1), next.sizes(0)));
+        };
+        self.in_turns(second, first, |_| {
+            k.comment("and back");
+            let places = lane.places(passing.place.get());
+            let begins = places.begins();
+            let mut carry = load(lane.carry);
+            let read = |step: u32| (places.driven_and_dy(step), places.c(step), places.sizes(step));
+            let mut ahead = Some(read(STAGE - 1));
             for step in (0..STAGE).rev() {
-                let Some((now, sizes)) = ahead else { unreachable!("a step was read") };
-                ahead = (step > 0).then(|| (places.step(step - 1), next.sizes(STAGE - step)));
-                let row = i64::from(step * SUMS_ROW);
-                let (decays, before) = (get(&decays[step as usize]), before[step as usize]);
-                let lambda = patch(|channel, n| now.c[n].fma(now.dy[channel], carry[channel][n].get()));
+                let Some(([driven, dy], c, sizes)) = ahead else { unreachable!("a step was read") };
+                // Wanted later than the others.
+                let b = places.b(step);
+                ahead = (step > 0).then(|| read(step - 1));
+                let (row, index) = (i64::from(step * SUMS_ROW), step as usize);
+                let (decays, before) = (get(&decays[index]), get(&before[index]));
+                let lambda = patch(|channel, n| c[n].fma(dy[channel], carry[channel][n]));
                 let back = patch(|channel, n| decays[channel][n] * lambda[channel][n]);
+                carry = reset(begins[index], back);
+                if step == 0 {
+                    store(lane.carry, &carry);
+                }
                 let through = patch(|channel, n| back[channel][n] * before[channel][n]);
                 for (channel, n) in (0..PAIR).flat_map(|channel| (0..QUAD).map(move |n| (channel, n))) {
                     let sum = a_sums[channel][n];
-                    sum.set(now.sizes[channel].fma(through[channel][n], sum.get()));
+                    sum.set(sizes[channel].fma(through[channel][n], sum.get()));
                 }
-                later.push(self.decays(&lane, sizes));
-                let [first, second] = [0, 1].map(|channel| {
-                    [dot(lambda[channel], now.b), dot(through[channel], lane.rates[channel])]
-                });
-                sums.through.plus(THROUGH + row).store_vector(&[first[0], first[1], second[0], second[1]]);
-                let b_sums: [_; QUAD] = std::array::from_fn(|n| dot(now.driven, [lambda[0][n], lambda[1][n]]));
-                sums.by_state.plus(B_SUMS + row).store_vector(&b_sums);
-                set(&carry, &reset(begins(now.begins), back));
+                let [first, second] =
+                    [0, 1].map(|channel| [dot(lambda[channel], b), dot(through[channel], lane.rates[channel])]);
+                let sums = [first[0], first[1], second[0], second[1]];
+                lane.sums.through.plus(THROUGH + row).store_vector(&sums);
+                let b_sums: [_; QUAD] = std::array::from_fn(|n| dot(driven, [lambda[0][n], lambda[1][n]]));
+                lane.sums.by_state.plus(B_SUMS + row).store_vector(&b_sums);
             }
-            for (decays, later) in decays.iter().zip(&later) {
-                set(decays, later);
-            }
-            place.set(next_place);
-            self.meet();
         });
-        self.meet_times(1);
-        for (place, values) in lane.places_in(tile, self.outputs.a, tile.row).into_iter().zip(get(&a_sums)) {
-            place.store_vector(&values);
-        }
-        if let Some(state_gradient) = self.outputs.state {
-            for (place, values) in lane.places_in(tile, state_gradient, tile.row).into_iter().zip(get(&carry)) {
-                place.store_vector(&values);
+        // The second warp is a round behind the first, and nobody reads first states any more.
+        let others = lane.first.starts;
+        let write = |memory: Global<'a>, values: &Patch<Value<'a, F32>>| {
+            for (place, values) in lane.places_in(tile, memory, tile.row).into_iter().zip(values) {
+                place.store_vector(values);
             }
-        }
+        };
+        k.if_else(
+            second.eq(0),
+            || store(others, &get(&a_sums)),
+            || {
+                let others = load(others);
+                write(self.outputs.a, &patch(|channel, n| others[channel][n] + a_sums[channel][n].get()));
+                if let Some(state_gradient) = self.outputs.state {
+                    write(state_gradient, &load(lane.carry));
+                }
+            },
+        );
+        self.meet_times(self.k.constant(TO_FINISH - TO_BACK) - second);
     }
 }
 
-/// What *prepare* has of a step of every [`AHEAD`]th round: what it has read of the step that is coming, and, until the one
-/// before is finished, u and what makes `y` the gate's gradient.
+/// What *prepare* has read of a step that is coming.
 struct Item<'a> {
     input: Stored<'a>,
     delta: Stored<'a>,
@@ -600,10 +704,50 @@ struct Item<'a> {
     gate: Option<Stored<'a>>,
     b: Stored<'a>,
     c: Stored<'a>,
-    /// The first step of the step's document; compared where it is wanted, since a comparison waits.
+    /// Where the step's document begins.
     document_start: Option<Variable<'a, U32>>,
+}
+
+impl<'a> Item<'a> {
+    fn set(&self, other: &Self) {
+        let stored = |item: &Self| [&item.input, &item.delta, &item.gradient, &item.b, &item.c].map(Stored::clone);
+        for (stored, other) in stored(self).iter().zip(&stored(other)) {
+            stored.set(other);
+        }
+        if let (Some(gate), Some(other)) = (&self.gate, &other.gate) {
+            gate.set(other);
+        }
+        if let (Some(start), Some(other)) = (self.document_start, other.document_start) {
+            start.set(other.get());
+        }
+    }
+
+    fn copied(&self, k: &'a Assembler) -> Self {
+        let Self { input, delta, gradient, gate, b, c, document_start } = self;
+        Self {
+            input: input.copied(k),
+            delta: delta.copied(k),
+            gradient: gradient.copied(k),
+            gate: gate.as_ref().map(|gate| gate.copied(k)),
+            b: b.copied(k),
+            c: c.copied(k),
+            document_start: document_start.map(|start| k.variable(start.get())),
+        }
+    }
+}
+
+/// What *prepare* keeps of a step until it adds up what *forth* leaves of it: which it is, u, and what makes `y` the gate's
+/// gradient.
+struct Kept<'a> {
+    step: Variable<'a, U32>,
     u: Stored<'a>,
     slope: [Variable<'a, F32>; PAIR],
+}
+
+/// What *prepare* has read of what *forth* leaves of a step: y, without D, and the gradient of C.
+struct ForthSums<'a> {
+    y: [Value<'a, F32>; PAIR],
+    c: [Value<'a, F32>; PAIR],
 }
 
 /// Where *prepare* reads and writes.
@@ -633,16 +777,24 @@ impl<'a> Backward<'a> {
         }
     }
 
-    /// The serving lane's place in what the scans leave of every second round.
-    fn served_sums(&self, odd: bool) -> Address<'a> {
-        let slot = self.slot();
-        self.memory.sums.at(slot * SUMS_ROW).plus(i64::from(u32::from(odd) * STAGE * SUMS_ROW))
+    /// Where the serving lane's two values of a pair begin, in bytes, in what the scans leave of an even or an odd round. It moves
+    /// from round to round, as the assembler would compute it again each time otherwise.
+    fn served_sums(&self, odd: bool) -> Variable<'a, U32> {
+        let bytes = self.slot().mad(SUMS_ROW * 4, self.tile.pair * (PAIR as u32 * 4));
+        self.k.variable(bytes + u32::from(odd) * STAGE * SUMS_ROW * 4)
     }
 
-    /// The serving lane's place in a stage's rows of two values per pair, or of four.
+    /// That of a round, of which it is known whether it is odd; afterwards, that of the next.
+    fn take_sums(&self, sums: Variable<'a, U32>, odd: bool) -> Address<'a> {
+        let (now, bytes) = (sums.get(), STAGE * SUMS_ROW * 4);
+        let place = self.memory.sums.first().moved(now);
+        sums.set(if odd { now - bytes } else { now + bytes });
+        place
+    }
+
+    /// The serving lane's two values, or four, of a stage: the lanes lie in order.
     fn served(&self, memory: Shared<'a>, place: Value<'a, U32>, row: u32) -> Address<'a> {
-        let width = row / (TILE / PAIR as u32);
-        memory.at(self.slot().mad(row, self.tile.pair * width)).moved(place * (STAGE * row * 4))
+        memory.at(place * (row / (TILE / PAIR as u32)))
     }
 
     /// The step of a stage that a serving lane stands for.
@@ -650,11 +802,55 @@ impl<'a> Backward<'a> {
         self.k.lane() >> 3
     }
 
-    /// The sums over `N` parts that lie `row` apart.
-    fn parts<const WIDTH: usize>(&self, first: Address<'a>, parts: u32, row: u32) -> [Value<'a, F32>; WIDTH] {
-        let parts: Vec<[Value<'a, F32>; WIDTH]> =
-            (0..parts).map(|part| first.plus(i64::from(part * row)).load_vector()).collect();
-        super::serial_forward::tree_sum(&parts)
+    /// What the scans leave of a channel pair, a part per state quad, so many f32 apart.
+    fn quads<const WIDTH: usize>(&self, first: Address<'a>, part: u32) -> [Value<'a, F32>; WIDTH] {
+        let parts = (0..STATES / QUAD as u32).map(|quad| first.plus(i64::from(quad * part)).load_vector());
+        tree_sum(&parts.collect::<Vec<_>>())
+    }
+
+    /// What the scans leave of a state pair, a part per channel pair.
+    fn pairs(&self, first: Address<'a>) -> [Value<'a, F32>; PAIR] {
+        let parts = (0..TILE / PAIR as u32).map(|pair| first.plus(i64::from(pair * STATES)).load_vector());
+        tree_sum(&parts.collect::<Vec<_>>())
+    }
+
+    /// Goes through rounds in groups of some, which divides [`AHEAD`]: `head` of a group's first round, and `body` of each,
+    /// with the turn that it has, of [`AHEAD`].
+    ///
+    /// The rounds take turns in one loop: in a straight text the assembler would move most of their work into the first of
+    /// them, for which all other warps would wait. What a group reads of global memory is asked for at its head, a group before it
+    /// is used, and copied to other registers at the head of its own: a branch waits for all reads whose registers it leads to.
+    fn by_turns(
+        &self,
+        rounds: Value<'a, U32>,
+        group: u32,
+        head: impl FnOnce(Value<'a, U32>),
+        body: impl Fn(u32, Value<'a, U32>),
+    ) {
+        const { assert!(AHEAD == 4) };
+        let k = self.k;
+        k.for_(0u32, rounds, group, |first| {
+            head(first);
+            // The minimum is always the sum; but a loop of so many turns would become a straight text.
+            k.for_(first, (first + group).min(rounds), 1u32, |round| {
+                let one_of = |first: u32| {
+                    k.if_else((round & 1).eq(0), || body(first, round), || body(first + 1, round));
+                };
+                k.if_else((round & 2).eq(0), || one_of(0), || one_of(2));
+                self.meet();
+            });
+        });
+    }
+
+    /// The serving lane's place in the next stage of a chunk, counted in lanes, in the turn of so many.
+    fn follow(&self, passing: &Passing<'a>, turn: u32, stage: Value<'a, U32>, back: bool) {
+        let Passing { place, way } = *passing;
+        if turn == 0 {
+            way.set(self.way(stage >> STAGES.ilog2(), back) * LANES);
+            place.set(self.place(stage).mad(LANES, self.k.lane()));
+        } else {
+            place.set(self.around(place.get() + way.get(), LANES));
+        }
     }
 
     fn prepare(&self) {
@@ -672,7 +868,9 @@ impl<'a> Backward<'a> {
         };
         let (bias, d) = (tile.own_of(self.bias), tile.own_of(self.d));
         let d_sums = [0, 1].map(|_| k.variable(0.0f32));
-        let items: Vec<Item<'a>> = (0..AHEAD)
+        // As many rounds as there are registers for.
+        let group = if form.element == Element::F32 { AHEAD / 2 } else { AHEAD };
+        let items: Vec<Item<'a>> = (0..group)
             .map(|_| Item {
                 input: self.stored(),
                 delta: self.stored(),
@@ -681,37 +879,52 @@ impl<'a> Backward<'a> {
                 b: self.stored(),
                 c: self.stored(),
                 document_start: form.documents.then(|| k.variable(0u32)),
+            })
+            .collect();
+        let taken: Vec<Item<'a>> = items.iter().map(|item| item.copied(k)).collect();
+        let kept: Vec<Kept<'a>> = (0..AHEAD)
+            .map(|_| Kept {
+                // None that exists.
+                step: k.variable(self.first_step(self.rounds)),
                 u: self.stored(),
                 slope: [0, 1].map(|_| k.variable(0.0f32)),
             })
             .collect();
-        // The thread's first steps of these rounds, and of those before.
-        let step = k.variable(self.first_step(k.constant(0u32)) + self.slot());
-        let before = k.variable(step.get());
-        for (index, item) in (0u32..).zip(&items) {
-            self.load(item, &tracks, step.get() + index * STAGE);
-        }
-        k.for_(0u32, self.rounds + STAGES, AHEAD, |first| {
-            let next = self.first_step(first + AHEAD) + self.slot();
-            let places = self.places(first, false);
-            for ((index, item), place) in (0u32..).zip(&items).zip(places) {
-                let parity = index % 2 == 1;
-                if index < 2 {
-                    let step = before.get() + (index + AHEAD - 2) * STAGE;
-                    let item = &items[(index + AHEAD - 2) as usize];
-                    k.if_(first.gt(0), || self.finish_forth(item, &tracks, step, parity, d));
-                } else {
-                    let step = step.get() + (index - 2) * STAGE;
-                    self.finish_forth(&items[(index - 2) as usize], &tracks, step, parity, d);
-                }
-                self.prepare_step(item, step.get() + index * STAGE, place, bias, &d_sums);
-                self.load(item, &tracks, next + index * STAGE);
-                self.meet();
+        let load_group = |first: Value<'a, U32>| {
+            let step = self.first_step(first) + self.slot();
+            for (index, item) in (0u32..).zip(&items) {
+                self.load(item, &tracks, step + index * STAGE);
             }
-            before.set(step.get());
-            step.set(next);
+        };
+        load_group(k.constant(0u32));
+        // The first rounds add up what is of no step.
+        let sums = self.served_sums(true);
+        for place in [true, false].map(|odd| self.take_sums(sums, odd)) {
+            let zeros = [k.constant(0.0f32); PAIR];
+            (0..4).for_each(|quad| place.plus(Y + quad * i64::from(Y_PART)).store_vector(&zeros));
+            (0..8).for_each(|pair| place.plus(C_SUMS + pair * i64::from(STATES)).store_vector(&zeros));
+        }
+        let step = k.variable(0u32);
+        let passing = Passing { place: k.variable(0u32), way: k.variable(0u32) };
+        let head = |first: Value<'a, U32>| {
+            for (taken, item) in taken.iter().zip(&items) {
+                taken.set(item);
+            }
+            step.set(self.first_step(first) + self.slot());
+            load_group(first + group);
+        };
+        self.by_turns(self.rounds + STAGES, group, head, |turn, round| {
+            self.follow(&passing, turn, round, false);
+            // Of the stage so many rounds before: what is needed first is read first, so that its time passes unnoticed.
+            let done = (turn + AHEAD - TO_SUMS) % AHEAD;
+            let place = self.take_sums(sums, done % 2 == 1);
+            let sums = ForthSums { y: self.quads(place.plus(Y), Y_PART), c: self.pairs(place.plus(C_SUMS)) };
+            let (item, now) = (&taken[(turn % group) as usize], &kept[turn as usize]);
+            self.prepare_step(item, now, step.get(), passing.place.get(), bias, &d_sums);
+            self.finish_forth(&kept[done as usize], &tracks, sums, d);
+            step.set(step.get() + STAGE);
         });
-        self.meet_times(2);
+        self.meet_times(TO_FINISH - STAGES);
         if let Some(parts) = self.outputs.d {
             self.store_channel_sums(parts, &d_sums);
         }
@@ -737,14 +950,17 @@ impl<'a> Backward<'a> {
         }
         tile.load(&item.b, tracks.b, step);
         tile.load(&item.c, tracks.c, step);
-        if let (Some(start), Some(document_start)) = (item.document_start, self.inputs.document_start) {
-            start.set(tile.load_document_start(document_start, step));
+        if let (Some(begins), Some(document_start)) = (item.document_start, self.inputs.document_start) {
+            // Compared where it is used: here the thread would wait for it.
+            let place = document_start.at(tile.row.mad(tile.time, step));
+            begins.set(place.load_u32_if(step.lt(tile.time), u32::MAX));
         }
     }
 
     fn prepare_step(
         &self,
         item: &Item<'a>,
+        kept: &Kept<'a>,
         step: Value<'a, U32>,
         place: Value<'a, U32>,
         bias: [Value<'a, F32>; PAIR],
@@ -758,46 +974,45 @@ impl<'a> Backward<'a> {
         let dy = [0, 1].map(|channel| {
             let (dy, slope) = gated(gradient[channel], z.map(|z| z[channel]));
             if let Some(slope) = slope {
-                item.slope[channel].set(slope);
+                kept.slope[channel].set(slope);
             }
             if self.d.is_some() {
                 d_sums[channel].set(dy.fma(u[channel], d_sums[channel].get()));
             }
             dy
         });
-        item.u.set(&item.input);
+        kept.step.set(step);
+        kept.u.set(&item.input);
         self.served(memory.sizes, place, PAIRS_ROW).store_vector(&sizes);
         let drive = [sizes[0] * u[0], sizes[1] * u[1], dy[0], dy[1]];
         self.served(memory.drive, place, QUADS_ROW).store_vector(&drive);
         self.served(memory.b, place, PAIRS_ROW).store_vector(&item.b.get());
         self.served(memory.c, place, PAIRS_ROW).store_vector(&item.c.get());
-        if let (Some(begins), Some(start)) = (memory.begins, item.document_start) {
-            let flag = start.get().eq(step).select::<U32>(1u32, 0u32);
-            k.if_(tile.pair.eq(0), || begins.at(place.mad(STAGE, self.slot())).store_u32(flag));
+        if let (Some(begins), Some(flag)) = (memory.begins, item.document_start) {
+            let flag = flag.get().eq(step).select::<U32>(1u32, 0u32);
+            k.if_(tile.pair.eq(0), || begins.at(place >> 3).store_u32(flag));
         }
     }
 
     /// Writes the gradients of the gate and of C.
     fn finish_forth(
         &self,
-        item: &Item<'a>,
+        kept: &Kept<'a>,
         tracks: &Tracks<'a>,
-        step: Value<'a, U32>,
-        odd: bool,
+        sums: ForthSums<'a>,
         d: [Value<'a, F32>; PAIR],
     ) {
-        let tile = &self.tile;
-        let sums = self.served_sums(odd).moved(tile.pair * (PAIR as u32 * 4));
+        let (tile, step) = (&self.tile, kept.step.get());
         if let Some(track) = tracks.gate_gradient {
-            let y: [_; PAIR] = self.parts(sums.plus(Y), STATES / QUAD as u32, TILE);
-            let u = item.u.get();
+            let y = sums.y;
+            let u = kept.u.get();
             let gradient = [0, 1].map(|channel| {
                 let y = if self.d.is_some() { d[channel].fma(u[channel], y[channel]) } else { y[channel] };
-                y * item.slope[channel].get()
+                y * kept.slope[channel].get()
             });
             tile.store(track, step, gradient);
         }
-        tile.store(tracks.c_gradient, step, self.parts(sums.plus(C_SUMS), TILE / PAIR as u32, STATES));
+        tile.store(tracks.c_gradient, step, sums.c);
     }
 
     fn finish(&self) {
@@ -814,26 +1029,37 @@ impl<'a> Backward<'a> {
             tile.load(&items[0], input, step);
             tile.load(&items[1], delta, step);
         };
+        let taken: Vec<[Stored<'a>; 2]> = items.iter().map(|items| [items[0].copied(k), items[1].copied(k)]).collect();
         // The step of a round: rounds go against the order of time all along.
         let last = self.rounds.mad(STAGE, self.slot()) - STAGE;
-        for (index, items) in (0u32..).zip(&items) {
-            load(items, last - index * STAGE);
-        }
-        self.meet_times(STAGES + 2);
-        k.for_(0u32, self.rounds, AHEAD, |first| {
-            let first_step = last - first * STAGE;
-            let places = self.places(first ^ (STAGES - 1), true);
-            for ((index, items), place) in (0u32..).zip(&items).zip(places) {
-                let step = first_step - index * STAGE;
+        let load_group = |first: Value<'a, U32>| {
+            for (index, items) in (0u32..).zip(&items) {
+                load(items, last - (first + index) * STAGE);
+            }
+        };
+        load_group(k.constant(0u32));
+        self.meet_times(TO_FINISH);
+        let sums = self.served_sums(false);
+        let passing = Passing { place: k.variable(0u32), way: k.variable(0u32) };
+        let head = |first: Value<'a, U32>| {
+            for (taken, items) in taken.iter().flatten().zip(items.iter().flatten()) {
+                taken.set(items);
+            }
+            load_group(first + AHEAD);
+        };
+        self.by_turns(self.rounds, AHEAD, head, |turn, round| {
+            self.follow(&passing, turn, round ^ (STAGES - 1), true);
+            let (items, place) = (&taken[turn as usize], passing.place.get());
+            let step = last - round * STAGE;
                 let exists = step.lt(tile.time);
                 let sizes: [_; PAIR] = self.served(self.memory.sizes, place, PAIRS_ROW).load_vector();
                 let dy: [_; PAIR] =
                     self.served(self.memory.drive, place, QUADS_ROW).plus(PAIR as i64).load_vector();
                 let (u, delta) = (items[0].get(), items[1].get());
-                let sums = self.served_sums(index % 2 == 1);
-                let pairs = sums.moved(tile.pair * (PAIR as u32 * 4));
-                let through = sums.moved(tile.pair * (2 * PAIR as u32 * 4)).plus(THROUGH);
-                let [b0, a0, b1, a1] = self.parts(through, STATES / QUAD as u32, 2 * TILE);
+                let place = self.take_sums(sums, turn % 2 == 1);
+                let first = place.moved(tile.pair * (PAIR as u32 * 4)).plus(THROUGH);
+                let [b0, a0, b1, a1] = self.quads(first, THROUGH_PART);
+                let b_sums = self.pairs(place.plus(B_SUMS));
                 let through = [(b0, a0), (b1, a1)];
                 let mut delta_gradients = Vec::new();
                 let input_gradients = [0, 1].map(|channel| {
@@ -852,11 +1078,8 @@ impl<'a> Backward<'a> {
                 });
                 tile.store(input_gradient, step, input_gradients);
                 tile.store(delta_gradient, step, [delta_gradients[0], delta_gradients[1]]);
-                tile.store(b_gradient, step, self.parts(pairs.plus(B_SUMS), TILE / PAIR as u32, STATES));
-                load(items, step - AHEAD * STAGE);
-                self.meet();
-            }
-        });
+                tile.store(b_gradient, step, b_sums);
+            });
         if let Some(parts) = self.outputs.bias {
             self.store_channel_sums(parts, &bias_sums);
         }

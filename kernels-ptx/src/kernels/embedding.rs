@@ -34,8 +34,9 @@ const AHEAD: u32 = 8;
 /// Ids that a block of the sort takes, one per thread.
 const IDS: u32 = 512;
 const SORT_WARPS: u32 = IDS / LANES;
-/// Times [`LANES`] tokens that each warp of the sort has on their way.
-const SORT_AHEAD: u32 = 16;
+/// Times [`LANES`] tokens that each warp of the sort has on their way. With 16, the text is twice as long and the kernel takes
+/// 44 µs instead of 17 for 16,384 tokens of 131,072 ids on an H100.
+const SORT_AHEAD: u32 = 8;
 /// The most tokens and ids that are sorted: sums of two of them are numbers of 32 bits.
 const MOST_SORTED: u32 = 1 << 30;
 
@@ -225,21 +226,15 @@ impl KernelSource for EmbeddingOrder {
                             (token, exists, ids.at(token).load_u32_if(exists, u32::MAX))
                         })
                         .collect();
-                    let found: Vec<_> = read
-                        .into_iter()
-                        .map(|(token, exists, id)| {
-                            let id = id.min(vocabulary);
-                            if !places {
-                                before.set(before.get() + id.lt(first_id).select::<U32>(1u32, 0u32));
-                            }
-                            let within = id - first_id;
-                            let here = exists & within.lt(IDS);
-                            (token, within, here, k.ballot(here))
-                        })
-                        .collect();
-                    for (token, within, here, lanes) in found {
-                        k.if_(lanes.ne(0), || {
-                            let same = same_numbers(k, lanes, within, IDS.ilog2());
+                    for (token, exists, id) in read {
+                        let id = id.min(vocabulary);
+                        if !places {
+                            before.set(before.get() + id.lt(first_id).select::<U32>(1u32, 0u32));
+                        }
+                        let within = id - first_id;
+                        let here = exists & within.lt(IDS);
+                        k.if_(k.any(here), || {
+                            let same = same_numbers(k, here, within, IDS.ilog2());
                             let earlier = (same & ((k.constant(1u32) << lane) - 1)).count_ones();
                             let counter = own.moved(here.select::<U32>(within, 0u32) * 4);
                             let next = counter.load_u32();
@@ -450,12 +445,13 @@ fn suffix(vector: bool) -> &'static str {
     if vector { "" } else { "_scalar" }
 }
 
-/// Those of the given lanes (as bits) whose number, of so many bits, is that of this lane. All lanes of the warp take part.
-fn same_numbers<'a>(k: &'a Assembler, lanes: Value<'a, U32>, number: Value<'a, U32>, bits: u32) -> Value<'a, U32> {
-    (0..bits).fold(lanes, |same, bit| {
+/// The lanes where the condition holds and that have the same number as this one, as bits; of `bits` bits each. All lanes
+/// take part; it means nothing to those where the condition does not hold.
+fn same_numbers<'a>(k: &'a Assembler, condition: Value<'a, Pred>, number: Value<'a, U32>, bits: u32) -> Value<'a, U32> {
+    (0..bits).fold(k.ballot(condition), |same, bit| {
         let set = (number & (1 << bit)).ne(0);
-        let with = k.ballot(set);
-        same & set.select::<U32>(with, with ^ u32::MAX)
+        let lanes = k.ballot(set);
+        same & set.select::<U32>(lanes, lanes ^ u32::MAX)
     })
 }
 

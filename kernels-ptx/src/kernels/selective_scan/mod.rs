@@ -15,7 +15,7 @@
 //!   the states at the starts of the spans, in order, and [`ScanForward`] runs each span from its true start.
 //! - Whole rows: where there are enough tiles of 16 channels by 16 states, [`SerialForward`] scans each from first step to last
 //!   in one pass, four channels-by-states per lane, with warps beside it that read, write and compute what depends on the
-//!   channel alone. [`SerialBackward`] takes them from last chunk to first, with a warp per task. The others stay
+//!   channel alone. [`SerialBackward`] takes them from last chunk to first, with warps for four tasks. The others stay
 //!   their check, and take every other shape.
 //! - Backward: the forward pass saves the states at the starts of *chunks* of [`CHUNK`] steps. [`ScanBackward`] takes the chunks
 //!   of a span from the last to the first: it computes the states at each stage of 8 steps again (shared memory), then,

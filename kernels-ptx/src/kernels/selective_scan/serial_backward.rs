@@ -5,17 +5,17 @@
 //!
 //! - *Prepare*, chunk by chunk in the order of time: read global memory, compute Δ and dy, put what the scans need into shared
 //!   memory; add up and write what *forth* leaves: the gradients of the gate and of C.
-//! - *Forth*, a round later: the states from the saved ones on; Σ C h and dy h; leaves the state at the start of each stage.
+//! - *Forth*, two rounds later: the states from the saved ones on; Σ C h and dy h; leaves the state at the start of each stage.
 //! - *Back*, a chunk later and against the order of time: the states of a stage again, then λ and what follows from it.
 //! - *Finish*, two rounds later: add up and write the gradients of u, delta and B.
 //!
-//! *Back* has two warps, which take the stages in turns and two rounds for each: in the first a warp computes what does not
-//! wait for the stage before, the decays above all; in the second it has λ from the other warp through shared memory. So a
-//! stage's exponentials overlap with the sums of the one before it.
+//! *Back* has two warps, which take the stages in turns and two rounds for each: in the first of them a warp computes what does
+//! not wait for the stage before, the decays above all; in the second it has λ from the other warp, through shared memory. So a
+//! stage's exponentials overlap with the sums of another, and a round lasts as long as the longer half.
 //!
-//! Whoever reads global memory waits, for any of its reads, for all that it has sent, and before a branch for those that are
-//! used behind it. So the warps that serve send for the steps of [`AHEAD`] rounds at once, [`AHEAD`] rounds early, and copy what has arrived
-//! before they send again.
+//! The warps that serve ask for what they read of global memory a group of rounds before they use it, all of it at the group's
+//! head, and copy what has arrived before they ask for the next: who waits for one read waits for all that were asked for
+//! since, and a branch waits for those whose registers are used behind it.
 //!
 //! A lane that scans holds 2 channels by 4 states. What is summed over lanes is left in shared memory, for the lanes that
 //! serve to add in a fixed order. As a chunk is used up from its end while the one before it is prepared from its start, both
@@ -23,10 +23,10 @@
 //!
 //! Floor at 1 × 16,384 × 4096 × 16 in bf16 on an H100, two blocks on each multiprocessor: bytes 1.24 GB, and 0.27 GB of parts
 //! where four tiles share a group of B, 0.51 ms at 2.96 TB/s; exponentials, two per channel, state and step, and what the
-//! channels need, 0.63 ms; about 245 instructions per step and tile, 1.0 ms at 1.98 GHz; 59 passes of shared memory and 3 of
-//! global memory, 1.0 ms. So instructions and passes bind alike. Measured on 2026-11-28: 1.90 ms; *forth* and *back* are
-//! active four fifths of a round. [`BLOCKS`] bounds the registers for shapes with more tiles; with two blocks, 161 registers, the same
-//! took 1.80 ms, and 8 × 2048 × 576 took 0.41 ms in the place of 0.345.
+//! channels need, 0.63 ms. Counted in the machine code for sm_90: 255 instructions per step and tile (*back* 114, *forth* 62,
+//! *prepare* 48, *finish* 31), 128 cycles of each quarter of a multiprocessor, 1.06 ms at 1.98 GHz; counted by a profile: 57 passes of
+//! shared memory, 115 cycles, 0.95 ms. So issue and passes bind almost alike. Measured on 2026-11-28: 1.90 ms;
+//! 8 × 2048 × 576 0.345 ms, 64 × 1024 × 4096 6.97 ms.
 
 use super::backward::{GroupGradient, gated};
 use super::forward::SIZES;
@@ -46,14 +46,14 @@ const PLACES: u32 = STAGES + 8;
 const THREADS: u32 = 5 * 32;
 /// Blocks that share a multiprocessor where there are so many.
 const BLOCKS: u32 = 3;
-/// Rounds between a stage's first, of *prepare*, and the one in which *forth* begins it; to where *prepare* adds up what *forth*
-/// leaves.
+/// Rounds from the one in which *prepare* has a stage to the one in which *forth* begins it, whose results *prepare* adds up
+/// two rounds later.
 const TO_FORTH: u32 = 1;
 const TO_SUMS: u32 = TO_FORTH + 2;
 /// Rounds before *back* begins its first stage, and before *finish* has it.
 const TO_BACK: u32 = STAGES + 1;
 const TO_FINISH: u32 = TO_BACK + 2;
-/// Rounds between the reads of global memory and their use, at most.
+/// Rounds that a serving warp has registers for, in turns; it reads global memory so many ahead, at most.
 const AHEAD: u32 = 4;
 /// States of a lane that scans.
 const QUAD: usize = 4;
@@ -114,7 +114,7 @@ impl KernelSource for SerialBackward {
                 flag(carried, "_carried"),
                 flag(initial, "_initial")
             ),
-            summary: "gradients of the selective scan over whole rows; a block per tile of 16 channels, six warps for four tasks".to_owned(),
+            summary: "gradients of the selective scan over whole rows; a block per tile of 16 channels, five warps for four tasks".to_owned(),
             block: [THREADS, 1, 1],
             target: Target::Sm80,
             sizes: SIZES,
@@ -609,7 +609,7 @@ impl<'a> Backward<'a> {
         self.meet_times(TO_FINISH - TO_FORTH - 1);
     }
 
-    /// The two warps have the stages in turns as those of *forth*, from the last of a chunk.
+    /// One warp has the stages of even index, the other, `second`, those between, a round later: from the last of a chunk.
     fn back(&self, second: Value<'a, U32>) {
         let (k, tile) = (self.k, &self.tile);
         let lane = Lane::new(self, second);

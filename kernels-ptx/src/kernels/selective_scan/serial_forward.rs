@@ -237,7 +237,7 @@ impl<'a> Forward<'a> {
                 ahead.drive.push_back(places.drive(next));
                 let (places, next) = of(step + GROUPS_AHEAD as u32);
                 ahead.groups.push_back(places.groups(next));
-                let now = ahead.next(|drive| decays(drive));
+                let now = ahead.next(decays);
                 if let Some(begins) = now.groups.begins {
                     let begins = begins.ne(0);
                     held = held.map(|state| begins.select::<F32>(0.0, state));

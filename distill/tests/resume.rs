@@ -403,6 +403,7 @@ fn batches_whose_loss_leaps_are_counted_and_a_run_that_continues_passes_over_the
     // Small batches ripple, little is learned, and so low a threshold takes ripples for leaps.
     let mut arguments = RUN.to_vec();
     arguments.extend(["--batch-size", "2", "--micro-batch", "1", "--learning-rate", "1e-4"]);
+    arguments.extend(["--set", "training.mixer_rate=1"]);
     let unguarded = arguments.clone();
     arguments.extend(["--set", "training.spike_threshold=0.7"]);
     let expected = reference_of(&workshop, &arguments);

@@ -94,10 +94,11 @@ pub fn check_folder(path: &Path) -> Result<()> {
     if !there.is_dir() {
         bail!("writing {}: {} is no folder: name another place", path.display(), there.display());
     }
-    // Permissions do not tell everything: the file system may be read-only or full.
+    // Permissions do not tell everything: the file system may be read-only.
     let attempt = there.join(format!(".grafter-{}{PARTIAL}", process::id()));
-    let made = OpenOptions::new().write(true).create_new(true).open(&attempt);
-    made.and_then(|_| fs::remove_file(&attempt)).with_context(|| {
+    let made = OpenOptions::new().write(true).create(true).truncate(true).open(&attempt);
+    let gone = |error: io::Error| if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) };
+    made.and_then(|_| fs::remove_file(&attempt).or_else(gone)).with_context(|| {
         format!("nothing can be written in {}: name another place, or change its permissions", there.display())
     })
 }

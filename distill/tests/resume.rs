@@ -397,6 +397,23 @@ fn the_result_does_not_depend_on_how_a_batch_is_cut() {
     }
 }
 
+/// Mixers have a rate of their own: the first update finds the same loss, and the next ones do not.
+#[test]
+fn mixers_learn_at_their_own_rate() {
+    let workshop = Workshop::new();
+    let losses = |run: &str, rate: &str| -> Vec<f64> {
+        let more = ["--steps", "3", "--set", rate];
+        succeed(&borrowed(&workshop.distill(run, &more)));
+        let text = fs::read_to_string(workshop.path(run).join("metrics.jsonl")).unwrap();
+        text.lines()
+            .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()["loss"].as_f64())
+            .collect()
+    };
+    let (one, four) = (losses("one", "training.mixer_rate=1"), losses("four", "training.mixer_rate=4"));
+    assert_eq!((one.len(), one[0]), (four.len(), four[0]));
+    assert_ne!(one[1..], four[1..]);
+}
+
 #[test]
 fn batches_whose_loss_leaps_are_counted_and_a_run_that_continues_passes_over_the_same_ones() {
     let workshop = Workshop::new();

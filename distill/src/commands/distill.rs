@@ -61,8 +61,8 @@ pub(super) struct Arguments {
     /// What the teacher says of the validation data, by `grafter teach`
     #[arg(long, value_name = "DIR")]
     validation_targets: Option<PathBuf>,
-    /// How new mixers start from the attention: paper, aligned, aligned_bias_once, identity_convolution or whole_head
-    /// [default: identity_convolution]
+    /// How new mixers start from the attention: paper, aligned, aligned_bias_once, identity_convolution or whole_head;
+    /// with paper, mixers have no rate of their own (training.mixer_rate) [default: identity_convolution]
     #[arg(long, value_name = "HOW")]
     init: Option<String>,
     /// What is trained: all or mixers [default: all]

@@ -48,7 +48,7 @@ pub(super) struct RunFlags {
     /// Element type of matrices and activations: f32 or bf16 (with f32 weights in the optimizer) [default: f32]
     #[arg(long, value_name = "TYPE")]
     precision: Option<String>,
-    /// Learning rate after warm-up
+    /// Learning rate after warm-up; mixers of a distillation have a multiple of it (training.mixer_rate)
     #[arg(long, value_name = "RATE")]
     learning_rate: Option<f64>,
     /// Steps of linear warm-up [default: 0]

@@ -185,7 +185,9 @@ pub struct TrainingSection {
     /// The rate at the end of the decay.
     pub minimum_learning_rate: f64,
     /// By how much the rates of Mamba mixers are multiplied, as they are further from their goal than what the teacher gave. 4
-    /// for distillation, 1 with `init = "paper"` and in other tasks, unless it is set.
+    /// for distillation, 1 with `init = "paper"`, with `trainable = "mixers"` and in other tasks, unless it is set.
+    /// 1 is not written, as earlier versions had no such key: their runs can be continued.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
     pub mixer_rate: f64,
     /// Steps of linear warm-up.
     pub warmup_steps: u64,
@@ -212,6 +214,14 @@ pub struct TrainingSection {
     pub spike_window: usize,
     /// Seed of everything random: new weights and the order of rows.
     pub seed: u64,
+}
+
+fn one() -> f64 {
+    1.0
+}
+
+fn is_one(value: &f64) -> bool {
+    *value == 1.0
 }
 
 /// Which divergence of student `q` from teacher `p`.

@@ -10,7 +10,7 @@ use toml::{Table, Value};
 
 use super::{
     CheckpointSection, DataSection, EvaluationSection, Init, LossSection, ModelSection, RunConfig, StagesSection, Task,
-    TrainingSection, check,
+    Trainable, TrainingSection, check,
 };
 
 /// One key set on the command line.
@@ -54,13 +54,16 @@ impl Override {
 /// out of range.
 pub fn resolve(task: Task, file: Option<&Path>, overrides: &[Override]) -> Result<RunConfig> {
     let mut table = Table::try_from(RunConfig::defaults(task)).context("the defaults")?;
-    let mut rate_is_set = overrides.iter().any(|setting| setting.key == "training.mixer_rate");
+    let overridden = |key: &str| overrides.iter().any(|setting| setting.key == key);
+    let mut rate_is_set = overridden("training.mixer_rate");
     if let Some(path) = file {
         let text = fs::read_to_string(path).with_context(|| format!("reading the run file {}", path.display()))?;
         let mut written: Table =
             toml::from_str(&text).with_context(|| format!("the run file {} is not TOML", path.display()))?;
         renew(&mut written);
-        rate_is_set |= written.get("training").is_some_and(|training| training.get("mixer_rate").is_some());
+        // A rate that was right for another start is none for the one that is asked for now.
+        let of_file = written.get("training").is_some_and(|training| training.get("mixer_rate").is_some());
+        rate_is_set |= of_file && !overridden("model.init");
         merge_file(&mut table, written, task).with_context(|| format!("the run file {}", path.display()))?;
     }
     for setting in overrides {
@@ -69,9 +72,10 @@ pub fn resolve(task: Task, file: Option<&Path>, overrides: &[Override]) -> Resul
     let mut config: RunConfig = Value::Table(table).try_into().map_err(|error: toml::de::Error| {
         anyhow!("the run's configuration: {}", error.to_string().trim_end().replace('\n', " "))
     })?;
-    // Whoever asks for the published start gets what was published.
-    if config.model.init == Init::Paper && !rate_is_set {
-        config.training.mixer_rate = 1.0;
+    // Whoever asks for the published start gets what was published; and mixers alone are not ahead of anything.
+    if !rate_is_set {
+        let one = config.model.init == Init::Paper || config.training.trainable == Trainable::Mixers;
+        config.training.mixer_rate = if one { 1.0 } else { RunConfig::defaults(task).training.mixer_rate };
     }
     check::check(&config)?;
     Ok(config)
@@ -89,8 +93,8 @@ pub fn read(path: &Path) -> Result<RunConfig> {
     Value::Table(table).try_into().with_context(not_one)
 }
 
-/// Says in today's words what earlier versions wrote: `model.mil_align` beside `model.init = "mil"`; and what was not there
-/// yet was off.
+/// Says in today's words what earlier versions wrote: `model.mil_align` beside `model.init = "mil"`; and what keys that
+/// resolved configurations had not yet stand for.
 fn renew(written: &mut Table) {
     if let Some(Value::Table(model)) = written.get_mut("model")
         && let Some(aligned) = model.remove("mil_align")
@@ -98,8 +102,10 @@ fn renew(written: &mut Table) {
     {
         model.insert("init".to_owned(), "aligned".into());
     }
-    // Resolved configurations alone say the task, and have all keys of their time.
-    if !written.contains_key("task") {
+    // Resolved configurations say the task, and have all keys of their time.
+    let resolved = written.contains_key("task")
+        && written.get("training").is_some_and(|training| training.get("spike_window").is_some());
+    if !resolved {
         return;
     }
     for (section, key, value) in [
@@ -332,6 +338,17 @@ mod tests {
         assert_eq!(rate(&["model.init=paper"]), 1.0);
         assert_eq!(rate(&["model.init=paper", "training.mixer_rate=2"]), 2.0);
         assert_eq!(rate(&["training.mixer_rate=1"]), 1.0);
+        assert_eq!(rate(&["training.trainable=mixers"]), 1.0);
+        // A resolved configuration keeps its rate, until another start is asked for.
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("config.toml");
+        for chosen in ["training.mixer_rate=1", "training.mixer_rate=3"] {
+            let config = with(&[chosen]).unwrap();
+            fs::write(&path, to_toml(&config).unwrap()).unwrap();
+            assert_eq!(resolve(Task::Distill, Some(&path), &[]).unwrap(), config);
+            let published = [Override::flag("--init", "model.init", "paper")];
+            assert_eq!(resolve(Task::Distill, Some(&path), &published).unwrap().training.mixer_rate, 1.0);
+        }
         assert!(message(&["training.mixer_rate=0"]).contains("training.mixer_rate is 0: it must be above 0"));
     }
 

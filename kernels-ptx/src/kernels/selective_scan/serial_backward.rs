@@ -1051,35 +1051,35 @@ impl<'a> Backward<'a> {
             self.follow(&passing, turn, round ^ (STAGES - 1), true);
             let (items, place) = (&taken[turn as usize], passing.place.get());
             let step = last - round * STAGE;
-                let exists = step.lt(tile.time);
-                let sizes: [_; PAIR] = self.served(self.memory.sizes, place, PAIRS_ROW).load_vector();
-                let dy: [_; PAIR] =
-                    self.served(self.memory.drive, place, QUADS_ROW).plus(PAIR as i64).load_vector();
-                let (u, delta) = (items[0].get(), items[1].get());
-                let place = self.take_sums(sums, turn % 2 == 1);
-                let first = place.moved(tile.pair * (PAIR as u32 * 4)).plus(THROUGH);
-                let [b0, a0, b1, a1] = self.quads(first, THROUGH_PART);
-                let b_sums = self.pairs(place.plus(B_SUMS));
-                let through = [(b0, a0), (b1, a1)];
-                let mut delta_gradients = Vec::new();
-                let input_gradients = [0, 1].map(|channel| {
-                    let (through_b, through_a) = through[channel];
-                    let raw = if form.bias { delta[channel] + bias[channel] } else { delta[channel] };
-                    let size_gradient = through_a.fma(std::f32::consts::LN_2, u[channel] * through_b);
-                    let gradient =
-                        if form.softplus { size_gradient * raw.sigmoid_flushed() } else { size_gradient };
-                    if form.bias {
-                        let gradient = exists.select::<F32>(gradient, 0.0);
-                        bias_sums[channel].set(bias_sums[channel].get() + gradient);
-                    }
-                    delta_gradients.push(gradient);
-                    let through = sizes[channel] * through_b;
-                    if form.skip { d[channel].fma(dy[channel], through) } else { through }
-                });
-                tile.store(input_gradient, step, input_gradients);
-                tile.store(delta_gradient, step, [delta_gradients[0], delta_gradients[1]]);
-                tile.store(b_gradient, step, b_sums);
+            let exists = step.lt(tile.time);
+            let sizes: [_; PAIR] = self.served(self.memory.sizes, place, PAIRS_ROW).load_vector();
+            let dy: [_; PAIR] =
+                self.served(self.memory.drive, place, QUADS_ROW).plus(PAIR as i64).load_vector();
+            let (u, delta) = (items[0].get(), items[1].get());
+            let place = self.take_sums(sums, turn % 2 == 1);
+            let first = place.moved(tile.pair * (PAIR as u32 * 4)).plus(THROUGH);
+            let [b0, a0, b1, a1] = self.quads(first, THROUGH_PART);
+            let b_sums = self.pairs(place.plus(B_SUMS));
+            let through = [(b0, a0), (b1, a1)];
+            let mut delta_gradients = Vec::new();
+            let input_gradients = [0, 1].map(|channel| {
+                let (through_b, through_a) = through[channel];
+                let raw = if form.bias { delta[channel] + bias[channel] } else { delta[channel] };
+                let size_gradient = through_a.fma(std::f32::consts::LN_2, u[channel] * through_b);
+                let gradient =
+                    if form.softplus { size_gradient * raw.sigmoid_flushed() } else { size_gradient };
+                if form.bias {
+                    let gradient = exists.select::<F32>(gradient, 0.0);
+                    bias_sums[channel].set(bias_sums[channel].get() + gradient);
+                }
+                delta_gradients.push(gradient);
+                let through = sizes[channel] * through_b;
+                if form.skip { d[channel].fma(dy[channel], through) } else { through }
             });
+            tile.store(input_gradient, step, input_gradients);
+            tile.store(delta_gradient, step, [delta_gradients[0], delta_gradients[1]]);
+            tile.store(b_gradient, step, b_sums);
+        });
         if let Some(parts) = self.outputs.bias {
             self.store_channel_sums(parts, &bias_sums);
         }

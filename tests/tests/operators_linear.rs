@@ -279,6 +279,25 @@ fn many_tokens_of_many_ids() {
     assert_eq!(found.get(&weight).unwrap().to_f32_vec().unwrap(), expected);
 }
 
+/// Padding: the sort has one id in every one of its warps' steps.
+#[test]
+fn tokens_that_all_have_one_id() {
+    let (vocabulary, width) = (600, 5);
+    for tokens in [64, 65, 2049] {
+        let weight = tensor(DType::F32, &[vocabulary, width], &vec![0.0; vocabulary * width]);
+        let gradients: Vec<f64> = (0..tokens * width).map(|index| (index % 7) as f64).collect();
+        let tape = Tape::new();
+        let ids = indices(&[tokens], &vec![513; tokens]);
+        let output = ops::embedding(&tape, &ids, &tape.leaf(&weight), DType::F32).unwrap();
+        let found = tape.backward_from(vec![(output, tensor(DType::F32, &[tokens, width], &gradients))]).unwrap();
+        let mut expected = vec![0.0f32; vocabulary * width];
+        for (index, gradient) in gradients.iter().enumerate() {
+            expected[513 * width + index % width] += *gradient as f32;
+        }
+        assert_eq!(found.get(&weight).unwrap().to_f32_vec().unwrap(), expected, "{tokens} tokens");
+    }
+}
+
 /// On GPUs, where the host does not see the ids, such a row is NaN and its gradient goes nowhere.
 #[test]
 fn an_id_outside_the_vocabulary_is_named() {

@@ -61,9 +61,9 @@ pub fn resolve(task: Task, file: Option<&Path>, overrides: &[Override]) -> Resul
         let mut written: Table =
             toml::from_str(&text).with_context(|| format!("the run file {} is not TOML", path.display()))?;
         renew(&mut written);
-        // A rate that was right for another start is none for the one that is asked for now.
+        // The file's rate was chosen for the file's start and for what it trains: flags that change these ask for the default.
         let of_file = written.get("training").is_some_and(|training| training.get("mixer_rate").is_some());
-        rate_is_set |= of_file && !overridden("model.init");
+        rate_is_set |= of_file && !overridden("model.init") && !overridden("training.trainable");
         merge_file(&mut table, written, task).with_context(|| format!("the run file {}", path.display()))?;
     }
     for setting in overrides {
@@ -348,6 +348,8 @@ mod tests {
             assert_eq!(resolve(Task::Distill, Some(&path), &[]).unwrap(), config);
             let published = [Override::flag("--init", "model.init", "paper")];
             assert_eq!(resolve(Task::Distill, Some(&path), &published).unwrap().training.mixer_rate, 1.0);
+            let mixers = [Override::flag("--trainable", "training.trainable", "mixers")];
+            assert_eq!(resolve(Task::Distill, Some(&path), &mixers).unwrap().training.mixer_rate, 1.0);
         }
         assert!(message(&["training.mixer_rate=0"]).contains("training.mixer_rate is 0: it must be above 0"));
     }

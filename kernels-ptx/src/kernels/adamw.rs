@@ -41,8 +41,8 @@ const NARROW_ROW: [ParameterKind; 9] =
 ///
 /// Parameters: `table` (a row per parameter: its value, first and second moments (f32, read and written), gradient (f32), the
 /// number of elements of each, at least 1, the first block that works on it, 1 if weight decay applies and 0 otherwise, the
-/// bits of the f32 by which its learning rate is multiplied, and, where `narrow`, the value in bf16 (written)), `rows` (u32), `scale` (f32: what the gradients are multiplied by),
-/// `old_first`, `new_first`, `old_second`, `new_second`, `rate`, `inverse_root`, `epsilon`, `decay` (f32: β₁, 1 − β₁, β₂,
+/// bits of the f32 by which its learning rate is multiplied, and, where `narrow`, the value in bf16 (written)), `rows` (u32),
+/// `scale` (f32: what the gradients are multiplied by), `old_first`, `new_first`, `old_second`, `new_second`, `rate`, `inverse_root`, `epsilon`, `decay` (f32: β₁, 1 − β₁, β₂,
 /// 1 − β₂ and the factors of the [module](self)). One block per [`AdamW::blocks`] of each row.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct AdamW {

@@ -174,8 +174,20 @@ impl<'a> Tile<'a> {
         exists.select(size, 0.0)
     }
 
-    /// Reads the first step of a step's document.
+    /// Reads the first step of a step's document, to be compared where it is wanted: a comparison waits for it.
     pub fn load_document_start(&self, document_start: Global<'a>, step: Value<'a, U32>) -> Value<'a, U32> {
         document_start.at(self.row.mad(self.time, step)).load_u32_if(step.lt(self.time), u32::MAX)
+    }
+}
+
+/// The sums of parts, two by two.
+pub(super) fn tree_sum<'a, const N: usize>(parts: &[[Value<'a, F32>; N]]) -> [Value<'a, F32>; N] {
+    match parts {
+        [part] => *part,
+        _ => {
+            let (first, second) = parts.split_at(parts.len() / 2);
+            let (first, second) = (tree_sum(first), tree_sum(second));
+            std::array::from_fn(|index| first[index] + second[index])
+        }
     }
 }

@@ -1,37 +1,39 @@
 //! The scan's gradients over whole rows.
 //!
-//! A block takes one tile of 16 channels by 16 states; its five warps have four tasks, and all meet at one barrier per round of
-//! [`STAGE`] steps. Chunks of [`CHUNK`] steps are taken from the last to the first:
+//! A block takes one tile of 16 channels by 16 states; its five warps have four tasks, and all meet at one barrier
+//! per round of [`STAGE`] steps. Chunks of [`CHUNK`] steps are taken from the last to the first:
 //!
-//! - *Prepare*, chunk by chunk in the order of time: read global memory, compute Δ and dy, put what the scans need into shared
-//!   memory; add up and write what *forth* leaves: the gradients of the gate and of C.
-//! - *Forth*, two rounds later: the states from the saved ones on; Σ C h and dy h; leaves the state at the start of each stage.
-//! - *Back*, a chunk later and against the order of time: the states of a stage again, then λ and what follows from it.
+//! - *Prepare*, chunk by chunk in the order of time: read global memory, compute Δ and dy, put what the scans need
+//!   into shared memory; add up and write what *forth* leaves: the gradients of the gate and of C.
+//! - *Forth*, two rounds later: the states from the saved ones on; Σ C h and dy h; leaves the state at the start of
+//!   each stage.
+//! - *Back*, a chunk later and against the order of time: the states of a stage again, then λ and what follows from
+//!   it.
 //! - *Finish*, two rounds later: add up and write the gradients of u, delta and B.
 //!
-//! *Back* has two warps, which take the stages in turns and two rounds for each: in the first of them a warp computes what does
-//! not wait for the stage before, the decays above all; in the second it has λ from the other warp, through shared memory. So a
-//! stage's exponentials overlap with the sums of another, and a round lasts as long as the longer half.
+//! *Back* has two warps, which take the stages in turns and two rounds for each: in the first of them a warp computes
+//! what does not wait for the stage before, the decays above all; in the second it has λ from the other warp, through
+//! shared memory. So a stage's exponentials overlap with the sums of another, and a round lasts as long as the longer
+//! half.
 //!
-//! The warps that serve ask for what they read of global memory a group of rounds before they use it, all of it at the group's
-//! head, and copy what has arrived before they ask for the next: who waits for one read waits for all that were asked for
-//! since, and a branch waits for those whose registers are used behind it.
+//! The warps that serve ask for what they read of global memory a group of rounds before they use it, all of it at
+//! the group's head, and copy what has arrived before they ask for the next: who waits for one read waits for all
+//! that were asked for since, and a branch waits for those whose registers are used behind it.
 //!
-//! A lane that scans holds 2 channels by 4 states. What is summed over lanes is left in shared memory, for the lanes that
-//! serve to add in a fixed order. As a chunk is used up from its end while the one before it is prepared from its start, both
-//! share little more room than one of them needs.
+//! A lane that scans holds 2 channels by 4 states. What is summed over lanes is left in shared memory, for the lanes
+//! that serve to add in a fixed order. As a chunk is used up from its end while the one before it is prepared from
+//! its start, both share little more room than one of them needs.
 //!
-//! Floor at 1 × 16,384 × 4096 × 16 in bf16 on an H100, two blocks on each multiprocessor: bytes 1.24 GB, and 0.27 GB of parts
-//! where four tiles share a group of B, 0.51 ms at 2.96 TB/s; exponentials, two per channel, state and step, and what the
-//! channels need, 0.63 ms. Counted in the machine code for sm_90: 255 instructions per step and tile (*back* 114, *forth* 62,
-//! *prepare* 48, *finish* 31), 128 cycles of each quarter of a multiprocessor, 1.06 ms at 1.98 GHz; counted by a profile: 57 passes of
-//! shared memory, 115 cycles, 0.95 ms. So issue and passes bind almost alike. Measured on 2026-11-28: 1.90 ms;
-//! 8 × 2048 × 576 0.345 ms, 64 × 1024 × 4096 6.97 ms.
+//! Floor at 1 × 16,384 × 4096 × 16 in bf16 on an H100, two blocks on each multiprocessor: bytes 1.24 GB, and 0.27 GB
+//! of parts where four tiles share a group of B, 0.51 ms at 2.96 TB/s; exponentials, two per channel, state and step,
+//! and what the channels need, 0.63 ms. Counted in the machine code for sm_90: 255 instructions per step and tile
+//! (*back* 114, *forth* 62, *prepare* 48, *finish* 31), 128 cycles of each quarter of a multiprocessor, 1.06 ms at
+//! 1.98 GHz; counted by a profile: 57 passes of shared memory, 115 cycles, 0.95 ms. So issue and passes bind almost
+//! alike. Measured on 2026-11-28: 1.90 ms; 8 × 2048 × 576 0.345 ms, 64 × 1024 × 4096 6.97 ms.
 
 use super::backward::{GroupGradient, gated};
 use super::forward::SIZES;
-use super::serial::{self, PAIR, STATES, Stored, Tile, Track};
-use super::serial_forward::tree_sum;
+use super::serial::{self, PAIR, STATES, Stored, Tile, Track, tree_sum};
 use super::{CHUNK, Scan, TILE};
 use crate::asm::{Address, Assembler, Description, F32, Global, LANES, Operand, Pred, Shared, U32, Value, Variable};
 use crate::{Element, Kernel, KernelSource, Target, Work};
@@ -46,8 +48,8 @@ const PLACES: u32 = STAGES + 8;
 const THREADS: u32 = 5 * 32;
 /// Blocks that share a multiprocessor where there are so many.
 const BLOCKS: u32 = 3;
-/// Rounds from the one in which *prepare* has a stage to the one in which *forth* begins it, whose results *prepare* adds up
-/// two rounds later.
+/// Rounds from the one in which *prepare* has a stage to the one in which *forth* begins it, whose results *prepare*
+/// adds up two rounds later.
 const TO_FORTH: u32 = 1;
 const TO_SUMS: u32 = TO_FORTH + 2;
 /// Rounds before *back* begins its first stage, and before *finish* has it.
@@ -63,12 +65,13 @@ const QUADS_ROW: u32 = 32;
 /// f32 of a stage's first states.
 const STARTS_ROW: u32 = TILE * STATES;
 
-/// f32 from a state quad's part of a sum to the next quad's, for two values per channel pair and for four: apart by so much
-/// that the lanes of a scanning warp reach all banks.
+/// f32 from a state quad's part of a sum to the next quad's, for two values per channel pair and for four: apart by
+/// so much that the lanes of a scanning warp reach all banks.
 const Y_PART: u32 = TILE + 8;
 const THROUGH_PART: u32 = 2 * TILE + 8;
-/// Where what the scans leave of a step begins: Σ C h and dy h of *forth*, `Σ λ B` with `Σ λ A e`, and λ Δ u of *back*. The
-/// first and the third are sums over a lane's states, a part per state quad; the others over its channels, a part per channel pair.
+/// Where what the scans leave of a step begins: Σ C h and dy h of *forth*, `Σ λ B` with `Σ λ A e`, and λ Δ u of
+/// *back*. The first and the third are sums over a lane's states, a part per state quad; the others over its
+/// channels, a part per channel pair.
 const Y: i64 = 0;
 const C_SUMS: i64 = Y + 4 * Y_PART as i64;
 const THROUGH: i64 = C_SUMS + 8 * STATES as i64;
@@ -79,8 +82,8 @@ const SUMS_ROW: u32 = B_SUMS as u32 + 8 * STATES + 16;
 /// `[channel][state]` of a lane.
 type Patch<T> = [[T; QUAD]; PAIR];
 
-/// All gradients of the scan over whole rows, for the shapes that [`SerialForward`](super::SerialForward) takes, from what it
-/// saved.
+/// All gradients of the scan over whole rows, for the shapes that [`SerialForward`](super::SerialForward) takes, from
+/// what it saved.
 ///
 /// Parameters: those of [`ScanBackward`](super::ScanBackward) with one span, but for the sizes, which are those of
 /// [`SerialForward`](super::SerialForward); gradients of B and C are not summed in pairs of tiles.
@@ -114,7 +117,9 @@ impl KernelSource for SerialBackward {
                 flag(carried, "_carried"),
                 flag(initial, "_initial")
             ),
-            summary: "gradients of the selective scan over whole rows; a block per tile of 16 channels, five warps for four tasks".to_owned(),
+            summary: "gradients of the selective scan over whole rows; a block per tile of 16 channels, five warps for \
+                      four tasks"
+                .to_owned(),
             block: [THREADS, 1, 1],
             target: Target::Sm80,
             sizes: SIZES,
@@ -189,9 +194,9 @@ struct Inputs<'a> {
     document_start: Option<Global<'a>>,
 }
 
-/// Shared memory. Per place of a stage and step: Δ of each channel; Δu and dy, two channels each at a time; B; C; whether a
-/// document begins. Per place: the first states. Per round of two and step: what the scans leave. What *back* carries to the
-/// stage before.
+/// Shared memory. Per place of a stage and step: Δ of each channel; Δu and dy, two channels each at a time; B; C;
+/// whether a document begins. Per place: the first states. Per round of two and step: what the scans leave. What
+/// *back* carries to the stage before.
 struct Memory<'a> {
     sizes: Shared<'a>,
     drive: Shared<'a>,
@@ -278,9 +283,9 @@ impl<'a> Backward<'a> {
         self.k.for_(0u32, times, 1u32, |_| self.meet());
     }
 
-    /// The place of the stage that *prepare* takes in a round. Chunks alternate in the direction of their places, so that
-    /// one can follow where the one after it is used up; three further places between them, and another four between a chunk
-    /// and the second after it, keep what a round of another task still reads.
+    /// The place of the stage that *prepare* takes in a round. Chunks alternate in the direction of their places, so
+    /// that one can follow where the one after it is used up; three further places between them, and another four
+    /// between a chunk and the second after it, keep what a round of another task still reads.
     fn place(&self, round: Value<'a, U32>) -> Value<'a, U32> {
         let chunk = round >> STAGES.ilog2();
         let stage = round & (STAGES - 1);
@@ -319,8 +324,8 @@ impl<'a> Backward<'a> {
     }
 }
 
-/// Which 2 channels and 4 states a scanning lane holds. Of the bits of its index 1, 3 and 4 choose the channels, 0 and 2
-/// the states, for the reason that the way forward has.
+/// Which 2 channels and 4 states a scanning lane holds. Of the bits of its index 1, 3 and 4 choose the channels, 0
+/// and 2 the states, for the reason that the way forward has.
 struct Lane<'a> {
     /// In the tile.
     pair: Value<'a, U32>,
@@ -380,7 +385,8 @@ impl<'a> Lane<'a> {
         lane
     }
 
-    /// For each of its channels, the place of its states in a `[…, channels, states]` tensor whose outer index is `outer`.
+    /// For each of its channels, the place of its states in a `[…, channels, states]` tensor whose outer index is
+    /// `outer`.
     fn places_in(&self, tile: &Tile<'a>, memory: Global<'a>, outer: Value<'a, U32>) -> [Address<'a>; PAIR] {
         let channel = self.pair.mad(PAIR as u32, tile.tile * TILE);
         let place = memory.from_row(outer, tile.channels * STATES).at(channel.mad(STATES, self.quad * QUAD as u32));
@@ -511,9 +517,9 @@ impl<'a> Backward<'a> {
         patch(|channel, n| (sizes[channel] * lane.rates[channel][n]).exp2_flushed())
     }
 
-    /// Goes through the stages that a warp has, every second, in two rounds each; `first` and `then` are told a stage's index.
-    /// What passes from one to the other is in variables: one loop takes the two in turns, as in a straight text the assembler
-    /// would move all of `first` but its reads behind the end of its round.
+    /// Goes through the stages that a warp has, every second, in two rounds each; `first` and `then` are told a
+    /// stage's index. What passes from one to the other is in variables: one loop takes the two in turns, as in a
+    /// straight text the assembler would move all of `first` but its reads behind the end of its round.
     fn in_turns(
         &self,
         second: Value<'a, U32>,
@@ -609,7 +615,8 @@ impl<'a> Backward<'a> {
         self.meet_times(TO_FINISH - TO_FORTH - 1);
     }
 
-    /// One warp has the stages of even index, the other, `second`, those between, a round later: from the last of a chunk.
+    /// One warp has the stages of even index, the other, `second`, those between, a round later: from the last of a
+    /// chunk.
     fn back(&self, second: Value<'a, U32>) {
         let (k, tile) = (self.k, &self.tile);
         let lane = Lane::new(self, second);
@@ -736,8 +743,8 @@ impl<'a> Item<'a> {
     }
 }
 
-/// What *prepare* keeps of a step until it adds up what *forth* leaves of it: which it is, u, and what makes `y` the gate's
-/// gradient.
+/// What *prepare* keeps of a step until it adds up what *forth* leaves of it: which it is, u, and what makes `y` the
+/// gate's gradient.
 struct Kept<'a> {
     step: Variable<'a, U32>,
     u: Stored<'a>,
@@ -777,8 +784,8 @@ impl<'a> Backward<'a> {
         }
     }
 
-    /// Where the serving lane's two values of a pair begin, in bytes, in what the scans leave of an even or an odd round. It moves
-    /// from round to round, as the assembler would compute it again each time otherwise.
+    /// Where the serving lane's two values of a pair begin, in bytes, in what the scans leave of an even or an odd
+    /// round. It moves from round to round, as the assembler would compute it again each time otherwise.
     fn served_sums(&self, odd: bool) -> Variable<'a, U32> {
         let bytes = self.slot().mad(SUMS_ROW * 4, self.tile.pair * (PAIR as u32 * 4));
         self.k.variable(bytes + u32::from(odd) * STAGE * SUMS_ROW * 4)
@@ -814,12 +821,13 @@ impl<'a> Backward<'a> {
         tree_sum(&parts.collect::<Vec<_>>())
     }
 
-    /// Goes through rounds in groups of some, which divides [`AHEAD`]: `head` of a group's first round, and `body` of each,
-    /// with the turn that it has, of [`AHEAD`].
+    /// Goes through rounds in groups of some, which divides [`AHEAD`]: `head` of a group's first round, and `body` of
+    /// each, with the turn that it has, of [`AHEAD`].
     ///
-    /// The rounds take turns in one loop: in a straight text the assembler would move most of their work into the first of
-    /// them, for which all other warps would wait. What a group reads of global memory is asked for at its head, a group before it
-    /// is used, and copied to other registers at the head of its own: a branch waits for all reads whose registers it leads to.
+    /// The rounds take turns in one loop: in a straight text the assembler would move most of their work into the
+    /// first of them, for which all other warps would wait. What a group reads of global memory is asked for at its
+    /// head, a group before it is used, and copied to other registers at the head of its own: a branch waits for all
+    /// reads whose registers it leads to.
     fn by_turns(
         &self,
         rounds: Value<'a, U32>,
@@ -915,7 +923,8 @@ impl<'a> Backward<'a> {
         };
         self.by_turns(self.rounds + STAGES, group, head, |turn, round| {
             self.follow(&passing, turn, round, false);
-            // Of the stage so many rounds before: what is needed first is read first, so that its time passes unnoticed.
+            // Of the stage so many rounds before: what is needed first is read first, so that its time passes
+            // unnoticed.
             let done = (turn + AHEAD - TO_SUMS) % AHEAD;
             let place = self.take_sums(sums, done % 2 == 1);
             let sums = ForthSums { y: self.quads(place.plus(Y), Y_PART), c: self.pairs(place.plus(C_SUMS)) };
@@ -950,10 +959,8 @@ impl<'a> Backward<'a> {
         }
         tile.load(&item.b, tracks.b, step);
         tile.load(&item.c, tracks.c, step);
-        if let (Some(begins), Some(document_start)) = (item.document_start, self.inputs.document_start) {
-            // Compared where it is used: here the thread would wait for it.
-            let place = document_start.at(tile.row.mad(tile.time, step));
-            begins.set(place.load_u32_if(step.lt(tile.time), u32::MAX));
+        if let (Some(start), Some(document_start)) = (item.document_start, self.inputs.document_start) {
+            start.set(tile.load_document_start(document_start, step));
         }
     }
 

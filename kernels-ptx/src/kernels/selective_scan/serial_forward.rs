@@ -15,7 +15,7 @@
 use std::collections::VecDeque;
 
 use super::forward::SIZES;
-use super::serial::{PAIR, STATES, Stored, Tile, Track};
+use super::serial::{PAIR, STATES, Stored, Tile, Track, tree_sum};
 use super::{CHUNK, Scan, Sizes, TILE};
 use crate::asm::{Address, Assembler, Description, F32, Global, Shared, U32, Value, Variable};
 use crate::{Element, Kernel, KernelSource, Target, Work};
@@ -28,6 +28,8 @@ const PARTS: u32 = STATES / HELD as u32;
 const SCANNERS: u32 = TILE * PARTS;
 /// Threads that serve.
 const SERVERS: u32 = 128;
+/// Blocks that share a multiprocessor where there are so many.
+const BLOCKS: u32 = 3;
 /// Steps that the serving threads stand for at a time.
 const SLOTS: u32 = SERVERS / 8;
 /// Steps between two barriers.
@@ -47,9 +49,9 @@ const SUMS_ROW: u32 = PARTS * TILE + TILE;
 ///
 /// Parameters: `output` (of the type, `[batch, time, channels]`, written), `last_state` (f32 `[batch, channels, states]`,
 /// written), `chunk_states` (f32 `[batch, chunks, channels, states]`, written, when saved: the states every
-/// [`CHUNK`] steps), `input`, `delta` (like the output), `a` (f32 `[channels, states]`), `b`, `c` (of the type, `[batch, time, groups,
-/// states]`), `d` (f32 `[channels]`, with D), `gate` (like the output, with a gate), `delta_bias` (f32 `[channels]`, with a
-/// bias), `document_start` (u32 `[batch, time]`, with documents), `initial` (f32 `[batch, channels, states]`, when resumed),
+/// [`CHUNK`] steps), `input`, `delta` (like the output), `a` (f32 `[channels, states]`), `b`, `c` (of the type, `[batch, time,
+/// groups, states]`), `d` (f32 `[channels]`, with D), `gate` (like the output, with a gate), `delta_bias` (f32 `[channels]`, with
+/// a bias), `document_start` (u32 `[batch, time]`, with documents), `initial` (f32 `[batch, channels, states]`, when resumed),
 /// `time`, `channels`, `b_width`, `c_width` (channels of a group; all u32). A row has less than 2³² elements.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct SerialForward {
@@ -86,7 +88,9 @@ impl KernelSource for SerialForward {
         let name = form.name("selective_scan_serial_forward");
         let description = Description {
             name: format!("{name}{}{}", flag(resumed, "_resumed"), flag(saves, "_saves")),
-            summary: "selective scan over whole rows; a block per tile of 16 channels: some warps scan, others serve".to_owned(),
+            summary: "selective scan over whole rows; a block per tile of 16 channels: some warps scan, others \
+                      serve"
+                .to_owned(),
             block: [SCANNERS + SERVERS, 1, 1],
             target: Target::Sm80,
             sizes: SIZES,
@@ -102,7 +106,7 @@ impl KernelSource for SerialForward {
             },
         };
         Assembler::assemble(description, |k| {
-            k.resident_blocks(3);
+            k.resident_blocks(BLOCKS);
             let forward = Forward::new(k, *self);
             k.if_else(k.thread().lt(SCANNERS), || forward.scan(), || forward.serve());
         })
@@ -375,18 +379,6 @@ impl<'a> Forward<'a> {
             y = [0, 1].map(|channel| y[channel] * (z[channel] * z[channel].sigmoid_flushed()));
         }
         tile.store(tracks.output, step, y);
-    }
-}
-
-/// The sums of parts, two by two.
-pub(super) fn tree_sum<'a, const N: usize>(parts: &[[Value<'a, F32>; N]]) -> [Value<'a, F32>; N] {
-    match parts {
-        [part] => *part,
-        _ => {
-            let (first, second) = parts.split_at(parts.len() / 2);
-            let (first, second) = (tree_sum(first), tree_sum(second));
-            std::array::from_fn(|index| first[index] + second[index])
-        }
     }
 }
 

@@ -28,19 +28,19 @@ pub(super) struct Tile<'a> {
     pub pair: Value<'a, U32>,
     pub b: Columns<'a>,
     pub c: Columns<'a>,
-    /// The serving thread's channel pair in `[batch, time, channels]`.
+    /// The tile's channels in `[batch, time, channels]`.
     pub own: Columns<'a>,
 }
 
-/// Which two elements of a token a serving thread moves.
+/// Where a tile's elements of a token are.
 #[derive(Clone, Copy)]
 pub(super) struct Columns<'a> {
-    first: Value<'a, U64>,
+    first: Value<'a, U32>,
     /// Elements of a token.
     stride: Value<'a, U32>,
 }
 
-/// Where a serving thread's two elements of every step of its row are.
+/// Where a serving thread's elements of every step of its row are.
 #[derive(Clone, Copy)]
 pub(super) struct Track<'a> {
     memory: Global<'a>,
@@ -51,8 +51,21 @@ pub(super) struct Track<'a> {
 }
 
 impl<'a> Track<'a> {
-    fn at(&self, step: Value<'a, U32>) -> Address<'a> {
+    pub fn at(&self, step: Value<'a, U32>) -> Address<'a> {
         self.memory.from_address(step.mad_wide(self.stride, self.first)).first()
+    }
+
+    /// One of those, which are of one type.
+    pub fn chosen(index: Value<'a, U32>, tracks: &[Self]) -> Self {
+        let fold = |chosen: Self, (other, track): (u32, &Self)| {
+            let this = index.eq(other);
+            Self {
+                first: this.select(track.first, chosen.first),
+                stride: this.select(track.stride, chosen.stride),
+                ..chosen
+            }
+        };
+        (0..).zip(tracks).skip(1).fold(tracks[0], fold)
     }
 }
 
@@ -108,10 +121,10 @@ impl<'a> Tile<'a> {
         let pair = (k.thread() & (TILE / PAIR as u32 - 1)).named("pair");
         let first_channel = tile * TILE;
         let group = |width: Value<'a, U32>| Columns {
-            first: pair.mad(PAIR as u32, first_channel.div(width) * STATES).wide(),
+            first: first_channel.div(width) * STATES,
             stride: channels.div(width) * STATES,
         };
-        let own = Columns { first: pair.mad(PAIR as u32, first_channel).wide(), stride: channels };
+        let own = Columns { first: first_channel, stride: channels };
         Self {
             k,
             form,
@@ -126,9 +139,14 @@ impl<'a> Tile<'a> {
         }
     }
 
-    /// Where the serving thread's elements of `memory` are.
+    /// Where the serving thread's two elements of `memory` are.
     pub fn track(&self, memory: Global<'a>, columns: Columns<'a>) -> Track<'a> {
-        let first = (self.row * self.time).mad_wide(columns.stride, columns.first);
+        self.track_from(memory, columns, self.pair * PAIR as u32)
+    }
+
+    /// Where the tile's elements of `memory` are, from one of them on.
+    pub fn track_from(&self, memory: Global<'a>, columns: Columns<'a>, element: Value<'a, U32>) -> Track<'a> {
+        let first = (self.row * self.time).mad_wide(columns.stride, (columns.first + element).wide());
         Track {
             memory,
             first: memory.from(first).first().global_address(),
@@ -172,6 +190,12 @@ impl<'a> Tile<'a> {
         let raw = if self.form.bias { delta + bias } else { delta };
         let size = if self.form.softplus { softplus(self.k, raw).size } else { raw };
         exists.select(size, 0.0)
+    }
+
+    /// Where the first steps of the documents are.
+    pub fn starts(&self, document_start: Global<'a>) -> Track<'a> {
+        let first = document_start.from((self.row * self.time).wide()).first().global_address();
+        Track { memory: document_start, first, stride: self.k.constant(4u32) }
     }
 
     /// Reads the first step of a step's document, to be compared where it is wanted: a comparison waits for it.

@@ -2,22 +2,26 @@
 //!
 //! A block takes one tile: 16 channels by 16 states. Some of its warps scan: a lane holds one channel by [`HELD`] states, and
 //! computes the decays of a step while it takes the step before, so that exponentials and products overlap. The others
-//! serve: a thread stands for a channel pair (or a state pair) and a step; it reads global memory two intervals ahead,
-//! computes what depends on the channel alone (softplus, gate, D), and adds up what the scanning lanes leave in shared memory,
-//! in a fixed order. Both meet at one barrier per interval; what is prepared lies ready for a whole interval before it is
-//! scanned, so that the scan's reads run on over the barrier.
+//! serve: they copy global memory into shared memory, four intervals ahead; and a thread stands for a channel pair (or a
+//! state pair) and a step, computes what depends on the channel alone (softplus, gate, D), and adds up what the scanning lanes
+//! leave in shared memory, in a fixed order. Both meet at one barrier per interval; what is prepared lies ready for a whole
+//! interval before it is scanned, so that the scan's reads run on over the barrier.
+//!
+//! Copies past the registers are counted in groups, so that one can wait for the oldest alone; whoever waits for a read into a
+//! register waits for all that the compiler has put before it, wherever it has put them.
 //!
 //! Floor at 1 × 16,384 × 4096 × 16 in bf16 on an H100: bytes 0.81 GB, 0.27 ms at 2.96 TB/s
 //! (with the states that training saves 0.87 GB, 0.29 ms); exponentials and reciprocals 40 cycles per step and quarter of a
-//! multiprocessor, two blocks on each, 0.33 ms at 1.98 GHz; instructions about as many. States are saved as often as the
+//! multiprocessor, two blocks on each, 0.33 ms at 1.98 GHz; 38 instructions and, counted by a profile, 51 passes of shared
+//! memory, 0.42 ms, which is what binds where there are more blocks. States are saved as often as the
 //! backward pass over chunks wants them.
 
 use std::collections::VecDeque;
 
 use super::forward::SIZES;
-use super::serial::{PAIR, STATES, Stored, Tile, Track, tree_sum};
+use super::serial::{PAIR, STATES, Tile, Track, tree_sum};
 use super::{CHUNK, Scan, Sizes, TILE};
-use crate::asm::{Address, Assembler, Description, F32, Global, Shared, U32, Value, Variable};
+use crate::asm::{Address, Assembler, Description, F32, Global, LANES, Pred, Shared, U32, Value, Variable};
 use crate::{Element, Kernel, KernelSource, Target, Work};
 
 /// States of a scanning lane.
@@ -29,13 +33,22 @@ const SCANNERS: u32 = TILE * PARTS;
 /// Threads that serve.
 const SERVERS: u32 = 128;
 /// Blocks that share a multiprocessor where there are so many.
-const BLOCKS: u32 = 3;
+const BLOCKS: u32 = 4;
 /// Steps that the serving threads stand for at a time.
 const SLOTS: u32 = SERVERS / 8;
 /// Steps between two barriers.
 const INTERVAL: u32 = 16;
 /// Intervals that shared memory has places for.
 const PLACES: u32 = 4;
+/// Intervals that shared memory has places for as they came from global memory, from when they are sent for until their steps
+/// are finished.
+const RAW_PLACES: u32 = 2 * PLACES;
+/// Intervals from the one that is prepared to the one that is sent for.
+const SENT_AHEAD: u32 = 4;
+/// Intervals from the one that is finished to the one that is prepared.
+const BEHIND: u32 = 3;
+/// Bytes of a copy from global to shared memory.
+const COPY: usize = 16;
 /// Steps between a step and the one whose Δ and Δu a scanning lane reads from shared memory meanwhile, and whose B and C.
 const DRIVE_AHEAD: usize = 4;
 const GROUPS_AHEAD: usize = 3;
@@ -144,6 +157,9 @@ struct Forward<'a> {
     groups: Shared<'a>,
     sums: Shared<'a>,
     begins: Option<Shared<'a>>,
+    /// What came from global memory, per [`Array`], place and step; and the first steps of the steps' documents.
+    raw: Shared<'a>,
+    starts: Option<Shared<'a>>,
 }
 
 impl<'a> Forward<'a> {
@@ -186,6 +202,8 @@ impl<'a> Forward<'a> {
             groups: k.shared(Element::F32, PLACES * INTERVAL * ROW),
             sums: k.shared(Element::F32, 2 * INTERVAL * SUMS_ROW),
             begins: form.documents.then(|| k.shared(Element::U32, PLACES * INTERVAL)),
+            raw: k.shared(element, (4 + u32::from(form.gate)) * RAW_ARRAY),
+            starts: form.documents.then(|| k.shared(Element::U32, RAW_PLACES * INTERVAL)),
         }
     }
 
@@ -269,18 +287,10 @@ impl<'a> Forward<'a> {
         self.meet();
     }
 
-    /// What the serving warps do: in round r they finish interval r − 3 and prepare interval r; before every second round they
-    /// send for the intervals of the two rounds after it.
+    /// What the serving warps do: in round r they finish interval r − 3, prepare interval r, and send for interval r + 4.
     fn serve(&self) {
         let (k, tile) = (self.k, &self.tile);
-        let tracks = Tracks {
-            output: tile.track(self.output, tile.own),
-            input: tile.track(self.input, tile.own),
-            delta: tile.track(self.delta, tile.own),
-            gate: self.gate.map(|gate| tile.track(gate, tile.own)),
-            b: tile.track(self.b, tile.b),
-            c: tile.track(self.c, tile.c),
-        };
+        let output = tile.track(self.output, tile.own);
         let (bias, d) = (tile.own_of(self.bias), tile.own_of(self.d));
         let slot = ((k.thread() - SCANNERS) >> 3).named("slot");
         let served = |memory: Shared<'a>, row: u32| memory.at(slot.mad(row, tile.pair * 4));
@@ -289,49 +299,52 @@ impl<'a> Forward<'a> {
             groups: served(self.groups, ROW),
             sums: self.sums.at(slot.mad(SUMS_ROW, tile.pair * PAIR as u32)),
             begins: self.begins.map(|begins| begins.at(slot)),
+            raw: self.raw.at(slot.mad(TILE, tile.pair * PAIR as u32)),
+            row: TILE * self.source.scan.element.bytes() as u32,
+            starts: self.starts.map(|starts| starts.at(slot)),
         };
         const ITEMS: u32 = INTERVAL / SLOTS;
-        // What is on its way for two intervals; of every place for an interval, what its steps are finished with.
-        let raw: Vec<Raw<'a>> = (0..2 * ITEMS).map(|_| Raw::new(self)).collect();
-        let kept: Vec<Kept<'a>> = (0..PLACES * ITEMS).map(|_| Kept::new(self)).collect();
-        let load = |first: Value<'a, U32>| {
-            for (index, raw) in (0u32..).zip(&raw) {
-                raw.load(self, &tracks, first + index * SLOTS);
-            }
-        };
-        load(slot);
+        let sender = Sender::new(self);
+        const { assert!(SENT_AHEAD == PLACES && SENT_AHEAD + BEHIND < RAW_PLACES) };
+        for place in 0..SENT_AHEAD {
+            sender.send(self, k.constant(place * INTERVAL), k.constant(0u32), place);
+        }
+        // Before each barrier the interval after it is there.
+        k.wait_copies(SENT_AHEAD - 1);
+        k.meet(2, SERVERS);
         k.for_(0u32, self.intervals + PLACES, PLACES, |round| {
             let first = round.mad(INTERVAL, slot);
-            for half in 0..PLACES / 2 {
-                // All reads share a scoreboard, which counts but does not tell them apart: whoever waits for one waits for all
-                // that have been sent. So what arrived is taken once in two rounds, and the next reads leave at once.
-                let taken: Vec<Raw<'a>> = raw.iter().map(|raw| raw.copied(k)).collect();
-                load(first + (2 * half + 2) * INTERVAL);
-                for odd in 0..2 {
-                    let place = 2 * half + odd;
-                    let finished = (place + 1) % PLACES;
-                    let items = |place: u32| (0..ITEMS).map(move |item| (place * ITEMS + item, item * SLOTS));
-                    let finish = || {
-                        for (index, row) in items(finished) {
-                            let step = first + (place * INTERVAL + row) - 3 * INTERVAL;
-                            let sums = places.sums.plus(i64::from((finished % 2 * INTERVAL + row) * SUMS_ROW));
-                            self.finish(&tracks, step, sums, &kept[index as usize], d);
-                        }
-                    };
-                    if place < PLACES - 1 {
-                        k.if_(round.ge(PLACES), finish);
-                    } else {
-                        finish();
+            // The half of the raw places that this round's interval has, and the other.
+            let now = round & PLACES;
+            let halves = [now, now ^ PLACES];
+            let half = |place: u32| halves[(place / PLACES % 2) as usize];
+            for place in 0..PLACES {
+                let items = || (0..ITEMS).map(|item| item * SLOTS);
+                let finish = || {
+                    for row in items() {
+                        let behind = place + RAW_PLACES - BEHIND;
+                        let step = first + (place * INTERVAL + row) - BEHIND * INTERVAL;
+                        let sums = places.sums.plus(i64::from(((place + 1) % 2 * INTERVAL + row) * SUMS_ROW));
+                        let raw = places.raw(half(behind), behind % PLACES * INTERVAL + row);
+                        self.finish(output, step, sums, raw, d);
                     }
-                    for (index, row) in items(place) {
-                        let raw = &taken[(odd * ITEMS + row / SLOTS) as usize];
-                        self.prepare(first + (place * INTERVAL + row), &places, place * INTERVAL + row, raw, bias);
-                        kept[index as usize].set(raw);
-                    }
-                    self.meet();
+                };
+                if place < BEHIND {
+                    k.if_(round.ge(PLACES), finish);
+                } else {
+                    finish();
                 }
+                for row in items() {
+                    let raw = places.raw(half(place), place * INTERVAL + row);
+                    self.prepare(first + (place * INTERVAL + row), &places, place * INTERVAL + row, raw, bias);
+                }
+                let ahead = place + SENT_AHEAD;
+                sender.send(self, (round + ahead) * INTERVAL, half(ahead), ahead % PLACES);
+                k.wait_copies(SENT_AHEAD - 1);
+                self.meet();
             }
         });
+        k.wait_copies(0);
     }
 
     /// Puts what the scan needs of a step into shared memory, `row` steps after the first place.
@@ -340,30 +353,30 @@ impl<'a> Forward<'a> {
         step: Value<'a, U32>,
         places: &Served<'a>,
         row: u32,
-        raw: &Raw<'a>,
+        raw: Raw<'a>,
         bias: [Value<'a, F32>; PAIR],
     ) {
         let (k, tile) = (self.k, &self.tile);
         let exists = step.lt(tile.time);
-        let (u, delta) = (raw.input.get(), raw.delta.get());
+        let [u, delta, [b0, b1], [c0, c1]] = [Array::Input, Array::Delta, Array::B, Array::C].map(|array| raw.get(array));
         let sizes = [0, 1].map(|channel| tile.step_size(delta[channel], bias[channel], exists));
         let moved = i64::from(row * ROW);
         places.drive.plus(moved).store_vector(&[sizes[0], sizes[0] * u[0], sizes[1], sizes[1] * u[1]]);
-        let ([b0, b1], [c0, c1]) = (raw.b.get(), raw.c.get());
         places.groups.plus(moved).store_vector(&[b0, b1, c0, c1]);
-        if let (Some(begins), Some(start)) = (places.begins, raw.document_start) {
+        if let (Some(begins), Some(start)) = (places.begins, raw.start) {
             let begins = begins.plus(i64::from(row));
-            k.if_(tile.pair.eq(0), || begins.store_u32(start.get().eq(step).select::<U32>(1u32, 0u32)));
+            // Where there is no such step the start is 0, which it is not either.
+            k.if_(tile.pair.eq(0), || begins.store_u32(start.load_u32().eq(step).select::<U32>(1u32, 0u32)));
         }
     }
 
     /// Writes the output of a step from what the scan left at `sums`.
     fn finish(
         &self,
-        tracks: &Tracks<'a>,
+        output: Track<'a>,
         step: Value<'a, U32>,
         sums: Address<'a>,
-        kept: &Kept<'a>,
+        raw: Raw<'a>,
         d: [Value<'a, F32>; PAIR],
     ) {
         let tile = &self.tile;
@@ -371,14 +384,14 @@ impl<'a> Forward<'a> {
             (0..PARTS).map(|part| sums.plus(i64::from(part * TILE)).load_vector()).collect();
         let mut y = tree_sum(&parts);
         if self.d.is_some() {
-            let u = kept.input.get();
+            let u = raw.get(Array::Input);
             y = [0, 1].map(|channel| d[channel].fma(u[channel], y[channel]));
         }
-        if let Some(gate) = &kept.gate {
-            let z = gate.get();
+        if self.gate.is_some() {
+            let z = raw.get(Array::Gate);
             y = [0, 1].map(|channel| y[channel] * (z[channel] * z[channel].sigmoid_flushed()));
         }
-        tile.store(tracks.output, step, y);
+        tile.store(output, step, y);
     }
 }
 
@@ -547,93 +560,135 @@ impl<'a> Carried<'a> {
     }
 }
 
-/// Where a serving lane reads and writes.
-struct Tracks<'a> {
-    output: Track<'a>,
-    input: Track<'a>,
-    delta: Track<'a>,
-    gate: Option<Track<'a>>,
-    b: Track<'a>,
-    c: Track<'a>,
-}
-
 /// A serving lane's first places in shared memory.
 struct Served<'a> {
     drive: Address<'a>,
     groups: Address<'a>,
     sums: Address<'a>,
     begins: Option<Address<'a>>,
+    raw: Address<'a>,
+    /// Bytes of a step of a raw array.
+    row: u32,
+    starts: Option<Address<'a>>,
 }
 
-/// What a serving lane keeps of a step until it is finished.
-struct Kept<'a> {
-    input: Stored<'a>,
-    gate: Option<Stored<'a>>,
-}
-
-impl<'a> Kept<'a> {
-    fn new(forward: &Forward<'a>) -> Self {
-        let form = forward.source.scan;
-        let stored = || Stored::new(forward.k, form.element);
-        Self { input: stored(), gate: form.gate.then(stored) }
-    }
-
-    fn set(&self, raw: &Raw<'a>) {
-        self.input.set(&raw.input);
-        if let (Some(kept), Some(gate)) = (&self.gate, &raw.gate) {
-            kept.set(gate);
+impl<'a> Served<'a> {
+    /// Where a step lies as it came: `row` steps after the first place of a half of the raw places.
+    fn raw(&self, half: Value<'a, U32>, row: u32) -> Raw<'a> {
+        let passed = |bytes: u32| half * (INTERVAL * bytes);
+        Raw {
+            first: self.raw.moved(passed(self.row)).plus(i64::from(row * TILE)),
+            start: self.starts.map(|starts| starts.moved(passed(4)).plus(i64::from(row))),
         }
     }
 }
 
-/// What a serving lane has read of a step that is not yet prepared.
+/// Where a serving lane finds what global memory has of a step.
+#[derive(Clone, Copy)]
 struct Raw<'a> {
-    input: Stored<'a>,
-    delta: Stored<'a>,
-    gate: Option<Stored<'a>>,
-    b: Stored<'a>,
-    c: Stored<'a>,
-    /// The first step of the step's document; compared where it is wanted, since a comparison waits.
-    document_start: Option<Variable<'a, U32>>,
+    /// Its two elements of [`Array::Input`].
+    first: Address<'a>,
+    /// The first step of the step's document.
+    start: Option<Address<'a>>,
 }
 
 impl<'a> Raw<'a> {
+    fn get(&self, array: Array) -> [Value<'a, F32>; PAIR] {
+        self.first.plus(array as i64 * i64::from(RAW_ARRAY)).load_vector()
+    }
+}
+
+/// What has 16 elements of every step in shared memory, as they came from global memory.
+#[derive(Clone, Copy)]
+enum Array {
+    Input,
+    Delta,
+    B,
+    C,
+    Gate,
+}
+
+/// Elements of such an array.
+const RAW_ARRAY: u32 = RAW_PLACES * INTERVAL * TILE;
+
+/// What a serving lane copies of every interval. Each warp has one of the arrays; one has the gate, too, and one the starts of
+/// documents.
+struct Sender<'a> {
+    own: Source<'a>,
+    gate: Option<(Value<'a, Pred>, Source<'a>)>,
+    starts: Option<(Value<'a, Pred>, Source<'a>)>,
+}
+
+/// Where a lane copies from and to.
+struct Source<'a> {
+    /// Of an interval's steps, the first that it copies of, and how many lie from it to the next.
+    slot: Value<'a, U32>,
+    slots: u32,
+    /// Bytes of a copy.
+    copy: usize,
+    from: Track<'a>,
+    /// In the first place.
+    to: Address<'a>,
+    /// Elements of a step there, and bytes of an element.
+    elements: u32,
+    size: u32,
+}
+
+impl<'a> Sender<'a> {
     fn new(forward: &Forward<'a>) -> Self {
-        let (k, form) = (forward.k, forward.source.scan);
-        let stored = || Stored::new(k, form.element);
-        Self {
-            input: stored(),
-            delta: stored(),
-            gate: form.gate.then(stored),
-            b: stored(),
-            c: stored(),
-            document_start: form.documents.then(|| k.variable(0u32)),
-        }
+        let (k, tile) = (forward.k, &forward.tile);
+        let size = forward.source.scan.element.bytes() as u32;
+        let chunk = COPY as u32 / size;
+        let chunks = TILE / chunk;
+        let first = ((k.lane() & (chunks - 1)) * chunk).named("copied");
+        let slot = (k.lane() >> chunks.ilog2()).named("copied_slot");
+        let from = |memory: Global<'a>, columns| tile.track_from(memory, columns, first);
+        let source = |from: Track<'a>, array: Value<'a, U32>| Source {
+            slot,
+            slots: LANES / chunks,
+            copy: COPY,
+            from,
+            to: forward.raw.at(array.mad(RAW_ARRAY, slot.mad(TILE, first))),
+            elements: TILE,
+            size,
+        };
+        let warp = (k.thread() >> LANES.ilog2()) - SCANNERS / LANES;
+        let arrays = [
+            from(forward.input, tile.own),
+            from(forward.delta, tile.own),
+            from(forward.b, tile.b),
+            from(forward.c, tile.c),
+        ];
+        let own = source(Track::chosen(warp, &arrays), warp);
+        let gate = forward.gate.map(|gate| {
+            (warp.eq(0), source(from(gate, tile.own), k.constant(Array::Gate as u32)))
+        });
+        let starts = forward.document_start.zip(forward.starts).map(|(document_start, starts)| {
+            let slot = k.lane();
+            let from = tile.starts(document_start);
+            let source = Source { slot, slots: INTERVAL, copy: 4, from, to: starts.at(slot), elements: 1, size: 4 };
+            (warp.eq(1) & slot.lt(INTERVAL), source)
+        });
+        Self { own, gate, starts }
     }
 
-    /// The same values in registers of their own.
-    fn copied(&self, k: &'a Assembler) -> Self {
-        Self {
-            input: self.input.copied(k),
-            delta: self.delta.copied(k),
-            gate: self.gate.as_ref().map(|gate| gate.copied(k)),
-            b: self.b.copied(k),
-            c: self.c.copied(k),
-            document_start: self.document_start.map(|start| k.variable(start.get())),
+    /// Sends for the interval that begins with step `first`, into place `place` of a half of the raw places.
+    fn send(&self, forward: &Forward<'a>, first: Value<'a, U32>, half: Value<'a, U32>, place: u32) {
+        let (k, time) = (forward.k, forward.tile.time);
+        let copy = |source: &Source<'a>| {
+            let to = source.to.moved(half * (INTERVAL * source.elements * source.size));
+            for row in (0..INTERVAL).step_by(source.slots as usize) {
+                let step = first + (source.slot + row);
+                // What does not exist is zero.
+                let bytes = step.lt(time).select::<U32>(source.copy as u32, 0);
+                let to = to.plus(i64::from((place * INTERVAL + row) * source.elements));
+                k.copy_bytes(to, source.from.at(step), source.copy, bytes);
+            }
+        };
+        copy(&self.own);
+        for (holds, source) in self.gate.iter().chain(&self.starts) {
+            k.if_(*holds, || copy(source));
         }
-    }
-
-    fn load(&self, forward: &Forward<'a>, tracks: &Tracks<'a>, step: Value<'a, U32>) {
-        let tile = &forward.tile;
-        tile.load(&self.input, tracks.input, step);
-        tile.load(&self.delta, tracks.delta, step);
-        if let (Some(stored), Some(gate)) = (&self.gate, tracks.gate) {
-            tile.load(stored, gate, step);
-        }
-        tile.load(&self.b, tracks.b, step);
-        tile.load(&self.c, tracks.c, step);
-        if let (Some(start), Some(document_start)) = (self.document_start, forward.document_start) {
-            start.set(tile.load_document_start(document_start, step));
-        }
+        k.commit_copies();
     }
 }

@@ -171,7 +171,40 @@ pub(crate) fn column_sums(operator: &'static str, parts: &Tensor, splits: u32, s
     let count = size(operator, "the number of elements", shape.iter().product())?;
     let mut sum = Output::new(parts.device(), shape, DType::F32)?;
     let arguments = [sum.write(), read(parts), Argument::U32(splits), Argument::U32(count), Argument::U32(splits)];
-    let (kernel, sizes) = (ColumnSums { element: kernels_ptx::Element::F32 }, [u64::from(splits), u64::from(count)]);
-    launch(operator, parts.device(), &kernel, ColumnSums::grid(count, 1), &sizes, &arguments)?;
+    let kernel = ColumnSums { element: kernels_ptx::Element::F32, pair: false };
+    let sizes = [u64::from(splits), u64::from(count)];
+    launch(operator, parts.device(), &kernel, ColumnSums::grid(&[count], 1), &sizes, &arguments)?;
     Ok(sum.tensor())
+}
+
+/// [`column_sums`] of two tensors' parts, as many of each, in one launch.
+///
+/// # Errors
+/// [`Error::Invalid`] for a problem that is too large; runtime errors.
+pub(crate) fn column_sums_pair(
+    operator: &'static str,
+    [(parts, shape), (second_parts, second_shape)]: [(&Tensor, &[usize]); 2],
+    splits: u32,
+) -> Result<[Tensor; 2]> {
+    let counts = [shape, second_shape].map(|shape| size(operator, "the number of elements", shape.iter().product()));
+    let [count, second_count] = counts;
+    let (count, second_count) = (count?, second_count?);
+    let device = parts.device();
+    let mut sum = Output::new(device, shape, DType::F32)?;
+    let mut second_sum = Output::new(device, second_shape, DType::F32)?;
+    let arguments = [
+        sum.write(),
+        read(parts),
+        Argument::U32(splits),
+        Argument::U32(count),
+        Argument::U32(splits),
+        second_sum.write(),
+        read(second_parts),
+        Argument::U32(second_count),
+    ];
+    let kernel = ColumnSums { element: kernels_ptx::Element::F32, pair: true };
+    let sizes = [u64::from(splits), u64::from(count) + u64::from(second_count)];
+    launch(operator, device, &kernel, ColumnSums::grid(&[count, second_count], 1), &sizes, &arguments)?;
+    drop(arguments);
+    Ok([sum.tensor(), second_sum.tensor()])
 }

@@ -1,11 +1,12 @@
 //! Column sums: `sums[p, j] = Σᵢ x[i, j]` over the rows `i` of part `p`, in f32. With one part it is the whole sum; with more,
 //! [`SumParts`](super::sum_parts::SumParts) adds them in order.
 //!
+//! - With `pair`, one launch sums two matrices that have as many rows: the second's columns have blocks after the first's.
 //! - Layout: a block takes 32 columns of a part, a lane one of them; its 8 warps take rows in turn, so that 8 · 16 rows
 //!   of 32 elements are on their way at a time. Their sums are added in order.
 //! - Traffic: every element of x is read once. Bound by memory.
 
-use crate::asm::{Assembler, Description, LANES};
+use crate::asm::{Assembler, Description, Global, LANES, Pred, Value};
 use crate::{Element, Kernel, KernelSource, Target, Work};
 
 const THREADS: u32 = 256;
@@ -16,17 +17,20 @@ const AHEAD: u32 = 16;
 /// Sums a matrix over its rows.
 ///
 /// Parameters: `sums` (f32 `[parts, columns]`, written), `x` (`[rows, columns]`), `rows`, `columns`, `part_rows` (u32: rows
-/// of a part).
+/// of a part); with `pair`, `second_sums`, `second_x` and `second_columns` as well.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct ColumnSums {
     /// Type of x.
     pub element: Element,
+    /// There are two matrices.
+    pub pair: bool,
 }
 
 impl ColumnSums {
-    /// Blocks for so many columns and parts; `None` when one launch cannot cover them.
-    pub fn grid(columns: u32, parts: u32) -> Option<[u32; 3]> {
-        (parts <= 65_535).then_some([columns.div_ceil(LANES), parts, 1])
+    /// Blocks for matrices of so many columns and parts; `None` when one launch cannot cover them.
+    pub fn grid(columns: &[u32], parts: u32) -> Option<[u32; 3]> {
+        let blocks = columns.iter().map(|columns| columns.div_ceil(LANES)).sum();
+        (parts <= 65_535).then_some([blocks, parts, 1])
     }
 
     /// How many parts so many rows are best split into, and the rows of each.
@@ -38,12 +42,18 @@ impl ColumnSums {
     }
 }
 
+/// The one memory where the condition holds, or else the other.
+fn either<'a>(condition: Value<'a, Pred>, one: Global<'a>, other: Global<'a>) -> Global<'a> {
+    let [yes, no] = [one, other].map(|memory| memory.first().global_address());
+    one.from_address(condition.select(yes, no))
+}
+
 impl KernelSource for ColumnSums {
     fn build(&self) -> Kernel {
-        let element = self.element;
+        let Self { element, pair } = *self;
         let bytes = element.bytes() as u64;
         let description = Description {
-            name: format!("column_sums_{element}"),
+            name: format!("column_sums_{element}{}", if pair { "_pair" } else { "" }),
             summary: "sums[p, j] = sum of x[i, j] over the rows i of part p; a block per 32 columns and part"
                 .to_owned(),
             block: [THREADS, 1, 1],
@@ -55,10 +65,21 @@ impl KernelSource for ColumnSums {
             },
         };
         Assembler::assemble(description, |k| {
-            let (sums, x) = (k.write("sums", Element::F32), k.read("x", element));
-            let (rows, columns, part_rows) = (k.u32("rows"), k.u32("columns"), k.u32("part_rows"));
+            let (mut sums, mut x) = (k.write("sums", Element::F32), k.read("x", element));
+            let (rows, mut columns, part_rows) = (k.u32("rows"), k.u32("columns"), k.u32("part_rows"));
             let (lane, warp) = (k.lane().named("lane"), k.warp().named("warp"));
-            let column = k.block().mad(LANES, lane).named("column");
+            let mut block = k.block();
+            if pair {
+                let (second_sums, second_x) = (k.write("second_sums", Element::F32), k.read("second_x", element));
+                let second_columns = k.u32("second_columns");
+                k.comment("the block's matrix");
+                let blocks = (columns + (LANES - 1)) >> LANES.ilog2();
+                let first = block.lt(blocks);
+                (sums, x) = (either(first, sums, second_sums), either(first, x, second_x));
+                columns = first.select(columns, second_columns);
+                block = first.select(block, block - blocks);
+            }
+            let column = block.mad(LANES, lane).named("column");
             let exists = column.lt(columns);
             let part = k.block_y().named("part");
             let first = (part * part_rows).named("first");
@@ -93,6 +114,8 @@ impl KernelSource for ColumnSums {
     }
 
     fn configurations() -> Vec<Self> {
-        super::float_elements(|element| Self { element })
+        let mut all = super::float_elements(|element| Self { element, pair: false });
+        all.push(Self { element: Element::F32, pair: true });
+        all
     }
 }

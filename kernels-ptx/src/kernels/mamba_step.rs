@@ -8,7 +8,7 @@
 //!   is rounded as the operators on whole sequences do.
 //! - Layout: a block has the channels of one chunk of x, in up to `rows` rows of the batch, which share e^a_log. A channel's
 //!   states lie on neighbouring lanes, eight each. Every lane forms its channel's u; the convolution's state moves on when all
-//!   have read it.
+//!   lanes that share it have read it: a channel's (`repeated`), or the block's.
 //! - Traffic: both states are read and written once; the rest is small beside them. Bound by memory.
 //! - Source: Gu and Dao 2023, "Mamba"; Wang et al. 2025, "M1", for the repetition.
 
@@ -136,7 +136,10 @@ impl KernelSource for MambaStep {
                         let chunk = item & !(states - 1);
                         let group = step.channels + step.xb * 2 + step.first_channel + chunk;
                         let c = of_parts(row.projected.at(group + first_state), &parts);
-                        let window = step.load_window(row, convolved);
+                        let window = match repeated {
+                            true => step.load_window_if(row, convolved, owned),
+                            false => step.load_window(row, convolved),
+                        };
                         let x = row.projected.at(step.channels + step.first_of_chunk + (item & (states - 1))).load();
                         let z = row.projected.at(channel).load();
                         let delta = step.delta.at(row.index * step.channels + channel).load();
@@ -147,8 +150,9 @@ impl KernelSource for MambaStep {
                 for (row, (state, values, b, c, window, x, z, delta)) in step.rows.iter().zip(loaded) {
                     k.comment("convolution, step size");
                     let mut sum = bias.unwrap_or_else(|| k.constant(0.0f32));
-                    for (tap, value) in taps.iter().zip(window.into_iter().skip(1).chain([x])) {
-                        sum = tap.fma(value, sum);
+                    let moved: Vec<_> = window.into_iter().skip(1).chain([x]).collect();
+                    for (tap, value) in taps.iter().zip(&moved) {
+                        sum = tap.fma(*value, sum);
                     }
                     let u = sum * sum.sigmoid();
                     let u = if element == Element::Bf16 { u.round_to_bf16() } else { u };
@@ -166,31 +170,35 @@ impl KernelSource for MambaStep {
                     let y = skip.fma(u, k.lanes_sum(sum, lanes));
                     let y = y * (z * z.sigmoid());
                     let place = step.output.at(row.index * step.channels + channel);
-                    k.if_(active & row.exists, || {
+                    let owned = active & row.exists;
+                    k.if_(owned, || {
                         for (part, new) in parts.iter().zip(new.chunks_exact(VECTOR as usize)) {
                             state.plus((*part).into()).store_vector(new);
                         }
                     });
-                    place.store_if(active & row.exists & first_state.eq(0), y);
+                    let first = owned & first_state.eq(0);
+                    place.store_if(first, y);
+                    if repeated {
+                        k.comment("the channel's lanes have read its convolution's state: it moves by one column");
+                        k.warp_barrier();
+                        k.if_(first, || step.store_window(row, convolved, &moved));
+                    }
                 }
             });
 
-            k.comment("when all have read it, the convolution's state moves by one column");
+            if repeated {
+                return;
+            }
+            k.comment("when all have read it, the convolution's state, which several channels share, moves by one column");
             k.barrier();
-            let convolved_count = if repeated { local } else { k.constant(states) };
-            k.for_(k.thread(), convolved_count, THREADS, |item| {
+            k.for_(k.thread(), states, THREADS, |item| {
                 for row in &step.rows {
                     k.if_(row.exists, || {
                         let convolved = step.convolved(item);
                         let window = step.load_window(row, convolved);
                         let x = row.projected.at(step.channels + step.first_of_chunk + (item & (states - 1))).load();
-                        let place = step.window_place(row, convolved);
                         let moved: Vec<_> = window.into_iter().skip(1).chain([x]).collect();
-                        if form.taps == VECTOR {
-                            place.store_vector(&moved);
-                        } else {
-                            (0..).zip(moved).for_each(|(column, value)| place.plus(column).store(value));
-                        }
+                        step.store_window(row, convolved, &moved);
                     });
                 }
             });
@@ -307,6 +315,23 @@ impl<'a> Step<'a> {
 
     fn load_window(&self, row: &Row<'a>, convolved: Value<'a, U32>) -> Vec<Value<'a, F32>> {
         self.columns(self.window_place(row, convolved))
+    }
+
+    fn load_window_if(&self, row: &Row<'a>, convolved: Value<'a, U32>, condition: Value<'a, Pred>) -> Vec<Value<'a, F32>> {
+        let place = self.window_place(row, convolved);
+        match self.form.taps {
+            VECTOR => place.load_words_if(condition, 4).into_iter().map(Value::as_f32).collect(),
+            taps => (0..taps).map(|column| place.plus(column.into()).load_if(condition, 0.0)).collect(),
+        }
+    }
+
+    fn store_window(&self, row: &Row<'a>, convolved: Value<'a, U32>, values: &[Value<'a, F32>]) {
+        let place = self.window_place(row, convolved);
+        if self.form.taps == VECTOR {
+            place.store_vector(values);
+        } else {
+            (0..).zip(values).for_each(|(column, value)| place.plus(column).store(*value));
+        }
     }
 
     /// As many values as there are taps.

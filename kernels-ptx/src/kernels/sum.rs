@@ -32,7 +32,7 @@ pub struct Broadcast {
 impl Sum {
     /// How many blocks so many elements are best summed by, and the elements of each block's segment.
     pub fn segments(count: u32) -> (u32, u32) {
-        const LEAST: u32 = 4 * THREADS * VECTOR;
+        const LEAST: u32 = 8 * THREADS * VECTOR;
         const MOST: u32 = 1024;
         let segment = count.div_ceil(MOST).max(LEAST).next_multiple_of(VECTOR);
         (count.div_ceil(segment).max(1), segment)
@@ -122,7 +122,7 @@ mod tests {
 
     #[test]
     fn segments_cover_every_element() {
-        for count in [0, 1, 8191, 8192, 8193, 8_388_608, 8_388_609, u32::MAX - 9000] {
+        for count in [0, 1, 16_383, 16_384, 16_385, 16_777_216, 16_777_217, u32::MAX - 9000] {
             let (blocks, segment) = Sum::segments(count);
             assert!(segment.is_multiple_of(8) && (1..=1024).contains(&blocks));
             assert!(u64::from(blocks) * u64::from(segment) >= u64::from(count));

@@ -88,10 +88,19 @@ pub(super) fn backward(convolution: &Convolution, gradient: &Tensor) -> Result<C
     gpu::launch(OPERATOR, device, &kernel, grid, &launch.sizes.map(u64::from), &arguments)?;
     drop(arguments);
     let state = state_gradient.map(Output::tensor).zip(convolution.initial_state.as_ref());
+    let (weight_parts, weight_shape) = (weight_parts.tensor(), [channels, width]);
+    let (weight, bias) = match bias_parts {
+        Some(bias_parts) => {
+            let sums = [(&weight_parts, &weight_shape[..]), (&bias_parts.tensor(), &[channels])];
+            let [weight, bias] = gpu::column_sums_pair(OPERATOR, sums, parts)?;
+            (weight, Some(bias))
+        }
+        None => (gpu::column_sums(OPERATOR, &weight_parts, parts, &weight_shape)?, None),
+    };
     Ok(ConvolutionGradients {
         input: input_gradient.tensor(),
-        weight: gpu::column_sums(OPERATOR, &weight_parts.tensor(), parts, &[channels, width])?,
-        bias: bias_parts.map(|sums| gpu::column_sums(OPERATOR, &sums.tensor(), parts, &[channels])).transpose()?,
+        weight,
+        bias,
         initial_state: state.map(|(gradient, like)| gradient.cast(like.dtype())).transpose()?,
     })
 }

@@ -35,7 +35,7 @@ use super::backward::{GroupGradient, gated};
 use super::forward::SIZES;
 use super::serial::{self, PAIR, STATES, Stored, Tile, Track, tree_sum};
 use super::{CHUNK, Scan, TILE};
-use crate::asm::{Address, Assembler, Description, F32, Global, LANES, Operand, Pred, Shared, U32, Value, Variable};
+use crate::asm::{Address, Assembler, Description, F32, Global, LANES, Pred, Shared, U32, Value, Variable};
 use crate::{Element, Kernel, KernelSource, Target, Work};
 
 /// Steps of a round.
@@ -48,13 +48,28 @@ const PLACES: u32 = STAGES + 8;
 const THREADS: u32 = 5 * 32;
 /// Blocks that share a multiprocessor where there are so many.
 const BLOCKS: u32 = 3;
-/// Rounds from the one in which *prepare* has a stage to the one in which *forth* begins it, whose results *prepare*
-/// adds up two rounds later.
-const TO_FORTH: u32 = 1;
-const TO_SUMS: u32 = TO_FORTH + 2;
-/// Rounds before *back* begins its first stage, and before *finish* has it.
-const TO_BACK: u32 = STAGES + 1;
-const TO_FINISH: u32 = TO_BACK + 2;
+/// Stages from the one whose sums *prepare* takes up to the one that it prepares then.
+const TO_SUMS: u32 = 3;
+/// Stages from the one that *finish* takes up to the first that *prepare* may write in its place.
+const TO_FREED: u32 = STAGES + 4;
+
+/// What two warps tell each other of a stage, by its number and another for odd ones: *prepare* has it in shared memory.
+const READY: u32 = 1;
+/// *Forth* has left its sums.
+const SUMMED: u32 = 3;
+/// *Prepare* has read them.
+const READ: u32 = 5;
+/// *Forth* has left where the stages of a chunk start; for each warp of *back*.
+const STARTED: u32 = 7;
+/// *Back* has left λ for the stage before.
+const CARRIED: u32 = 9;
+/// *Back* has left its sums.
+const LEFT: u32 = 11;
+/// *Finish* has read them.
+const TAKEN: u32 = 13;
+/// *Finish* has done with the stage's place.
+const FREED: u32 = 15;
+
 /// Rounds that a serving warp has registers for, in turns; it reads global memory so many ahead, at most.
 const AHEAD: u32 = 4;
 /// States of a lane that scans.
@@ -274,13 +289,19 @@ impl<'a> Backward<'a> {
         );
     }
 
-    /// The end of a round, from each warp's own part of the text.
-    fn meet(&self) {
-        self.k.meet(1, THREADS);
+    /// Waits for what another warp tells of a stage that is odd or not.
+    fn wait(&self, what: u32, odd: bool) {
+        self.k.meet(what + u32::from(odd), 2 * LANES);
     }
 
-    fn meet_times(&self, times: impl Operand<'a, U32>) {
-        self.k.for_(0u32, times, 1u32, |_| self.meet());
+    /// Tells it, and goes on.
+    fn tell(&self, what: u32, odd: bool) {
+        self.k.arrive(what + u32::from(odd), 2 * LANES);
+    }
+
+    /// Either, where the warp does not know at first whether it is odd: a number in a register would take one.
+    fn either(&self, odd: Value<'a, U32>, of: impl Fn(bool)) {
+        self.k.if_else(odd.eq(0), || of(false), || of(true));
     }
 
     /// The place of the stage that *prepare* takes in a round. Chunks alternate in the direction of their places, so
@@ -528,7 +549,6 @@ impl<'a> Backward<'a> {
     ) {
         self.k.for_(second, self.rounds + second, 1u32, |round| {
             self.k.if_else(((round ^ second) & 1).eq(0), || first(round), || then(round - 1));
-            self.meet();
         });
     }
 
@@ -566,15 +586,20 @@ impl<'a> Backward<'a> {
         let Passing { place, way } = passing;
         place.set(self.place(k.constant(0u32)));
         way.set(self.way(k.constant(0u32), false));
-        self.meet_times(TO_FORTH);
+        // *Prepare* adds up what is of no stage at first.
+        self.tell(SUMMED, true);
+        self.tell(SUMMED, false);
+        self.wait(READY, false);
+        self.wait(READ, true);
+        self.tell(SUMMED, true);
         // Those of a step are computed while the step before it is gone through.
         let decays = zeros(k);
         let first = lane.places(place.get());
         store(first.starts, &get(&states));
         set(&decays, &self.decays(&lane, first.sizes(0)));
-        self.meet();
         k.for_(0u32, self.rounds, 1u32, |stage| {
-            let sums = lane.sums.moved((stage & 1) * (STAGE * SUMS_ROW * 4));
+            let odd = stage & 1;
+            let sums = lane.sums.moved(odd * (STAGE * SUMS_ROW * 4));
             let places = lane.places(place.get());
             let later = stage + 1;
             let last = (later & (STAGES - 1)).eq(0);
@@ -596,8 +621,14 @@ impl<'a> Backward<'a> {
             let mut read_ahead = Some(read(0));
             for step in 0..STAGE {
                 let Some(([driven, dy], b, c, later_sizes)) = read_ahead else { unreachable!("a step was read") };
+                if step + 2 == STAGE {
+                    self.either(odd, |odd| self.wait(READY, !odd));
+                }
                 // Before this step's results are written: reads may not pass those.
                 read_ahead = (step + 1 < STAGE).then(|| read(step + 1));
+                if step == 0 {
+                    self.either(odd, |odd| self.wait(READ, odd));
+                }
                 let before = reset(begins[step as usize], held);
                 held = patch(|channel, n| now[channel][n].fma(before[channel][n], driven[channel] * b[n]));
                 now = self.decays(&lane, later_sizes);
@@ -610,9 +641,15 @@ impl<'a> Backward<'a> {
             set(&states, &held);
             k.if_(last, || begin_chunk(later >> STAGES.ilog2()));
             store(next.starts, &get(&states));
-            self.meet();
+            self.either(odd, |odd| self.tell(SUMMED, odd));
+            // The last stage of the chunk has its start.
+            k.if_((later & (STAGES - 1)).eq(STAGES - 1), || [false, true].into_iter().for_each(|second| self.tell(STARTED, second)));
         });
-        self.meet_times(TO_FINISH - TO_FORTH - 1);
+        // What *prepare* tells of no stage.
+        self.wait(READ, false);
+        self.wait(READY, true);
+        self.wait(READ, true);
+        self.wait(READY, false);
     }
 
     /// One warp has the stages of even index, the other, `second`, those between, a round later: from the last of a
@@ -629,10 +666,10 @@ impl<'a> Backward<'a> {
         });
         let passing = Passing { place: k.variable(0u32), way: k.variable(0u32) };
         let (decays, before) = (stage_of(|_| zeros(k)), stage_of(|_| zeros(k)));
-        self.meet_times(second + TO_BACK);
+        k.if_(second.ne(0), || self.tell(CARRIED, false));
         let first = |stage: Value<'a, U32>| {
             k.comment("forth through the stage: the states before its steps");
-            self.move_on(&passing, stage, true, || ());
+            self.move_on(&passing, stage, true, || self.either(second, |second| self.wait(STARTED, second)));
             let places = lane.places(passing.place.get());
             let begins = places.begins();
             let mut held = load(places.starts);
@@ -652,9 +689,10 @@ impl<'a> Backward<'a> {
             k.comment("and back");
             let places = lane.places(passing.place.get());
             let begins = places.begins();
-            let mut carry = load(lane.carry);
             let read = |step: u32| (places.driven_and_dy(step), places.c(step), places.sizes(step));
             let mut ahead = Some(read(STAGE - 1));
+            self.either(second, |second| self.wait(CARRIED, second));
+            let mut carry = load(lane.carry);
             for step in (0..STAGE).rev() {
                 let Some(([driven, dy], c, sizes)) = ahead else { unreachable!("a step was read") };
                 // Wanted later than the others.
@@ -667,22 +705,28 @@ impl<'a> Backward<'a> {
                 carry = reset(begins[index], back);
                 if step == 0 {
                     store(lane.carry, &carry);
+                    self.either(second, |second| self.tell(CARRIED, !second));
                 }
                 let through = patch(|channel, n| back[channel][n] * before[channel][n]);
                 for (channel, n) in (0..PAIR).flat_map(|channel| (0..QUAD).map(move |n| (channel, n))) {
                     let sum = a_sums[channel][n];
                     sum.set(sizes[channel].fma(through[channel][n], sum.get()));
                 }
-                let [first, second] =
+                let [first, second_sums] =
                     [0, 1].map(|channel| [dot(lambda[channel], b), dot(through[channel], lane.rates[channel])]);
-                let sums = [first[0], first[1], second[0], second[1]];
+                let sums = [first[0], first[1], second_sums[0], second_sums[1]];
+                if step == STAGE - 1 {
+                    self.either(second, |second| self.wait(TAKEN, second));
+                }
                 lane.sums.through.plus(THROUGH + row).store_vector(&sums);
                 let b_sums: [_; QUAD] = std::array::from_fn(|n| dot(driven, [lambda[0][n], lambda[1][n]]));
                 lane.sums.by_state.plus(B_SUMS + row).store_vector(&b_sums);
             }
+            self.either(second, |second| self.tell(LEFT, second));
         });
-        // The second warp is a round behind the first, and nobody reads first states any more.
-        let others = lane.first.starts;
+        self.either(second, |second| self.wait(TAKEN, second));
+        // Where the first warp left sums that *finish* has read.
+        let others = self.memory.sums.at(k.lane() * QUAD as u32).plus(THROUGH);
         let write = |memory: Global<'a>, values: &Patch<Value<'a, F32>>| {
             for (place, values) in lane.places_in(tile, memory, tile.row).into_iter().zip(values) {
                 place.store_vector(values);
@@ -690,8 +734,13 @@ impl<'a> Backward<'a> {
         };
         k.if_else(
             second.eq(0),
-            || store(others, &get(&a_sums)),
             || {
+                store(others, &get(&a_sums));
+                self.wait(CARRIED, false);
+                self.tell(CARRIED, true);
+            },
+            || {
+                self.wait(CARRIED, true);
                 let others = load(others);
                 write(self.outputs.a, &patch(|channel, n| others[channel][n] + a_sums[channel][n].get()));
                 if let Some(state_gradient) = self.outputs.state {
@@ -699,7 +748,6 @@ impl<'a> Backward<'a> {
                 }
             },
         );
-        self.meet_times(self.k.constant(TO_FINISH - TO_BACK) - second);
     }
 }
 
@@ -839,13 +887,12 @@ impl<'a> Backward<'a> {
         let k = self.k;
         k.for_(0u32, rounds, group, |first| {
             head(first);
-            // The minimum is always the sum; but a loop of so many turns would become a straight text.
+            // A loop of so many turns would become a straight text.
             k.for_(first, (first + group).min(rounds), 1u32, |round| {
                 let one_of = |first: u32| {
                     k.if_else((round & 1).eq(0), || body(first, round), || body(first + 1, round));
                 };
                 k.if_else((round & 2).eq(0), || one_of(0), || one_of(2));
-                self.meet();
             });
         });
     }
@@ -877,7 +924,7 @@ impl<'a> Backward<'a> {
         let (bias, d) = (tile.own_of(self.bias), tile.own_of(self.d));
         let d_sums = [0, 1].map(|_| k.variable(0.0f32));
         // As many rounds as there are registers for.
-        let group = if form.element == Element::F32 { AHEAD / 2 } else { AHEAD };
+        let group = AHEAD / 2;
         let items: Vec<Item<'a>> = (0..group)
             .map(|_| Item {
                 input: self.stored(),
@@ -921,19 +968,22 @@ impl<'a> Backward<'a> {
             step.set(self.first_step(first) + self.slot());
             load_group(first + group);
         };
-        self.by_turns(self.rounds + STAGES, group, head, |turn, round| {
+        self.by_turns(self.rounds + TO_SUMS, group, head, |turn, round| {
             self.follow(&passing, turn, round, false);
             // Of the stage so many rounds before: what is needed first is read first, so that its time passes
             // unnoticed.
             let done = (turn + AHEAD - TO_SUMS) % AHEAD;
             let place = self.take_sums(sums, done % 2 == 1);
+            self.wait(SUMMED, done % 2 == 1);
             let sums = ForthSums { y: self.quads(place.plus(Y), Y_PART), c: self.pairs(place.plus(C_SUMS)) };
+            self.tell(READ, done % 2 == 1);
+            k.if_(round.ge(TO_FREED), || self.wait(FREED, false));
             let (item, now) = (&taken[(turn % group) as usize], &kept[turn as usize]);
             self.prepare_step(item, now, step.get(), passing.place.get(), bias, &d_sums);
+            self.tell(READY, turn % 2 == 1);
             self.finish_forth(&kept[done as usize], &tracks, sums, d);
             step.set(step.get() + STAGE);
         });
-        self.meet_times(TO_FINISH - STAGES);
         if let Some(parts) = self.outputs.d {
             self.store_channel_sums(parts, &d_sums);
         }
@@ -1045,7 +1095,7 @@ impl<'a> Backward<'a> {
             }
         };
         load_group(k.constant(0u32));
-        self.meet_times(TO_FINISH);
+        [false, true].into_iter().for_each(|second| self.tell(TAKEN, second));
         let sums = self.served_sums(false);
         let passing = Passing { place: k.variable(0u32), way: k.variable(0u32) };
         let head = |first: Value<'a, U32>| {
@@ -1059,6 +1109,7 @@ impl<'a> Backward<'a> {
             let (items, place) = (&taken[turn as usize], passing.place.get());
             let step = last - round * STAGE;
             let exists = step.lt(tile.time);
+            self.wait(LEFT, turn % 2 == 1);
             let sizes: [_; PAIR] = self.served(self.memory.sizes, place, PAIRS_ROW).load_vector();
             let dy: [_; PAIR] =
                 self.served(self.memory.drive, place, QUADS_ROW).plus(PAIR as i64).load_vector();
@@ -1067,6 +1118,8 @@ impl<'a> Backward<'a> {
             let first = place.moved(tile.pair * (PAIR as u32 * 4)).plus(THROUGH);
             let [b0, a0, b1, a1] = self.quads(first, THROUGH_PART);
             let b_sums = self.pairs(place.plus(B_SUMS));
+            self.tell(TAKEN, turn % 2 == 1);
+            k.if_((round + (TO_FREED - TO_SUMS)).lt(self.rounds), || self.wait(FREED, false));
             let through = [(b0, a0), (b1, a1)];
             let mut delta_gradients = Vec::new();
             let input_gradients = [0, 1].map(|channel| {

@@ -74,11 +74,18 @@ const FREED: u32 = 15;
 const AHEAD: u32 = 4;
 /// States of a lane that scans.
 const QUAD: usize = 4;
-/// f32 of a step that hold two values per pair, and four.
-const PAIRS_ROW: u32 = 16;
-const QUADS_ROW: u32 = 32;
-/// f32 of a stage's first states.
-const STARTS_ROW: u32 = TILE * STATES;
+/// f32 of a tile's states.
+const TILE_STATES: u32 = TILE * STATES;
+/// Where what a step is given begins, in f32: Δ of each channel; Δu and dy, two channels each at a time; B; C.
+const DELTA: i64 = 0;
+const DRIVE: i64 = DELTA + TILE as i64;
+const B: i64 = DRIVE + 2 * TILE as i64;
+const C: i64 = B + STATES as i64;
+/// f32 of it.
+const STEP_ROW: u32 = C as u32 + STATES;
+/// Where the states before a stage begin, after its steps; and, a word each, whether its steps begin documents.
+const STARTS: i64 = (STAGE * STEP_ROW) as i64;
+const BEGINS: i64 = STARTS + TILE_STATES as i64;
 
 /// f32 from a state quad's part of a sum to the next quad's, for two values per channel pair and for four: apart by
 /// so much that the lanes of a scanning warp reach all banks.
@@ -209,16 +216,12 @@ struct Inputs<'a> {
     document_start: Option<Global<'a>>,
 }
 
-/// Shared memory. Per place of a stage and step: Δ of each channel; Δu and dy, two channels each at a time; B; C;
-/// whether a document begins. Per place: the first states. Per round of two and step: what the scans leave. What
-/// *back* carries to the stage before.
+/// Shared memory: the places of stages; per stage of two and step, what the scans leave; what *back* carries to the stage
+/// before.
 struct Memory<'a> {
-    sizes: Shared<'a>,
-    drive: Shared<'a>,
-    b: Shared<'a>,
-    c: Shared<'a>,
-    begins: Option<Shared<'a>>,
-    starts: Shared<'a>,
+    stages: Shared<'a>,
+    /// Bytes of a place.
+    stage_bytes: u32,
     sums: Shared<'a>,
     carry: Shared<'a>,
 }
@@ -250,16 +253,12 @@ impl<'a> Backward<'a> {
         let carries = source.carried.then(|| k.read("carries", Element::F32));
         let tile = Tile::new(k, form);
         let chunks = ((tile.time + (CHUNK - 1)) >> CHUNK.ilog2()).named("chunks");
-        let shared = |stages: u32, row: u32| k.shared(Element::F32, stages * STAGE * row);
+        let stage_row = BEGINS as u32 + if form.documents { STAGE } else { 0 };
         let memory = Memory {
-            sizes: shared(PLACES, PAIRS_ROW),
-            drive: shared(PLACES, QUADS_ROW),
-            b: shared(PLACES, PAIRS_ROW),
-            c: shared(PLACES, PAIRS_ROW),
-            begins: form.documents.then(|| k.shared(Element::U32, PLACES * STAGE)),
-            starts: k.shared(Element::F32, PLACES * STARTS_ROW),
-            sums: shared(2, SUMS_ROW),
-            carry: k.shared(Element::F32, STARTS_ROW),
+            stages: k.shared(Element::F32, PLACES * stage_row),
+            stage_bytes: stage_row * 4,
+            sums: k.shared(Element::F32, 2 * STAGE * SUMS_ROW),
+            carry: k.shared(Element::F32, TILE_STATES),
         };
         Self {
             k,
@@ -307,6 +306,8 @@ impl<'a> Backward<'a> {
     /// The place of the stage that *prepare* takes in a round. Chunks alternate in the direction of their places, so
     /// that one can follow where the one after it is used up; three further places between them, and another four
     /// between a chunk and the second after it, keep what a round of another task still reads.
+    ///
+    /// Counted in bytes, as all places.
     fn place(&self, round: Value<'a, U32>) -> Value<'a, U32> {
         let chunk = round >> STAGES.ilog2();
         let stage = round & (STAGES - 1);
@@ -316,18 +317,20 @@ impl<'a> Backward<'a> {
         const { assert!(PLACES == 24) };
         let moved = (chunk & !1u32) * 2;
         let quotient = moved.mul_high(0xaaaa_aaabu32) >> 4;
-        self.around((place + quotient * PLACES) - moved, 1)
+        self.around(((place + quotient * PLACES) - moved) * self.memory.stage_bytes)
     }
 
-    /// A place that may lie less than [`PLACES`] before the first or after the last; places are counted in units.
-    fn around(&self, place: Value<'a, U32>, unit: u32) -> Value<'a, U32> {
+    /// A place that may lie less than [`PLACES`] before the first or after the last.
+    fn around(&self, place: Value<'a, U32>) -> Value<'a, U32> {
         // Of three, the one that is not negative and the least.
-        place.min(place + PLACES * unit).min(place - PLACES * unit)
+        let all = PLACES * self.memory.stage_bytes;
+        place.min(place + all).min(place - all)
     }
 
     /// From a stage's place to that of the stage after it in its chunk, or before it: one further or one back.
     fn way(&self, chunk: Value<'a, U32>, back: bool) -> Value<'a, U32> {
-        let (falls, rises) = (u32::MAX, 1u32);
+        let rises = self.memory.stage_bytes;
+        let falls = rises.wrapping_neg();
         let odd = (chunk & 1).ne(0);
         if back { odd.select(rises, falls) } else { odd.select(falls, rises) }
     }
@@ -365,8 +368,8 @@ struct Lane<'a> {
 struct Places<'a> {
     sizes: Address<'a>,
     drive: Address<'a>,
-    b: Address<'a>,
-    c: Address<'a>,
+    /// That of B and of C.
+    groups: Address<'a>,
     begins: Option<Address<'a>>,
     starts: Address<'a>,
 }
@@ -387,12 +390,11 @@ impl<'a> Lane<'a> {
             quad,
             rates: [[zero; QUAD]; PAIR],
             first: Places {
-                sizes: memory.sizes.at(pairs),
-                drive: memory.drive.at(pairs * 2),
-                b: memory.b.at(quads),
-                c: memory.c.at(quads),
-                begins: memory.begins.map(|begins| begins.first()),
-                starts: memory.starts.at(index * QUAD as u32),
+                sizes: memory.stages.at(pairs).plus(DELTA),
+                drive: memory.stages.at(pairs * 2).plus(DRIVE),
+                groups: memory.stages.at(quads),
+                begins: backward.source.scan.documents.then(|| memory.stages.first().plus(BEGINS).cast(Element::U32)),
+                starts: memory.stages.at(index * QUAD as u32).plus(STARTS),
             },
             sums: Sums {
                 by_state: memory.sums.at(pair.mad(STATES, quads)).moved(sums),
@@ -415,15 +417,13 @@ impl<'a> Lane<'a> {
     }
 
     fn places(&self, place: Value<'a, U32>) -> Places<'a> {
-        let moved = |first: Address<'a>, row: u32| first.moved(place * (row * 4));
-        let Places { sizes, drive, b, c, begins, starts } = self.first;
+        let Places { sizes, drive, groups, begins, starts } = self.first;
         Places {
-            sizes: moved(sizes, STAGE * PAIRS_ROW),
-            drive: moved(drive, STAGE * QUADS_ROW),
-            b: moved(b, STAGE * PAIRS_ROW),
-            c: moved(c, STAGE * PAIRS_ROW),
-            begins: begins.map(|begins| moved(begins, STAGE)),
-            starts: moved(starts, STARTS_ROW),
+            sizes: sizes.moved(place),
+            drive: drive.moved(place),
+            groups: groups.moved(place),
+            begins: begins.map(|begins| begins.moved(place)),
+            starts: starts.moved(place),
         }
     }
 }
@@ -444,24 +444,24 @@ impl<'a> Sums<'a> {
 
 impl<'a> Places<'a> {
     fn sizes(&self, step: u32) -> [Value<'a, F32>; PAIR] {
-        self.sizes.plus(i64::from(step * PAIRS_ROW)).load_vector()
+        self.sizes.plus(i64::from(step * STEP_ROW)).load_vector()
     }
 
     fn driven(&self, step: u32) -> [Value<'a, F32>; PAIR] {
-        self.drive.plus(i64::from(step * QUADS_ROW)).load_vector()
+        self.drive.plus(i64::from(step * STEP_ROW)).load_vector()
     }
 
     fn driven_and_dy(&self, step: u32) -> [[Value<'a, F32>; PAIR]; 2] {
-        let [driven @ .., dy0, dy1] = self.drive.plus(i64::from(step * QUADS_ROW)).load_vector::<4>();
+        let [driven @ .., dy0, dy1] = self.drive.plus(i64::from(step * STEP_ROW)).load_vector::<4>();
         [driven, [dy0, dy1]]
     }
 
     fn b(&self, step: u32) -> [Value<'a, F32>; QUAD] {
-        self.b.plus(i64::from(step * PAIRS_ROW)).load_vector()
+        self.groups.plus(B + i64::from(step * STEP_ROW)).load_vector()
     }
 
     fn c(&self, step: u32) -> [Value<'a, F32>; QUAD] {
-        self.c.plus(i64::from(step * PAIRS_ROW)).load_vector()
+        self.groups.plus(C + i64::from(step * STEP_ROW)).load_vector()
     }
 
     /// Whether the stage's steps begin documents.
@@ -475,7 +475,7 @@ impl<'a> Places<'a> {
 
 /// The two halves of a lane's values among those of all lanes.
 fn halves(first: Address<'_>) -> [Address<'_>; PAIR] {
-    [first, first.plus(i64::from(STARTS_ROW / 2))]
+    [first, first.plus(i64::from(TILE_STATES / 2))]
 }
 
 fn load(first: Address<'_>) -> Patch<Value<'_, F32>> {
@@ -562,7 +562,7 @@ impl<'a> Backward<'a> {
                 place.set(self.place(if back { stage ^ (STAGES - 1) } else { stage }));
                 at_start();
             },
-            || place.set(self.around(place.get() + way.get() * 2, 1)),
+            || place.set(self.around(place.get() + way.get() * 2)),
         );
     }
 
@@ -609,7 +609,7 @@ impl<'a> Backward<'a> {
                     place.set(self.place(later));
                     way.set(self.way(later >> STAGES.ilog2(), false));
                 },
-                || place.set(self.around(place.get() + way.get(), 1)),
+                || place.set(self.around(place.get() + way.get())),
             );
             let next = lane.places(place.get());
             let begins = places.begins();
@@ -678,7 +678,9 @@ impl<'a> Backward<'a> {
                 let now = self.decays(&lane, places.sizes(step));
                 held = reset(begins[index], held);
                 set(&decays[index], &now);
-                set(&before[index], &held);
+                if step > 0 {
+                    set(&before[index], &held);
+                }
                 if step + 1 < STAGE {
                     let (driven, b) = (places.driven(step), places.b(step));
                     held = patch(|channel, n| now[channel][n].fma(held[channel][n], driven[channel] * b[n]));
@@ -699,7 +701,9 @@ impl<'a> Backward<'a> {
                 let b = places.b(step);
                 ahead = (step > 0).then(|| read(step - 1));
                 let (row, index) = (i64::from(step * SUMS_ROW), step as usize);
-                let (decays, before) = (get(&decays[index]), get(&before[index]));
+                let decays = get(&decays[index]);
+                // The first are read again: registers are scarce.
+                let before = if step > 0 { get(&before[index]) } else { reset(begins[0], load(places.starts)) };
                 let lambda = patch(|channel, n| c[n].fma(dy[channel], carry[channel][n]));
                 let back = patch(|channel, n| decays[channel][n] * lambda[channel][n]);
                 carry = reset(begins[index], back);
@@ -847,9 +851,10 @@ impl<'a> Backward<'a> {
         place
     }
 
-    /// The serving lane's two values, or four, of a stage: the lanes lie in order.
-    fn served(&self, memory: Shared<'a>, place: Value<'a, U32>, row: u32) -> Address<'a> {
-        memory.at(place * (row / (TILE / PAIR as u32)))
+    /// Where the serving lane's values of a stage begin that are two, and four.
+    fn served(&self) -> [Address<'a>; 2] {
+        let row = self.slot() * STEP_ROW;
+        [2, 4].map(|values| self.memory.stages.at(self.tile.pair.mad(values, row)))
     }
 
     /// The step of a stage that a serving lane stands for.
@@ -897,14 +902,14 @@ impl<'a> Backward<'a> {
         });
     }
 
-    /// The serving lane's place in the next stage of a chunk, counted in lanes, in the turn of so many.
+    /// A serving warp's place of the next stage of a chunk, in the turn of so many.
     fn follow(&self, passing: &Passing<'a>, turn: u32, stage: Value<'a, U32>, back: bool) {
         let Passing { place, way } = *passing;
         if turn == 0 {
-            way.set(self.way(stage >> STAGES.ilog2(), back) * LANES);
-            place.set(self.place(stage).mad(LANES, self.k.lane()));
+            way.set(self.way(stage >> STAGES.ilog2(), back));
+            place.set(self.place(stage));
         } else {
-            place.set(self.around(place.get() + way.get(), LANES));
+            place.set(self.around(place.get() + way.get()));
         }
     }
 
@@ -960,6 +965,7 @@ impl<'a> Backward<'a> {
             (0..8).for_each(|pair| place.plus(C_SUMS + pair * i64::from(STATES)).store_vector(&zeros));
         }
         let step = k.variable(0u32);
+        let served = self.served();
         let passing = Passing { place: k.variable(0u32), way: k.variable(0u32) };
         let head = |first: Value<'a, U32>| {
             for (taken, item) in taken.iter().zip(&items) {
@@ -979,7 +985,7 @@ impl<'a> Backward<'a> {
             self.tell(READ, done % 2 == 1);
             k.if_(round.ge(TO_FREED), || self.wait(FREED, false));
             let (item, now) = (&taken[(turn % group) as usize], &kept[turn as usize]);
-            self.prepare_step(item, now, step.get(), passing.place.get(), bias, &d_sums);
+            self.prepare_step(item, now, step.get(), (passing.place.get(), served), bias, &d_sums);
             self.tell(READY, turn % 2 == 1);
             self.finish_forth(&kept[done as usize], &tracks, sums, d);
             step.set(step.get() + STAGE);
@@ -1019,11 +1025,11 @@ impl<'a> Backward<'a> {
         item: &Item<'a>,
         kept: &Kept<'a>,
         step: Value<'a, U32>,
-        place: Value<'a, U32>,
+        (place, served): (Value<'a, U32>, [Address<'a>; 2]),
         bias: [Value<'a, F32>; PAIR],
         d_sums: &[Variable<'a, F32>; PAIR],
     ) {
-        let (k, tile, memory) = (self.k, &self.tile, &self.memory);
+        let (k, tile) = (self.k, &self.tile);
         let exists = step.lt(tile.time);
         let (u, delta, gradient) = (item.input.get(), item.delta.get(), item.gradient.get());
         let z = item.gate.as_ref().map(Stored::get);
@@ -1040,14 +1046,15 @@ impl<'a> Backward<'a> {
         });
         kept.step.set(step);
         kept.u.set(&item.input);
-        self.served(memory.sizes, place, PAIRS_ROW).store_vector(&sizes);
-        let drive = [sizes[0] * u[0], sizes[1] * u[1], dy[0], dy[1]];
-        self.served(memory.drive, place, QUADS_ROW).store_vector(&drive);
-        self.served(memory.b, place, PAIRS_ROW).store_vector(&item.b.get());
-        self.served(memory.c, place, PAIRS_ROW).store_vector(&item.c.get());
-        if let (Some(begins), Some(flag)) = (memory.begins, item.document_start) {
+        let [twos, fours] = served.map(|first| first.moved(place));
+        twos.plus(DELTA).store_vector(&sizes);
+        fours.plus(DRIVE).store_vector(&[sizes[0] * u[0], sizes[1] * u[1], dy[0], dy[1]]);
+        twos.plus(B).store_vector(&item.b.get());
+        twos.plus(C).store_vector(&item.c.get());
+        if let Some(flag) = item.document_start {
             let flag = flag.get().eq(step).select::<U32>(1u32, 0u32);
-            k.if_(tile.pair.eq(0), || begins.at(place >> 3).store_u32(flag));
+            let begins = self.memory.stages.at(self.slot()).plus(BEGINS).cast(Element::U32);
+            k.if_(tile.pair.eq(0), || begins.moved(place).store_u32(flag));
         }
     }
 
@@ -1097,6 +1104,7 @@ impl<'a> Backward<'a> {
         load_group(k.constant(0u32));
         [false, true].into_iter().for_each(|second| self.tell(TAKEN, second));
         let sums = self.served_sums(false);
+        let served = self.served();
         let passing = Passing { place: k.variable(0u32), way: k.variable(0u32) };
         let head = |first: Value<'a, U32>| {
             for (taken, items) in taken.iter().flatten().zip(items.iter().flatten()) {
@@ -1110,9 +1118,9 @@ impl<'a> Backward<'a> {
             let step = last - round * STAGE;
             let exists = step.lt(tile.time);
             self.wait(LEFT, turn % 2 == 1);
-            let sizes: [_; PAIR] = self.served(self.memory.sizes, place, PAIRS_ROW).load_vector();
-            let dy: [_; PAIR] =
-                self.served(self.memory.drive, place, QUADS_ROW).plus(PAIR as i64).load_vector();
+            let [twos, fours] = served.map(|first| first.moved(place));
+            let sizes: [_; PAIR] = twos.plus(DELTA).load_vector();
+            let dy: [_; PAIR] = fours.plus(DRIVE + PAIR as i64).load_vector();
             let (u, delta) = (items[0].get(), items[1].get());
             let place = self.take_sums(sums, turn % 2 == 1);
             let first = place.moved(tile.pair * (PAIR as u32 * 4)).plus(THROUGH);

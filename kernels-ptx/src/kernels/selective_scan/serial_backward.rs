@@ -70,8 +70,8 @@ const TAKEN: u32 = 13;
 /// *Finish* has done with the stage's place.
 const FREED: u32 = 15;
 
-/// Rounds that a serving warp has registers for, in turns; it reads global memory so many ahead, at most.
-const AHEAD: u32 = 4;
+/// Stages that a serving warp goes through at a time; it reads global memory so many ahead.
+const GROUP: u32 = 2;
 /// States of a lane that scans.
 const QUAD: usize = 4;
 /// f32 of a tile's states.
@@ -382,6 +382,7 @@ impl<'a> Lane<'a> {
         let quad = ((index & 1) | ((index >> 1) & 2)).named("state_quad");
         let memory = &backward.memory;
         let (pairs, quads) = (pair * PAIR as u32, quad * QUAD as u32);
+        let own = pair.mad(STATES, quads);
         // A warp always has every second stage, whose results lie in its half.
         let sums = second * (STAGE * SUMS_ROW * 4);
         let zero = k.constant(0.0f32);
@@ -394,14 +395,14 @@ impl<'a> Lane<'a> {
                 drive: memory.stages.at(pairs * 2).plus(DRIVE),
                 groups: memory.stages.at(quads),
                 begins: backward.source.scan.documents.then(|| memory.stages.first().plus(BEGINS).cast(Element::U32)),
-                starts: memory.stages.at(index * QUAD as u32).plus(STARTS),
+                starts: memory.stages.at(own).plus(STARTS),
             },
             sums: Sums {
-                by_state: memory.sums.at(pair.mad(STATES, quads)).moved(sums),
+                by_state: memory.sums.at(own).moved(sums),
                 y: memory.sums.at(quad.mad(Y_PART, pairs)).moved(sums),
                 through: memory.sums.at(quad.mad(THROUGH_PART, pairs * 2)).moved(sums),
             },
-            carry: memory.carry.at(index * QUAD as u32),
+            carry: memory.carry.at(own),
         };
         let values = lane.places_in(&backward.tile, backward.a, k.constant(0u32)).map(|place| place.load_vector::<QUAD>());
         lane.rates = values.map(|values| values.map(|value| value * std::f32::consts::LOG2_E));
@@ -597,6 +598,18 @@ impl<'a> Backward<'a> {
         let first = lane.places(place.get());
         store(first.starts, &get(&states));
         set(&decays, &self.decays(&lane, first.sizes(0)));
+        // What a step is given and Δ of the next, read while the step before it is gone through.
+        let read = |step: u32, places: &Places<'a>, next: &Places<'a>| {
+            let sizes = if step + 1 < STAGE { places.sizes(step + 1) } else { next.sizes(0) };
+            (places.driven_and_dy(step), places.b(step), places.c(step), sizes)
+        };
+        let coming = read(0, &first, &first);
+        let coming = (
+            coming.0.map(|values| values.map(|value| k.variable(value))),
+            coming.1.map(|value| k.variable(value)),
+            coming.2.map(|value| k.variable(value)),
+            coming.3.map(|value| k.variable(value)),
+        );
         k.for_(0u32, self.rounds, 1u32, |stage| {
             let odd = stage & 1;
             let sums = lane.sums.moved(odd * (STAGE * SUMS_ROW * 4));
@@ -614,18 +627,19 @@ impl<'a> Backward<'a> {
             let next = lane.places(place.get());
             let begins = places.begins();
             let (mut held, mut now) = (get(&states), get(&decays));
-            let read = |step: u32| {
-                let sizes = if step + 1 < STAGE { places.sizes(step + 1) } else { next.sizes(0) };
-                (places.driven_and_dy(step), places.b(step), places.c(step), sizes)
-            };
-            let mut read_ahead = Some(read(0));
+            let mut ahead = (
+                coming.0.map(|values| values.map(Variable::get)),
+                coming.1.map(Variable::get),
+                coming.2.map(Variable::get),
+                coming.3.map(Variable::get),
+            );
             for step in 0..STAGE {
-                let Some(([driven, dy], b, c, later_sizes)) = read_ahead else { unreachable!("a step was read") };
+                let ([driven, dy], b, c, later_sizes) = ahead;
                 if step + 2 == STAGE {
                     self.either(odd, |odd| self.wait(READY, !odd));
                 }
                 // Before this step's results are written: reads may not pass those.
-                read_ahead = (step + 1 < STAGE).then(|| read(step + 1));
+                ahead = if step + 1 < STAGE { read(step + 1, &places, &next) } else { read(0, &next, &next) };
                 if step == 0 {
                     self.either(odd, |odd| self.wait(READ, odd));
                 }
@@ -639,6 +653,10 @@ impl<'a> Backward<'a> {
             }
             set(&decays, &now);
             set(&states, &held);
+            coming.0.iter().flatten().zip(ahead.0.iter().flatten()).for_each(|(variable, value)| variable.set(*value));
+            coming.1.iter().zip(ahead.1).for_each(|(variable, value)| variable.set(value));
+            coming.2.iter().zip(ahead.2).for_each(|(variable, value)| variable.set(value));
+            coming.3.iter().zip(ahead.3).for_each(|(variable, value)| variable.set(value));
             k.if_(last, || begin_chunk(later >> STAGES.ilog2()));
             store(next.starts, &get(&states));
             self.either(odd, |odd| self.tell(SUMMED, odd));
@@ -648,8 +666,11 @@ impl<'a> Backward<'a> {
         // What *prepare* tells of no stage.
         self.wait(READ, false);
         self.wait(READY, true);
-        self.wait(READ, true);
-        self.wait(READY, false);
+        self.tell(SUMMED, false);
+        for odd in [true, false] {
+            self.wait(READ, odd);
+            self.wait(READY, !odd);
+        }
     }
 
     /// One warp has the stages of even index, the other, `second`, those between, a round later: from the last of a
@@ -803,6 +824,14 @@ struct Kept<'a> {
     slope: [Variable<'a, F32>; PAIR],
 }
 
+impl<'a> Kept<'a> {
+    fn set(&self, other: &Self) {
+        self.step.set(other.step.get());
+        self.u.set(&other.u);
+        self.slope.iter().zip(other.slope).for_each(|(slope, other)| slope.set(other.get()));
+    }
+}
+
 /// What *prepare* has read of what *forth* leaves of a step: y, without D, and the gradient of C.
 struct ForthSums<'a> {
     y: [Value<'a, F32>; PAIR],
@@ -874,43 +903,36 @@ impl<'a> Backward<'a> {
         tree_sum(&parts.collect::<Vec<_>>())
     }
 
-    /// Goes through rounds in groups of some, which divides [`AHEAD`]: `head` of a group's first round, and `body` of
-    /// each, with the turn that it has, of [`AHEAD`].
+    /// Goes through stages in groups: `head` of a group's first, and `body` of each, which is told whether it is odd.
     ///
-    /// The rounds take turns in one loop: in a straight text the assembler would move most of their work into the
-    /// first of them, for which all other warps would wait. What a group reads of global memory is asked for at its
-    /// head, a group before it is used, and copied to other registers at the head of its own: a branch waits for all
-    /// reads whose registers it leads to.
-    fn by_turns(
+    /// What a group reads of global memory is asked for at its head, a group before it is used, and copied to other
+    /// registers at the head of its own: who waits for one read waits for all that were asked for since.
+    fn in_groups(
         &self,
-        rounds: Value<'a, U32>,
-        group: u32,
+        stages: Value<'a, U32>,
         head: impl FnOnce(Value<'a, U32>),
-        body: impl Fn(u32, Value<'a, U32>),
+        body: impl Fn(bool, Value<'a, U32>),
     ) {
-        const { assert!(AHEAD == 4) };
-        let k = self.k;
-        k.for_(0u32, rounds, group, |first| {
+        const { assert!(GROUP == 2) };
+        self.k.for_(0u32, stages, GROUP, |first| {
             head(first);
-            // A loop of so many turns would become a straight text.
-            k.for_(first, (first + group).min(rounds), 1u32, |round| {
-                let one_of = |first: u32| {
-                    k.if_else((round & 1).eq(0), || body(first, round), || body(first + 1, round));
-                };
-                k.if_else((round & 2).eq(0), || one_of(0), || one_of(2));
-            });
+            body(false, first);
+            body(true, first + 1);
         });
     }
 
-    /// A serving warp's place of the next stage of a chunk, in the turn of so many.
-    fn follow(&self, passing: &Passing<'a>, turn: u32, stage: Value<'a, U32>, back: bool) {
+    /// A serving warp's place of the next stage.
+    fn follow(&self, passing: &Passing<'a>, odd: bool, stage: Value<'a, U32>, back: bool) {
         let Passing { place, way } = *passing;
-        if turn == 0 {
-            way.set(self.way(stage >> STAGES.ilog2(), back));
-            place.set(self.place(stage));
-        } else {
-            place.set(self.around(place.get() + way.get()));
+        let next = || place.set(self.around(place.get() + way.get()));
+        if odd {
+            return next();
         }
+        let at_start = || {
+            way.set(self.way(stage >> STAGES.ilog2(), back));
+            place.set(self.place(if back { stage ^ (STAGES - 1) } else { stage }));
+        };
+        self.k.if_else((stage & (STAGES - 1)).eq(0), at_start, next);
     }
 
     fn prepare(&self) {
@@ -928,9 +950,7 @@ impl<'a> Backward<'a> {
         };
         let (bias, d) = (tile.own_of(self.bias), tile.own_of(self.d));
         let d_sums = [0, 1].map(|_| k.variable(0.0f32));
-        // As many rounds as there are registers for.
-        let group = AHEAD / 2;
-        let items: Vec<Item<'a>> = (0..group)
+        let items: Vec<Item<'a>> = (0..GROUP)
             .map(|_| Item {
                 input: self.stored(),
                 delta: self.stored(),
@@ -942,14 +962,8 @@ impl<'a> Backward<'a> {
             })
             .collect();
         let taken: Vec<Item<'a>> = items.iter().map(|item| item.copied(k)).collect();
-        let kept: Vec<Kept<'a>> = (0..AHEAD)
-            .map(|_| Kept {
-                // None that exists.
-                step: k.variable(self.first_step(self.rounds)),
-                u: self.stored(),
-                slope: [0, 1].map(|_| k.variable(0.0f32)),
-            })
-            .collect();
+        // Of the stages before a group's, the first first; and of its own.
+        let [before, own] = [TO_SUMS, GROUP].map(|stages| (0..stages).map(|_| self.kept()).collect::<Vec<_>>());
         let load_group = |first: Value<'a, U32>| {
             let step = self.first_step(first) + self.slot();
             for (index, item) in (0u32..).zip(&items) {
@@ -972,27 +986,37 @@ impl<'a> Backward<'a> {
                 taken.set(item);
             }
             step.set(self.first_step(first) + self.slot());
-            load_group(first + group);
+            load_group(first + GROUP);
         };
-        self.by_turns(self.rounds + TO_SUMS, group, head, |turn, round| {
-            self.follow(&passing, turn, round, false);
-            // Of the stage so many rounds before: what is needed first is read first, so that its time passes
-            // unnoticed.
-            let done = (turn + AHEAD - TO_SUMS) % AHEAD;
-            let place = self.take_sums(sums, done % 2 == 1);
-            self.wait(SUMMED, done % 2 == 1);
+        self.in_groups(self.rounds + TO_SUMS.next_multiple_of(GROUP), head, |odd, stage| {
+            self.follow(&passing, odd, stage, false);
+            let (index, done) = (usize::from(odd), !odd);
+            // Of a stage before: what is needed first is read first, so that its time passes unnoticed.
+            let place = self.take_sums(sums, done);
+            self.wait(SUMMED, done);
             let sums = ForthSums { y: self.quads(place.plus(Y), Y_PART), c: self.pairs(place.plus(C_SUMS)) };
-            self.tell(READ, done % 2 == 1);
-            k.if_(round.ge(TO_FREED), || self.wait(FREED, false));
-            let (item, now) = (&taken[(turn % group) as usize], &kept[turn as usize]);
-            self.prepare_step(item, now, step.get(), (passing.place.get(), served), bias, &d_sums);
-            self.tell(READY, turn % 2 == 1);
-            self.finish_forth(&kept[done as usize], &tracks, sums, d);
+            self.tell(READ, done);
+            k.if_(stage.ge(TO_FREED), || self.wait(FREED, false));
+            let place = passing.place.get();
+            self.prepare_step(&taken[index], &own[index], step.get(), (place, served), bias, &d_sums);
+            self.tell(READY, odd);
+            self.finish_forth(&before[index], &tracks, sums, d);
             step.set(step.get() + STAGE);
+            if odd {
+                before[0].set(&before[2]);
+                before[1].set(&own[0]);
+                before[2].set(&own[1]);
+            }
         });
         if let Some(parts) = self.outputs.d {
             self.store_channel_sums(parts, &d_sums);
         }
+    }
+
+    /// Of a step that does not exist.
+    fn kept(&self) -> Kept<'a> {
+        let k = self.k;
+        Kept { step: k.variable(u32::MAX), u: self.stored(), slope: [0, 1].map(|_| k.variable(0.0f32)) }
     }
 
     /// Writes the sums over a warp's steps of its channels.
@@ -1088,7 +1112,7 @@ impl<'a> Backward<'a> {
         let b_gradient = self.group_track(self.outputs.b, self.source.b, tile.b);
         let (bias, d) = (tile.own_of(self.bias), tile.own_of(self.d));
         let bias_sums = [0, 1].map(|_| k.variable(0.0f32));
-        let items: Vec<[Stored<'a>; 2]> = (0..AHEAD).map(|_| [self.stored(), self.stored()]).collect();
+        let items: Vec<[Stored<'a>; 2]> = (0..GROUP).map(|_| [self.stored(), self.stored()]).collect();
         let load = |items: &[Stored<'a>; 2], step: Value<'a, U32>| {
             tile.load(&items[0], input, step);
             tile.load(&items[1], delta, step);
@@ -1110,24 +1134,24 @@ impl<'a> Backward<'a> {
             for (taken, items) in taken.iter().flatten().zip(items.iter().flatten()) {
                 taken.set(items);
             }
-            load_group(first + AHEAD);
+            load_group(first + GROUP);
         };
-        self.by_turns(self.rounds, AHEAD, head, |turn, round| {
-            self.follow(&passing, turn, round ^ (STAGES - 1), true);
-            let (items, place) = (&taken[turn as usize], passing.place.get());
+        self.in_groups(self.rounds, head, |odd, round| {
+            self.follow(&passing, odd, round, true);
+            let (items, place) = (&taken[usize::from(odd)], passing.place.get());
             let step = last - round * STAGE;
             let exists = step.lt(tile.time);
-            self.wait(LEFT, turn % 2 == 1);
+            self.wait(LEFT, odd);
             let [twos, fours] = served.map(|first| first.moved(place));
             let sizes: [_; PAIR] = twos.plus(DELTA).load_vector();
             let dy: [_; PAIR] = fours.plus(DRIVE + PAIR as i64).load_vector();
             let (u, delta) = (items[0].get(), items[1].get());
-            let place = self.take_sums(sums, turn % 2 == 1);
+            let place = self.take_sums(sums, odd);
             let first = place.moved(tile.pair * (PAIR as u32 * 4)).plus(THROUGH);
             let [b0, a0, b1, a1] = self.quads(first, THROUGH_PART);
             let b_sums = self.pairs(place.plus(B_SUMS));
-            self.tell(TAKEN, turn % 2 == 1);
-            k.if_((round + (TO_FREED - TO_SUMS)).lt(self.rounds), || self.wait(FREED, false));
+            self.tell(TAKEN, odd);
+            k.if_((round + (TO_FREED - TO_SUMS.next_multiple_of(GROUP))).lt(self.rounds), || self.wait(FREED, false));
             let through = [(b0, a0), (b1, a1)];
             let mut delta_gradients = Vec::new();
             let input_gradients = [0, 1].map(|channel| {

@@ -539,32 +539,18 @@ impl<'a> Backward<'a> {
         patch(|channel, n| (sizes[channel] * lane.rates[channel][n]).exp2_flushed())
     }
 
-    /// Goes through the stages that a warp has, every second, in two rounds each; `first` and `then` are told a
-    /// stage's index. What passes from one to the other is in variables: one loop takes the two in turns, as in a
-    /// straight text the assembler would move all of `first` but its reads behind the end of its round.
-    fn in_turns(
-        &self,
-        second: Value<'a, U32>,
-        first: impl FnOnce(Value<'a, U32>),
-        then: impl FnOnce(Value<'a, U32>),
-    ) {
-        self.k.for_(second, self.rounds + second, 1u32, |round| {
-            self.k.if_else(((round ^ second) & 1).eq(0), || first(round), || then(round - 1));
-        });
-    }
-
-    /// The places of the stages that a warp has, of which `stage` is the next.
-    fn move_on(&self, passing: &Passing<'a>, stage: Value<'a, U32>, back: bool, at_start: impl FnOnce()) {
+    /// The place of the stage that a warp of *back* has next, from the chunk's last on; after all, that of its last.
+    fn move_on(&self, passing: &Passing<'a>, stage: Value<'a, U32>, at_start: impl FnOnce()) {
         let Passing { place, way } = *passing;
-        self.k.if_else(
-            (stage & (STAGES - 2)).eq(0),
-            || {
-                way.set(self.way(stage >> STAGES.ilog2(), back));
-                place.set(self.place(if back { stage ^ (STAGES - 1) } else { stage }));
+        let start = || {
+            self.k.if_(stage.lt(self.rounds), || {
+                way.set(self.way(stage >> STAGES.ilog2(), true) * 2);
+                place.set(self.place(stage ^ (STAGES - 1)));
                 at_start();
-            },
-            || place.set(self.around(place.get() + way.get() * 2)),
-        );
+            });
+        };
+        let follow = || place.set(self.around(place.get() + way.get()));
+        self.k.if_else((stage & (STAGES - 2)).eq(0), start, follow);
     }
 
     fn forth(&self) {
@@ -690,7 +676,7 @@ impl<'a> Backward<'a> {
         k.if_(second.ne(0), || self.tell(CARRIED, false));
         let first = |stage: Value<'a, U32>| {
             k.comment("forth through the stage: the states before its steps");
-            self.move_on(&passing, stage, true, || self.either(second, |second| self.wait(STARTED, second)));
+            self.move_on(&passing, stage, || self.either(second, |second| self.wait(STARTED, second)));
             let places = lane.places(passing.place.get());
             let begins = places.begins();
             let mut held = load(places.starts);
@@ -708,7 +694,8 @@ impl<'a> Backward<'a> {
                 }
             }
         };
-        self.in_turns(second, first, |_| {
+        first(second);
+        k.for_(second, self.rounds, 2u32, |stage| {
             k.comment("and back");
             let places = lane.places(passing.place.get());
             let begins = places.begins();
@@ -748,6 +735,7 @@ impl<'a> Backward<'a> {
                 lane.sums.by_state.plus(B_SUMS + row).store_vector(&b_sums);
             }
             self.either(second, |second| self.tell(LEFT, second));
+            first(stage + 2);
         });
         self.either(second, |second| self.wait(TAKEN, second));
         // Where the first warp left sums that *finish* has read.

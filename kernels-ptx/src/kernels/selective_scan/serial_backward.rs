@@ -76,15 +76,16 @@ const GROUP: u32 = 2;
 const QUAD: usize = 4;
 /// f32 of a tile's states.
 const TILE_STATES: u32 = TILE * STATES;
-/// Where what a step is given begins, in f32: Δ of each channel; Δu and dy, two channels each at a time; B; C.
+/// Where what a stage is given begins, in f32: Δ, for two channels and two steps each at a time; then for each step Δu
+/// and dy, for two channels each at a time, B and C.
 const DELTA: i64 = 0;
-const DRIVE: i64 = DELTA + TILE as i64;
+const DRIVE: i64 = DELTA + (STAGE * TILE) as i64;
 const B: i64 = DRIVE + 2 * TILE as i64;
 const C: i64 = B + STATES as i64;
-/// f32 of it.
-const STEP_ROW: u32 = C as u32 + STATES;
+/// f32 from a step's to the next's.
+const STEP_ROW: u32 = 2 * TILE + 2 * STATES;
 /// Where the states before a stage begin, after its steps; and, a word each, whether its steps begin documents.
-const STARTS: i64 = (STAGE * STEP_ROW) as i64;
+const STARTS: i64 = DRIVE + (STAGE * STEP_ROW) as i64;
 const BEGINS: i64 = STARTS + TILE_STATES as i64;
 
 /// f32 from a state quad's part of a sum to the next quad's, for two values per channel pair and for four: apart by
@@ -366,8 +367,8 @@ struct Lane<'a> {
 /// A scanning lane's places in a stage.
 #[derive(Clone, Copy)]
 struct Places<'a> {
-    sizes: Address<'a>,
-    drive: Address<'a>,
+    /// That of Δ, Δu and dy.
+    channels: Address<'a>,
     /// That of B and of C.
     groups: Address<'a>,
     begins: Option<Address<'a>>,
@@ -391,8 +392,7 @@ impl<'a> Lane<'a> {
             quad,
             rates: [[zero; QUAD]; PAIR],
             first: Places {
-                sizes: memory.stages.at(pairs).plus(DELTA),
-                drive: memory.stages.at(pairs * 2).plus(DRIVE),
+                channels: memory.stages.at(pairs * 2),
                 groups: memory.stages.at(quads),
                 begins: backward.source.scan.documents.then(|| memory.stages.first().plus(BEGINS).cast(Element::U32)),
                 starts: memory.stages.at(own).plus(STARTS),
@@ -418,10 +418,9 @@ impl<'a> Lane<'a> {
     }
 
     fn places(&self, place: Value<'a, U32>) -> Places<'a> {
-        let Places { sizes, drive, groups, begins, starts } = self.first;
+        let Places { channels, groups, begins, starts } = self.first;
         Places {
-            sizes: sizes.moved(place),
-            drive: drive.moved(place),
+            channels: channels.moved(place),
             groups: groups.moved(place),
             begins: begins.map(|begins| begins.moved(place)),
             starts: starts.moved(place),
@@ -444,16 +443,18 @@ impl<'a> Sums<'a> {
 }
 
 impl<'a> Places<'a> {
-    fn sizes(&self, step: u32) -> [Value<'a, F32>; PAIR] {
-        self.sizes.plus(i64::from(step * STEP_ROW)).load_vector()
+    /// Δ of a step and the one after it.
+    fn sizes(&self, step: u32) -> [[Value<'a, F32>; PAIR]; 2] {
+        let [first @ .., a, b] = self.channels.plus(DELTA + i64::from(step * TILE)).load_vector::<4>();
+        [first, [a, b]]
     }
 
     fn driven(&self, step: u32) -> [Value<'a, F32>; PAIR] {
-        self.drive.plus(i64::from(step * STEP_ROW)).load_vector()
+        self.channels.plus(DRIVE + i64::from(step * STEP_ROW)).load_vector()
     }
 
     fn driven_and_dy(&self, step: u32) -> [[Value<'a, F32>; PAIR]; 2] {
-        let [driven @ .., dy0, dy1] = self.drive.plus(i64::from(step * STEP_ROW)).load_vector::<4>();
+        let [driven @ .., dy0, dy1] = self.channels.plus(DRIVE + i64::from(step * STEP_ROW)).load_vector::<4>();
         [driven, [dy0, dy1]]
     }
 
@@ -583,18 +584,16 @@ impl<'a> Backward<'a> {
         let decays = zeros(k);
         let first = lane.places(place.get());
         store(first.starts, &get(&states));
-        set(&decays, &self.decays(&lane, first.sizes(0)));
-        // What a step is given and Δ of the next, read while the step before it is gone through.
-        let read = |step: u32, places: &Places<'a>, next: &Places<'a>| {
-            let sizes = if step + 1 < STAGE { places.sizes(step + 1) } else { next.sizes(0) };
-            (places.driven_and_dy(step), places.b(step), places.c(step), sizes)
-        };
-        let coming = read(0, &first, &first);
+        let [first_sizes, sizes] = first.sizes(0);
+        set(&decays, &self.decays(&lane, first_sizes));
+        // What a step is given, and Δ of the one after it, read while the step before is gone through.
+        let read = |step: u32, places: &Places<'a>| (places.driven_and_dy(step), places.b(step), places.c(step));
+        let (drive, b, c) = read(0, &first);
         let coming = (
-            coming.0.map(|values| values.map(|value| k.variable(value))),
-            coming.1.map(|value| k.variable(value)),
-            coming.2.map(|value| k.variable(value)),
-            coming.3.map(|value| k.variable(value)),
+            drive.map(|values| values.map(|value| k.variable(value))),
+            b.map(|value| k.variable(value)),
+            c.map(|value| k.variable(value)),
+            sizes.map(|value| k.variable(value)),
         );
         k.for_(0u32, self.rounds, 1u32, |stage| {
             let odd = stage & 1;
@@ -617,21 +616,32 @@ impl<'a> Backward<'a> {
                 coming.0.map(|values| values.map(Variable::get)),
                 coming.1.map(Variable::get),
                 coming.2.map(Variable::get),
-                coming.3.map(Variable::get),
             );
+            let mut later_sizes = coming.3.map(Variable::get);
+            let mut after = None;
             for step in 0..STAGE {
-                let ([driven, dy], b, c, later_sizes) = ahead;
+                let ([driven, dy], b, c) = ahead;
+                let sizes = later_sizes;
                 if step + 2 == STAGE {
                     self.either(odd, |odd| self.wait(READY, !odd));
                 }
                 // Before this step's results are written: reads may not pass those.
-                ahead = if step + 1 < STAGE { read(step + 1, &places, &next) } else { read(0, &next, &next) };
+                ahead = if step + 1 < STAGE { read(step + 1, &places) } else { read(0, &next) };
+                later_sizes = match after.take() {
+                    Some(sizes) => sizes,
+                    None => {
+                        let [first, second] =
+                            if step + 2 < STAGE { places.sizes(step + 2) } else { next.sizes(step + 2 - STAGE) };
+                        after = Some(second);
+                        first
+                    }
+                };
                 if step == 0 {
                     self.either(odd, |odd| self.wait(READ, odd));
                 }
                 let before = reset(begins[step as usize], held);
                 held = patch(|channel, n| now[channel][n].fma(before[channel][n], driven[channel] * b[n]));
-                now = self.decays(&lane, later_sizes);
+                now = self.decays(&lane, sizes);
                 let row = i64::from(step * SUMS_ROW);
                 sums.y.plus(Y + row).store_vector(&held.map(|held| dot(held, c)));
                 let c_sums: [_; QUAD] = std::array::from_fn(|n| dot(dy, [held[0][n], held[1][n]]));
@@ -642,7 +652,7 @@ impl<'a> Backward<'a> {
             coming.0.iter().flatten().zip(ahead.0.iter().flatten()).for_each(|(variable, value)| variable.set(*value));
             coming.1.iter().zip(ahead.1).for_each(|(variable, value)| variable.set(value));
             coming.2.iter().zip(ahead.2).for_each(|(variable, value)| variable.set(value));
-            coming.3.iter().zip(ahead.3).for_each(|(variable, value)| variable.set(value));
+            coming.3.iter().zip(later_sizes).for_each(|(variable, value)| variable.set(value));
             k.if_(last, || begin_chunk(later >> STAGES.ilog2()));
             store(next.starts, &get(&states));
             self.either(odd, |odd| self.tell(SUMMED, odd));
@@ -680,9 +690,11 @@ impl<'a> Backward<'a> {
             let places = lane.places(passing.place.get());
             let begins = places.begins();
             let mut held = load(places.starts);
+            let [low, high] = [0, 2].map(|step| places.sizes(step));
+            let sizes = [low[0], low[1], high[0], high[1]];
             for step in 0..STAGE {
                 let index = step as usize;
-                let now = self.decays(&lane, places.sizes(step));
+                let now = self.decays(&lane, sizes[index]);
                 held = reset(begins[index], held);
                 set(&decays[index], &now);
                 if step > 0 {
@@ -699,15 +711,20 @@ impl<'a> Backward<'a> {
             k.comment("and back");
             let places = lane.places(passing.place.get());
             let begins = places.begins();
-            let read = |step: u32| (places.driven_and_dy(step), places.c(step), places.sizes(step));
+            let read = |step: u32| (places.driven_and_dy(step), places.c(step));
             let mut ahead = Some(read(STAGE - 1));
+            let mut two_sizes = places.sizes(STAGE - 2);
             self.either(second, |second| self.wait(CARRIED, second));
             let mut carry = load(lane.carry);
             for step in (0..STAGE).rev() {
-                let Some(([driven, dy], c, sizes)) = ahead else { unreachable!("a step was read") };
+                let Some(([driven, dy], c)) = ahead else { unreachable!("a step was read") };
+                let sizes = two_sizes[(step % 2) as usize];
                 // Wanted later than the others.
                 let b = places.b(step);
                 ahead = (step > 0).then(|| read(step - 1));
+                if step == 2 {
+                    two_sizes = places.sizes(0);
+                }
                 let (row, index) = (i64::from(step * SUMS_ROW), step as usize);
                 let decays = get(&decays[index]);
                 // The first are read again: registers are scarce.
@@ -804,6 +821,15 @@ impl<'a> Item<'a> {
     }
 }
 
+/// A serving lane's places in a stage.
+#[derive(Clone, Copy)]
+struct Served<'a> {
+    sizes: Address<'a>,
+    drive: Address<'a>,
+    /// That of B and of C.
+    groups: Address<'a>,
+}
+
 /// What *prepare* keeps of a step until it adds up what *forth* leaves of it: which it is, u, and what makes `y` the
 /// gate's gradient.
 struct Kept<'a> {
@@ -868,10 +894,15 @@ impl<'a> Backward<'a> {
         place
     }
 
-    /// Where the serving lane's values of a stage begin that are two, and four.
-    fn served(&self) -> [Address<'a>; 2] {
-        let row = self.slot() * STEP_ROW;
-        [2, 4].map(|values| self.memory.stages.at(self.tile.pair.mad(values, row)))
+    /// Where the serving lane's values of a stage are in the first place.
+    fn served(&self) -> Served<'a> {
+        let (slot, pair, stages) = (self.slot(), self.tile.pair, self.memory.stages);
+        let two_steps = (slot >> 1).mad(2 * TILE, (slot & 1) * PAIR as u32);
+        Served {
+            sizes: stages.at(pair.mad(4, two_steps)).plus(DELTA),
+            drive: stages.at(pair.mad(4, slot * STEP_ROW)).plus(DRIVE),
+            groups: stages.at(pair.mad(PAIR as u32, slot * STEP_ROW)),
+        }
     }
 
     /// The step of a stage that a serving lane stands for.
@@ -1037,7 +1068,7 @@ impl<'a> Backward<'a> {
         item: &Item<'a>,
         kept: &Kept<'a>,
         step: Value<'a, U32>,
-        (place, served): (Value<'a, U32>, [Address<'a>; 2]),
+        (place, served): (Value<'a, U32>, Served<'a>),
         bias: [Value<'a, F32>; PAIR],
         d_sums: &[Variable<'a, F32>; PAIR],
     ) {
@@ -1058,11 +1089,11 @@ impl<'a> Backward<'a> {
         });
         kept.step.set(step);
         kept.u.set(&item.input);
-        let [twos, fours] = served.map(|first| first.moved(place));
-        twos.plus(DELTA).store_vector(&sizes);
-        fours.plus(DRIVE).store_vector(&[sizes[0] * u[0], sizes[1] * u[1], dy[0], dy[1]]);
-        twos.plus(B).store_vector(&item.b.get());
-        twos.plus(C).store_vector(&item.c.get());
+        served.sizes.moved(place).store_vector(&sizes);
+        served.drive.moved(place).store_vector(&[sizes[0] * u[0], sizes[1] * u[1], dy[0], dy[1]]);
+        let groups = served.groups.moved(place);
+        groups.plus(B).store_vector(&item.b.get());
+        groups.plus(C).store_vector(&item.c.get());
         if let Some(flag) = item.document_start {
             let flag = flag.get().eq(step).select::<U32>(1u32, 0u32);
             let begins = self.memory.stages.at(self.slot()).plus(BEGINS).cast(Element::U32);
@@ -1130,9 +1161,8 @@ impl<'a> Backward<'a> {
             let step = last - round * STAGE;
             let exists = step.lt(tile.time);
             self.wait(LEFT, odd);
-            let [twos, fours] = served.map(|first| first.moved(place));
-            let sizes: [_; PAIR] = twos.plus(DELTA).load_vector();
-            let dy: [_; PAIR] = fours.plus(DRIVE + PAIR as i64).load_vector();
+            let sizes: [_; PAIR] = served.sizes.moved(place).load_vector();
+            let dy: [_; PAIR] = served.drive.moved(place).plus(PAIR as i64).load_vector();
             let (u, delta) = (items[0].get(), items[1].get());
             let place = self.take_sums(sums, odd);
             let first = place.moved(tile.pair * (PAIR as u32 * 4)).plus(THROUGH);

@@ -99,6 +99,11 @@ impl<'a> Stored<'a> {
         }
     }
 
+    /// Reads them from shared memory.
+    pub fn read(&self, place: Address<'a>) {
+        self.set_words(place.cast(Element::U32).load_words(self.words.len()));
+    }
+
     /// As f32.
     pub fn get(&self) -> [Value<'a, F32>; PAIR] {
         match self.element {
@@ -196,11 +201,6 @@ impl<'a> Tile<'a> {
     pub fn starts(&self, document_start: Global<'a>) -> Track<'a> {
         let first = document_start.from((self.row * self.time).wide()).first().global_address();
         Track { memory: document_start, first, stride: self.k.constant(4u32) }
-    }
-
-    /// Reads the first step of a step's document, to be compared where it is wanted: a comparison waits for it.
-    pub fn load_document_start(&self, document_start: Global<'a>, step: Value<'a, U32>) -> Value<'a, U32> {
-        document_start.at(self.row.mad(self.time, step)).load_u32_if(step.lt(self.time), u32::MAX)
     }
 }
 

@@ -72,6 +72,11 @@ const FREED: u32 = 15;
 
 /// Stages that a serving warp goes through at a time; it reads global memory so many ahead.
 const GROUP: u32 = 2;
+/// Stages that *prepare* has places for as they come from global memory, and how many ahead it copies them.
+const RAW_PLACES: u32 = 4;
+const SENT_AHEAD: u32 = RAW_PLACES - 1;
+/// Bytes of a copy.
+const COPY: usize = 16;
 /// States of a lane that scans.
 const QUAD: usize = 4;
 /// f32 of a tile's states.
@@ -225,6 +230,9 @@ struct Memory<'a> {
     stage_bytes: u32,
     sums: Shared<'a>,
     carry: Shared<'a>,
+    raw: Shared<'a>,
+    /// Where the documents of raw steps begin.
+    document_starts: Option<Shared<'a>>,
 }
 
 impl<'a> Backward<'a> {
@@ -260,6 +268,8 @@ impl<'a> Backward<'a> {
             stage_bytes: stage_row * 4,
             sums: k.shared(Element::F32, 2 * STAGE * SUMS_ROW),
             carry: k.shared(Element::F32, TILE_STATES),
+            raw: k.shared(element, RAW_PLACES * (5 + u32::from(form.gate)) * STAGE * TILE),
+            document_starts: form.documents.then(|| k.shared(Element::U32, RAW_PLACES * STAGE)),
         };
         Self {
             k,
@@ -781,7 +791,7 @@ impl<'a> Backward<'a> {
     }
 }
 
-/// What *prepare* has read of a step that is coming.
+/// What *prepare* has of a step.
 struct Item<'a> {
     input: Stored<'a>,
     delta: Stored<'a>,
@@ -793,32 +803,13 @@ struct Item<'a> {
     document_start: Option<Variable<'a, U32>>,
 }
 
-impl<'a> Item<'a> {
-    fn set(&self, other: &Self) {
-        let stored = |item: &Self| [&item.input, &item.delta, &item.gradient, &item.b, &item.c].map(Stored::clone);
-        for (stored, other) in stored(self).iter().zip(&stored(other)) {
-            stored.set(other);
-        }
-        if let (Some(gate), Some(other)) = (&self.gate, &other.gate) {
-            gate.set(other);
-        }
-        if let (Some(start), Some(other)) = (self.document_start, other.document_start) {
-            start.set(other.get());
-        }
-    }
-
-    fn copied(&self, k: &'a Assembler) -> Self {
-        let Self { input, delta, gradient, gate, b, c, document_start } = self;
-        Self {
-            input: input.copied(k),
-            delta: delta.copied(k),
-            gradient: gradient.copied(k),
-            gate: gate.as_ref().map(|gate| gate.copied(k)),
-            b: b.copied(k),
-            c: c.copied(k),
-            document_start: document_start.map(|start| k.variable(start.get())),
-        }
-    }
+/// What a lane of *prepare* copies of each stage.
+struct Sender<'a> {
+    /// The step of a stage that it copies of.
+    slot: Value<'a, U32>,
+    /// Some arrays at a time: for which lanes, whence, and whither for the first raw place.
+    sources: Vec<(Value<'a, Pred>, Track<'a>, Address<'a>)>,
+    starts: Option<(Value<'a, Pred>, Track<'a>, Address<'a>)>,
 }
 
 /// A serving lane's places in a stage.
@@ -852,14 +843,8 @@ struct ForthSums<'a> {
     c: [Value<'a, F32>; PAIR],
 }
 
-/// Where *prepare* reads and writes.
+/// Where *prepare* writes.
 struct Tracks<'a> {
-    input: Track<'a>,
-    delta: Track<'a>,
-    gradient: Track<'a>,
-    gate: Option<Track<'a>>,
-    b: Track<'a>,
-    c: Track<'a>,
     gate_gradient: Option<Track<'a>>,
     c_gradient: Track<'a>,
 }
@@ -955,41 +940,29 @@ impl<'a> Backward<'a> {
     }
 
     fn prepare(&self) {
-        let (k, tile, inputs) = (self.k, &self.tile, &self.inputs);
+        let (k, tile) = (self.k, &self.tile);
         let form = self.source.scan;
         let tracks = Tracks {
-            input: tile.track(inputs.input, tile.own),
-            delta: tile.track(inputs.delta, tile.own),
-            gradient: tile.track(inputs.gradient, tile.own),
-            gate: inputs.gate.map(|gate| tile.track(gate, tile.own)),
-            b: tile.track(inputs.b, tile.b),
-            c: tile.track(inputs.c, tile.c),
             gate_gradient: self.outputs.gate.map(|gate| tile.track(gate, tile.own)),
             c_gradient: self.group_track(self.outputs.c, self.source.c, tile.c),
         };
         let (bias, d) = (tile.own_of(self.bias), tile.own_of(self.d));
         let d_sums = [0, 1].map(|_| k.variable(0.0f32));
-        let items: Vec<Item<'a>> = (0..GROUP)
-            .map(|_| Item {
-                input: self.stored(),
-                delta: self.stored(),
-                gradient: self.stored(),
-                gate: form.gate.then(|| self.stored()),
-                b: self.stored(),
-                c: self.stored(),
-                document_start: form.documents.then(|| k.variable(0u32)),
-            })
-            .collect();
-        let taken: Vec<Item<'a>> = items.iter().map(|item| item.copied(k)).collect();
+        let item = Item {
+            input: self.stored(),
+            delta: self.stored(),
+            gradient: self.stored(),
+            gate: form.gate.then(|| self.stored()),
+            b: self.stored(),
+            c: self.stored(),
+            document_start: form.documents.then(|| k.variable(0u32)),
+        };
+        let sender = self.sender();
+        for stage in 0..SENT_AHEAD {
+            self.send(&sender, k.constant(stage), k.constant(stage));
+        }
         // Of the stages before a group's, the first first; and of its own.
         let [before, own] = [TO_SUMS, GROUP].map(|stages| (0..stages).map(|_| self.kept()).collect::<Vec<_>>());
-        let load_group = |first: Value<'a, U32>| {
-            let step = self.first_step(first) + self.slot();
-            for (index, item) in (0u32..).zip(&items) {
-                self.load(item, &tracks, step + index * STAGE);
-            }
-        };
-        load_group(k.constant(0u32));
         // The first rounds add up what is of no step.
         let sums = self.served_sums(true);
         for place in [true, false].map(|odd| self.take_sums(sums, odd)) {
@@ -1000,16 +973,14 @@ impl<'a> Backward<'a> {
         let step = k.variable(0u32);
         let served = self.served();
         let passing = Passing { place: k.variable(0u32), way: k.variable(0u32) };
-        let head = |first: Value<'a, U32>| {
-            for (taken, item) in taken.iter().zip(&items) {
-                taken.set(item);
-            }
-            step.set(self.first_step(first) + self.slot());
-            load_group(first + GROUP);
-        };
+        let head = |first: Value<'a, U32>| step.set(self.first_step(first) + self.slot());
         self.in_groups(self.rounds + TO_SUMS.next_multiple_of(GROUP), head, |odd, stage| {
             self.follow(&passing, odd, stage, false);
             let (index, done) = (usize::from(odd), !odd);
+            k.wait_copies(SENT_AHEAD - 1);
+            k.warp_barrier();
+            self.read_raw(&item, stage & (RAW_PLACES - 1));
+            self.send(&sender, stage + SENT_AHEAD, (stage + SENT_AHEAD) & (RAW_PLACES - 1));
             // Of a stage before: what is needed first is read first, so that its time passes unnoticed.
             let place = self.take_sums(sums, done);
             self.wait(SUMMED, done);
@@ -1017,7 +988,7 @@ impl<'a> Backward<'a> {
             self.tell(READ, done);
             k.if_(stage.ge(TO_FREED), || self.wait(FREED, false));
             let place = passing.place.get();
-            self.prepare_step(&taken[index], &own[index], step.get(), (place, served), bias, &d_sums);
+            self.prepare_step(&item, &own[index], step.get(), (place, served), bias, &d_sums);
             self.tell(READY, odd);
             self.finish_forth(&before[index], &tracks, sums, d);
             step.set(step.get() + STAGE);
@@ -1027,6 +998,7 @@ impl<'a> Backward<'a> {
                 before[2].set(&own[1]);
             }
         });
+        k.wait_copies(0);
         if let Some(parts) = self.outputs.d {
             self.store_channel_sums(parts, &d_sums);
         }
@@ -1048,18 +1020,63 @@ impl<'a> Backward<'a> {
         });
     }
 
-    fn load(&self, item: &Item<'a>, tracks: &Tracks<'a>, step: Value<'a, U32>) {
-        let tile = &self.tile;
-        tile.load(&item.input, tracks.input, step);
-        tile.load(&item.delta, tracks.delta, step);
-        tile.load(&item.gradient, tracks.gradient, step);
-        if let (Some(stored), Some(gate)) = (&item.gate, tracks.gate) {
-            tile.load(stored, gate, step);
+    fn sender(&self) -> Sender<'a> {
+        let (k, tile, inputs) = (self.k, &self.tile, &self.inputs);
+        let chunk = (COPY / self.source.scan.element.bytes()) as u32;
+        let chunks = TILE / chunk;
+        let first = (k.lane() & (chunks - 1)) * chunk;
+        let slot = (k.lane() >> chunks.ilog2()) & (STAGE - 1);
+        let (together, array) = (LANES / (STAGE * chunks), k.lane() >> (STAGE * chunks).ilog2());
+        let own = [Some(inputs.input), Some(inputs.delta), Some(inputs.gradient), inputs.gate];
+        let mut arrays: Vec<Track<'a>> =
+            own.into_iter().flatten().map(|memory| tile.track_from(memory, tile.own, first)).collect();
+        arrays.push(tile.track_from(inputs.b, tile.b, first));
+        arrays.push(tile.track_from(inputs.c, tile.c, first));
+        let sources = (0..).step_by(together as usize).zip(arrays.chunks(together as usize)).map(|(before, some)| {
+            let to = self.memory.raw.at((array + before).mad(STAGE, slot).mad(TILE, first));
+            (array.lt(some.len() as u32), Track::chosen(array, some), to)
+        });
+        let starts = inputs.document_start.zip(self.memory.document_starts).map(|(document_start, starts)| {
+            ((array.eq(0)) & first.eq(0), tile.starts(document_start), starts.at(slot))
+        });
+        Sender { slot, sources: sources.collect(), starts }
+    }
+
+    /// Starts copying what a stage is given to a raw place.
+    fn send(&self, sender: &Sender<'a>, stage: Value<'a, U32>, place: Value<'a, U32>) {
+        let k = self.k;
+        let element = self.source.scan.element.bytes() as u32;
+        let step = self.first_step(stage) + sender.slot;
+        let exists = step.lt(self.tile.time);
+        let arrays = 5 + u32::from(self.source.scan.gate);
+        let moved = place * (arrays * STAGE * TILE * element);
+        // What does not exist is zero.
+        let bytes = exists.select::<U32>(COPY as u32, 0);
+        for (holds, from, to) in &sender.sources {
+            k.if_(*holds, || k.copy_bytes(to.moved(moved), from.at(step), COPY, bytes));
         }
-        tile.load(&item.b, tracks.b, step);
-        tile.load(&item.c, tracks.c, step);
-        if let (Some(start), Some(document_start)) = (item.document_start, self.inputs.document_start) {
-            start.set(tile.load_document_start(document_start, step));
+        if let Some((holds, from, to)) = sender.starts {
+            let bytes = exists.select::<U32>(4, 0);
+            k.if_(holds, || k.copy_bytes(to.moved(place * (STAGE * 4)), from.at(step), 4, bytes));
+        }
+        k.commit_copies();
+    }
+
+    /// Reads what was copied to a raw place.
+    fn read_raw(&self, item: &Item<'a>, place: Value<'a, U32>) {
+        let element = self.source.scan.element.bytes() as u32;
+        let Item { input, delta, gradient, gate, b, c, document_start } = item;
+        let arrays: Vec<_> = [Some(input), Some(delta), Some(gradient), gate.as_ref(), Some(b), Some(c)]
+            .into_iter()
+            .flatten()
+            .collect();
+        let moved = place * (arrays.len() as u32 * STAGE * TILE * element);
+        let first = self.memory.raw.at(self.slot().mad(TILE, self.tile.pair * PAIR as u32)).moved(moved);
+        for (index, stored) in (0i64..).zip(arrays) {
+            stored.read(first.plus(index * i64::from(STAGE * TILE)));
+        }
+        if let (Some(start), Some(starts)) = (document_start, self.memory.document_starts) {
+            start.set(starts.at(self.slot()).moved(place * (STAGE * 4)).load_words(1)[0]);
         }
     }
 

@@ -159,7 +159,17 @@ impl<'r> Global<'r> {
                     }
                 }
             }
-            fetch(allocation.contents.data(), access, lanes, &offsets, moved);
+            let data = allocation.contents.data();
+            if lanes == access.lanes {
+                fetch(data, access, &offsets, moved);
+            } else {
+                // `fetch` gives every lane something; only these lanes read this allocation.
+                let mut own: Moved = [[0; LANES]; 4];
+                fetch(data, access, &offsets, &mut own);
+                for (moved, own) in moved.iter_mut().zip(own) {
+                    each(lanes).for_each(|lane| moved[lane] = own[lane]);
+                }
+            }
         }
         Ok(())
     }
@@ -466,7 +476,7 @@ impl Shared {
         }
         let first = places[access.lanes.trailing_zeros() as usize & 31];
         let offsets = std::array::from_fn(|lane| if access.lanes >> lane & 1 == 1 { places[lane] } else { first });
-        fetch(&self.data, access, access.lanes, &offsets, moved);
+        fetch(&self.data, access, &offsets, moved);
         Ok(())
     }
 
@@ -619,8 +629,7 @@ pub(super) struct OtherThread {
 
 /// The elements at the offsets, which are valid for all lanes.
 #[inline(always)]
-fn fetch(data: &[u8], access: Access, lanes: u32, offsets: &Places, moved: &mut Moved) {
-    let _ = lanes;
+fn fetch(data: &[u8], access: Access, offsets: &Places, moved: &mut Moved) {
     match (access.element, access.count) {
         (4, 1) => {
             let start = offsets[0];

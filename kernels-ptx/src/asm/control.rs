@@ -68,19 +68,19 @@ impl Assembler {
     /// The same for warps that come from different places in the text, `threads` in all: warps that share out the work of a
     /// block. Each such meeting wants an `id` of its own, from 1 to 15. `bar.sync` would not do: it is the aligned form, and
     /// compute-sanitizer's synccheck and the simulator report warps that wait there from different instructions.
-    pub fn meet<'a>(&'a self, id: impl Operand<'a, U32>, threads: u32) {
+    pub fn meet(&self, id: u32, threads: u32) {
         self.emit_meeting("barrier.sync", id, threads);
     }
 
-    /// Tells those that [`meet`](Self::meet) with such an `id` and number that this warp has come, and does not wait for them;
-    /// what it read and wrote before is done for them. It may not come again before they went on.
-    pub fn arrive<'a>(&'a self, id: impl Operand<'a, U32>, threads: u32) {
+    /// Tells those that [`meet`](Self::meet) by this `id` that the warp has come, and does not wait for them: they see
+    /// what it wrote before, and it has read what it read. It may not come again before they have gone on.
+    pub fn arrive(&self, id: u32, threads: u32) {
         self.emit_meeting("barrier.arrive", id, threads);
     }
 
-    fn emit_meeting<'a>(&'a self, opcode: &str, id: impl Operand<'a, U32>, threads: u32) {
-        assert!(threads.is_multiple_of(32), "{threads} threads meet");
-        self.emit_effect(opcode, vec![id.operand().0, super::print::Piece::text(&threads.to_string())]);
+    fn emit_meeting(&self, opcode: &str, id: u32, threads: u32) {
+        assert!((1..16).contains(&id) && threads.is_multiple_of(32), "barrier {id} of {threads} threads");
+        self.emit_effect(opcode, vec![super::print::Piece::text(&format!("{id}, {threads}"))]);
     }
 
     /// Waits until the lanes of the warp are here; what they wrote to shared memory is seen by the warp afterwards.

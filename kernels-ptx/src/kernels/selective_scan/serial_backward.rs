@@ -1,35 +1,41 @@
 //! The scan's gradients over whole rows.
 //!
-//! A block takes one tile of 16 channels by 16 states; its five warps have four tasks, and all meet at one barrier
-//! per round of [`STAGE`] steps. Chunks of [`CHUNK`] steps are taken from the last to the first:
+//! A block takes one tile of 16 channels by 16 states; its five warps have four tasks. Chunks of [`CHUNK`] steps are
+//! taken from the last to the first, in stages of [`STAGE`] steps:
 //!
-//! - *Prepare*, chunk by chunk in the order of time: read global memory, compute Δ and dy, put what the scans need
-//!   into shared memory; add up and write what *forth* leaves: the gradients of the gate and of C.
-//! - *Forth*, two rounds later: the states from the saved ones on; Σ C h and dy h; leaves the state at the start of
-//!   each stage.
+//! - *Prepare*, chunk by chunk in the order of time: copy global memory into shared memory, three stages ahead; compute
+//!   Δ and dy, put what the scans need into shared memory; add up and write what *forth* leaves: the gradients of the
+//!   gate and of C.
+//! - *Forth*: the states from the saved ones on; Σ C h and dy h; leaves the state at the start of each stage.
 //! - *Back*, a chunk later and against the order of time: the states of a stage again, then λ and what follows from
 //!   it.
-//! - *Finish*, two rounds later: add up and write the gradients of u, delta and B.
+//! - *Finish*: add up and write the gradients of u, delta and B.
 //!
-//! *Back* has two warps, which take the stages in turns and two rounds for each: in the first of them a warp computes
-//! what does not wait for the stage before, the decays above all; in the second it has λ from the other warp, through
-//! shared memory. So a stage's exponentials overlap with the sums of another, and a round lasts as long as the longer
-//! half.
+//! *Back* has two warps, which take the stages in turns, each in two halves: in the first a warp computes what does not
+//! wait for the stage before, the decays above all; for the second it has λ from the other warp, through shared memory.
+//! So a stage's exponentials overlap with the sums of another. In the text a stage's second half comes before the first
+//! half of the next, so that the loop's end separates the halves of a stage: else the assembler would move the first
+//! behind the wait for λ.
 //!
-//! The warps that serve ask for what they read of global memory a group of rounds before they use it, all of it at
-//! the group's head, and copy what has arrived before they ask for the next: who waits for one read waits for all
-//! that were asked for since, and a branch waits for those whose registers are used behind it.
+//! Nothing stops the whole block. Two warps that hand something over have a barrier of their own, at which the one that
+//! gives only arrives; so a warp that is late delays another only when that has nothing left to do. Sums have places for
+//! two stages.
+//!
+//! The loops of all tasks together, 21 KB of text, fit in the multiprocessor's instruction cache, and have to: with 32 KB
+//! warps waited a fifth of their time for instructions. Thus serving warps have one text for two stages.
 //!
 //! A lane that scans holds 2 channels by 4 states. What is summed over lanes is left in shared memory, for the lanes
 //! that serve to add in a fixed order. As a chunk is used up from its end while the one before it is prepared from
-//! its start, both share little more room than one of them needs.
+//! its start, both share little more room than one of them needs. In bf16 three blocks fit on a multiprocessor, to the
+//! byte where there are documents; in f32 two, as the copies are wider.
 //!
 //! Floor at 1 × 16,384 × 4096 × 16 in bf16 on an H100, two blocks on each multiprocessor: bytes 1.24 GB, and 0.27 GB
 //! of parts where four tiles share a group of B, 0.51 ms at 2.96 TB/s; exponentials, two per channel, state and step,
-//! and what the channels need, 0.63 ms. Counted in the machine code for sm_90: 255 instructions per step and tile
-//! (*back* 114, *forth* 62, *prepare* 48, *finish* 31), 128 cycles of each quarter of a multiprocessor, 1.06 ms at
-//! 1.98 GHz; counted by a profile: 57 passes of shared memory, 115 cycles, 0.95 ms. So issue and passes bind almost
-//! alike. Measured on 2026-11-28: 1.90 ms; 8 × 2048 × 576 0.345 ms, 64 × 1024 × 4096 6.97 ms.
+//! and what the channels need, 0.63 ms. Counted by a profile: 234 instructions per step and tile (*back* 100, *forth*
+//! 61, *prepare* 44, *finish* 29), 117 cycles of each quarter of a multiprocessor, 0.97 ms at 1.98 GHz; 70 passes of
+//! shared memory, 140 cycles, 1.16 ms, of which 8 passes are the copies'. There, *forth* is the warp that hardly waits
+//! for others: 250 instructions in the 800 cycles of a stage. Measured on 2026-11-28: 1.65 ms; 8 × 2048 × 576 0.300 ms,
+//! 64 × 1024 × 4096 5.85 ms.
 
 use super::backward::{GroupGradient, gated};
 use super::forward::SIZES;
@@ -38,7 +44,7 @@ use super::{CHUNK, Scan, TILE};
 use crate::asm::{Address, Assembler, Description, F32, Global, LANES, Pred, Shared, U32, Value, Variable};
 use crate::{Element, Kernel, KernelSource, Target, Work};
 
-/// Steps of a round.
+/// Steps of a stage.
 const STAGE: u32 = 4;
 /// Stages of a chunk.
 const STAGES: u32 = CHUNK / STAGE;
@@ -70,7 +76,7 @@ const TAKEN: u32 = 13;
 /// *Finish* has done with the stage's place.
 const FREED: u32 = 15;
 
-/// Stages that a serving warp goes through at a time; it reads global memory so many ahead.
+/// Stages that a serving warp goes through at a time; *finish* reads global memory so many ahead.
 const GROUP: u32 = 2;
 /// Stages that *prepare* has places for as they come from global memory, and how many ahead it copies them.
 const RAW_PLACES: u32 = 4;
@@ -194,8 +200,8 @@ struct Backward<'a> {
     carries: Option<Global<'a>>,
     tile: Tile<'a>,
     chunks: Value<'a, U32>,
-    /// Rounds of all chunks.
-    rounds: Value<'a, U32>,
+    /// Stages of all chunks.
+    stages: Value<'a, U32>,
     memory: Memory<'a>,
 }
 
@@ -283,7 +289,7 @@ impl<'a> Backward<'a> {
             carries,
             tile,
             chunks,
-            rounds: (chunks * STAGES).named("rounds"),
+            stages: (chunks * STAGES).named("stages"),
             memory,
         }
     }
@@ -314,14 +320,14 @@ impl<'a> Backward<'a> {
         self.k.if_else(odd.eq(0), || of(false), || of(true));
     }
 
-    /// The place of the stage that *prepare* takes in a round. Chunks alternate in the direction of their places, so
-    /// that one can follow where the one after it is used up; three further places between them, and another four
-    /// between a chunk and the second after it, keep what a round of another task still reads.
+    /// The place of a stage, counted in the order in which *prepare* takes them. Chunks alternate in the direction of
+    /// their places, so that one can follow where the one before it in that order is used up; three further places
+    /// between them, and another four between a chunk and the second after it, are for what the other tasks are behind.
     ///
     /// Counted in bytes, as all places.
-    fn place(&self, round: Value<'a, U32>) -> Value<'a, U32> {
-        let chunk = round >> STAGES.ilog2();
-        let stage = round & (STAGES - 1);
+    fn place(&self, index: Value<'a, U32>) -> Value<'a, U32> {
+        let chunk = index >> STAGES.ilog2();
+        let stage = index & (STAGES - 1);
         let turned = self.k.constant(STAGES + 3) - stage;
         let place = (chunk & 1).ne(0).select::<U32>(turned, stage);
         // `moved mod PLACES` by a product, exact for all of 32 bits.
@@ -346,10 +352,10 @@ impl<'a> Backward<'a> {
         if back { odd.select(rises, falls) } else { odd.select(falls, rises) }
     }
 
-    /// The first step of that stage; of rounds after the last, none that exists.
-    fn first_step(&self, round: Value<'a, U32>) -> Value<'a, U32> {
-        let chunk = self.chunks - 1 - (round >> STAGES.ilog2());
-        chunk.mad(CHUNK, (round & (STAGES - 1)) * STAGE)
+    /// The first step of that stage; of stages after the last, none that exists.
+    fn first_step(&self, index: Value<'a, U32>) -> Value<'a, U32> {
+        let chunk = self.chunks - 1 - (index >> STAGES.ilog2());
+        chunk.mad(CHUNK, (index & (STAGES - 1)) * STAGE)
     }
 
     /// The sum of a value over a serving warp's steps, to the lanes of the first.
@@ -554,7 +560,7 @@ impl<'a> Backward<'a> {
     fn move_on(&self, passing: &Passing<'a>, stage: Value<'a, U32>, at_start: impl FnOnce()) {
         let Passing { place, way } = *passing;
         let start = || {
-            self.k.if_(stage.lt(self.rounds), || {
+            self.k.if_(stage.lt(self.stages), || {
                 way.set(self.way(stage >> STAGES.ilog2(), true) * 2);
                 place.set(self.place(stage ^ (STAGES - 1)));
                 at_start();
@@ -605,7 +611,7 @@ impl<'a> Backward<'a> {
             c.map(|value| k.variable(value)),
             sizes.map(|value| k.variable(value)),
         );
-        k.for_(0u32, self.rounds, 1u32, |stage| {
+        k.for_(0u32, self.stages, 1u32, |stage| {
             let odd = stage & 1;
             let sums = lane.sums.moved(odd * (STAGE * SUMS_ROW * 4));
             let places = lane.places(place.get());
@@ -679,7 +685,7 @@ impl<'a> Backward<'a> {
         }
     }
 
-    /// One warp has the stages of even index, the other, `second`, those between, a round later: from the last of a
+    /// One warp has the stages of even index, the other, `second`, those between: from the last of a
     /// chunk.
     fn back(&self, second: Value<'a, U32>) {
         let (k, tile) = (self.k, &self.tile);
@@ -717,7 +723,7 @@ impl<'a> Backward<'a> {
             }
         };
         first(second);
-        k.for_(second, self.rounds, 2u32, |stage| {
+        k.for_(second, self.stages, 2u32, |stage| {
             k.comment("and back");
             let places = lane.places(passing.place.get());
             let begins = places.begins();
@@ -865,13 +871,13 @@ impl<'a> Backward<'a> {
     }
 
     /// Where the serving lane's two values of a pair begin, in bytes, in what the scans leave of an even or an odd
-    /// round. It moves from round to round, as the assembler would compute it again each time otherwise.
+    /// stage. It moves from stage to stage, as the assembler would compute it again each time otherwise.
     fn served_sums(&self, odd: bool) -> Variable<'a, U32> {
         let bytes = self.slot().mad(SUMS_ROW * 4, self.tile.pair * (PAIR as u32 * 4));
         self.k.variable(bytes + u32::from(odd) * STAGE * SUMS_ROW * 4)
     }
 
-    /// That of a round, of which it is known whether it is odd; afterwards, that of the next.
+    /// That of a stage, of which it is known whether it is odd; afterwards, that of the next.
     fn take_sums(&self, sums: Variable<'a, U32>, odd: bool) -> Address<'a> {
         let (now, bytes) = (sums.get(), STAGE * SUMS_ROW * 4);
         let place = self.memory.sums.first().moved(now);
@@ -963,7 +969,7 @@ impl<'a> Backward<'a> {
         }
         // Of the stages before a group's, the first first; and of its own.
         let [before, own] = [TO_SUMS, GROUP].map(|stages| (0..stages).map(|_| self.kept()).collect::<Vec<_>>());
-        // The first rounds add up what is of no step.
+        // At first it adds up what is of no step.
         let sums = self.served_sums(true);
         for place in [true, false].map(|odd| self.take_sums(sums, odd)) {
             let zeros = [k.constant(0.0f32); PAIR];
@@ -974,7 +980,7 @@ impl<'a> Backward<'a> {
         let served = self.served();
         let passing = Passing { place: k.variable(0u32), way: k.variable(0u32) };
         let head = |first: Value<'a, U32>| step.set(self.first_step(first) + self.slot());
-        self.in_groups(self.rounds + TO_SUMS.next_multiple_of(GROUP), head, |odd, stage| {
+        self.in_groups(self.stages + TO_SUMS.next_multiple_of(GROUP), head, |odd, stage| {
             self.follow(&passing, odd, stage, false);
             let (index, done) = (usize::from(odd), !odd);
             k.wait_copies(SENT_AHEAD - 1);
@@ -1154,8 +1160,8 @@ impl<'a> Backward<'a> {
             tile.load(&items[1], delta, step);
         };
         let taken: Vec<[Stored<'a>; 2]> = items.iter().map(|items| [items[0].copied(k), items[1].copied(k)]).collect();
-        // The step of a round: rounds go against the order of time all along.
-        let last = self.rounds.mad(STAGE, self.slot()) - STAGE;
+        // Its step of a stage: stages go against the order of time all along.
+        let last = self.stages.mad(STAGE, self.slot()) - STAGE;
         let load_group = |first: Value<'a, U32>| {
             for (index, items) in (0u32..).zip(&items) {
                 load(items, last - (first + index) * STAGE);
@@ -1172,10 +1178,10 @@ impl<'a> Backward<'a> {
             }
             load_group(first + GROUP);
         };
-        self.in_groups(self.rounds, head, |odd, round| {
-            self.follow(&passing, odd, round, true);
+        self.in_groups(self.stages, head, |odd, stage| {
+            self.follow(&passing, odd, stage, true);
             let (items, place) = (&taken[usize::from(odd)], passing.place.get());
-            let step = last - round * STAGE;
+            let step = last - stage * STAGE;
             let exists = step.lt(tile.time);
             self.wait(LEFT, odd);
             let sizes: [_; PAIR] = served.sizes.moved(place).load_vector();
@@ -1186,7 +1192,7 @@ impl<'a> Backward<'a> {
             let [b0, a0, b1, a1] = self.quads(first, THROUGH_PART);
             let b_sums = self.pairs(place.plus(B_SUMS));
             self.tell(TAKEN, odd);
-            k.if_((round + (TO_FREED - TO_SUMS.next_multiple_of(GROUP))).lt(self.rounds), || self.wait(FREED, false));
+            k.if_((stage + (TO_FREED - TO_SUMS.next_multiple_of(GROUP))).lt(self.stages), || self.wait(FREED, false));
             let through = [(b0, a0), (b1, a1)];
             let mut delta_gradients = Vec::new();
             let input_gradients = [0, 1].map(|channel| {

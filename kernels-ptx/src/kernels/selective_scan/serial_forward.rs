@@ -11,9 +11,9 @@
 //! register waits for all that the compiler has put before it, wherever it has put them.
 //!
 //! Floor at 1 × 16,384 × 4096 × 16 in bf16 on an H100: bytes 0.81 GB, 0.27 ms at 2.96 TB/s
-//! (with the states that training saves 0.87 GB, 0.29 ms); exponentials and reciprocals 40 cycles per step and quarter of a
-//! multiprocessor, two blocks on each, 0.33 ms at 1.98 GHz; 38 instructions and, counted by a profile, 51 passes of shared
-//! memory, 0.42 ms, which is what binds where there are more blocks. States are saved as often as the
+//! (with the states that training saves 0.87 GB, 0.29 ms); exponentials and reciprocals 38 cycles per step and quarter of a
+//! multiprocessor, two blocks on each, 0.31 ms at 1.98 GHz; 38 instructions and, counted by a profile, 50 passes of shared
+//! memory, 0.41 ms, which is what binds where there are more blocks. States are saved as often as the
 //! backward pass over chunks wants them.
 
 use std::collections::VecDeque;

@@ -177,7 +177,7 @@ pub(crate) fn column_sums(operator: &'static str, parts: &Tensor, splits: u32, s
     Ok(sum.tensor())
 }
 
-/// [`column_sums`] of two tensors' parts, as many of each, in one launch.
+/// [`column_sums`] of two tensors' parts in one launch; both f32 `[splits, …]`.
 ///
 /// # Errors
 /// [`Error::Invalid`] for a problem that is too large; runtime errors.
@@ -186,9 +186,8 @@ pub(crate) fn column_sums_pair(
     [(parts, shape), (second_parts, second_shape)]: [(&Tensor, &[usize]); 2],
     splits: u32,
 ) -> Result<[Tensor; 2]> {
-    let counts = [shape, second_shape].map(|shape| size(operator, "the number of elements", shape.iter().product()));
-    let [count, second_count] = counts;
-    let (count, second_count) = (count?, second_count?);
+    let count = |shape: &[usize]| size(operator, "the number of elements", shape.iter().product());
+    let (first_count, second_count) = (count(shape)?, count(second_shape)?);
     let device = parts.device();
     let mut sum = Output::new(device, shape, DType::F32)?;
     let mut second_sum = Output::new(device, second_shape, DType::F32)?;
@@ -196,15 +195,15 @@ pub(crate) fn column_sums_pair(
         sum.write(),
         read(parts),
         Argument::U32(splits),
-        Argument::U32(count),
+        Argument::U32(first_count),
         Argument::U32(splits),
         second_sum.write(),
         read(second_parts),
         Argument::U32(second_count),
     ];
     let kernel = ColumnSums { element: kernels_ptx::Element::F32, pair: true };
-    let sizes = [u64::from(splits), u64::from(count) + u64::from(second_count)];
-    launch(operator, device, &kernel, ColumnSums::grid(&[count, second_count], 1), &sizes, &arguments)?;
+    let sizes = [u64::from(splits), u64::from(first_count) + u64::from(second_count)];
+    launch(operator, device, &kernel, ColumnSums::grid(&[first_count, second_count], 1), &sizes, &arguments)?;
     drop(arguments);
     Ok([sum.tensor(), second_sum.tensor()])
 }

@@ -23,7 +23,8 @@ pub const VECTOR: u32 = 4;
 const FORWARD: Shape = Shape { across: 32, groups: 4, steps: 16 };
 const BACKWARD: Shape = Shape { across: 32, groups: 4, steps: 64 };
 /// Blocks of the forward pass that share a multiprocessor. The driver's compiler is not held to it unless asked: 93 instead of
-/// 87 % of a copy's bandwidth on an H100. With 7 it is 95 %, but then registers spill on sm_80; those with documents do with 5.
+/// 87 % of a copy's bandwidth on an H100. With 7 it is 95 %, but then registers spill on sm_80; those with documents do
+/// with 5, and more than four taps were not looked at.
 const FORWARD_RESIDENT: u32 = 5;
 /// Steps that a thread of the backward pass works on at a time.
 const AHEAD: u32 = 4;
@@ -501,7 +502,7 @@ impl KernelSource for ConvolutionForward {
             },
         };
         Assembler::assemble(description, |k| {
-            if !form.documents {
+            if !form.documents && form.width <= 4 {
                 k.resident_blocks(FORWARD_RESIDENT);
             }
             let output = k.write("output", form.element);

@@ -176,12 +176,12 @@ impl KernelSource for MambaStep {
                             state.plus((*part).into()).store_vector(new);
                         }
                     });
-                    let first = owned & first_state.eq(0);
-                    place.store_if(first, y);
+                    let leads = owned & first_state.eq(0);
+                    place.store_if(leads, y);
                     if repeated {
                         k.comment("the channel's lanes have read its convolution's state: it moves by one column");
                         k.warp_barrier();
-                        k.if_(first, || step.store_window(row, convolved, &moved));
+                        k.if_(leads, || step.store_window(row, convolved, &moved));
                     }
                 }
             });
@@ -320,7 +320,7 @@ impl<'a> Step<'a> {
     fn load_window_if(&self, row: &Row<'a>, convolved: Value<'a, U32>, condition: Value<'a, Pred>) -> Vec<Value<'a, F32>> {
         let place = self.window_place(row, convolved);
         match self.form.taps {
-            VECTOR => place.load_words_if(condition, 4).into_iter().map(Value::as_f32).collect(),
+            VECTOR => place.load_words_if(condition, VECTOR as usize).into_iter().map(Value::as_f32).collect(),
             taps => (0..taps).map(|column| place.plus(column.into()).load_if(condition, 0.0)).collect(),
         }
     }

@@ -30,8 +30,9 @@ const BLOCKS: u32 = 256;
 const RING_BYTES: u32 = 108 << 10;
 /// The most slots of the ring.
 const MOST_SLOTS: u32 = 4;
-/// Blocks of the backward pass in bf16 that share a multiprocessor; in f32 registers would spill. With `residual`, NVIDIA's assembler takes just as many registers
-/// as that allows; the driver's compiler is not held to it unless asked: 95 instead of 82 % of a copy's bandwidth on an H100.
+/// Blocks of the backward pass in bf16 that share a multiprocessor; in f32, and with [`MOST_VECTORS`], registers would spill.
+/// With `residual`, NVIDIA's assembler takes just as many registers as that allows; the driver's compiler is not held to it
+/// unless asked: 95 instead of 82 % of a copy's bandwidth on an H100.
 const RESIDENT: u32 = 2;
 /// Rows that each warp or block of the backward pass is given before there are more blocks.
 const LEAST_ROWS: u32 = 4;
@@ -213,7 +214,7 @@ impl KernelSource for RmsNormBackward {
             },
         };
         Assembler::assemble(description, |k| {
-            if element == Element::Bf16 {
+            if element == Element::Bf16 && layout.vectors < MOST_VECTORS {
                 k.resident_blocks(RESIDENT);
             }
             let (input_gradient, sums) = (k.write("input_gradient", element), k.write("sums", Element::F32));

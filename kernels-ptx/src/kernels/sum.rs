@@ -32,6 +32,7 @@ pub struct Broadcast {
 impl Sum {
     /// How many blocks so many elements are best summed by, and the elements of each block's segment.
     pub fn segments(count: u32) -> (u32, u32) {
+        // With half as much a gradient norm of many small tensors has more partial sums, and a launch more, to add them.
         const LEAST: u32 = 8 * THREADS * VECTOR;
         const MOST: u32 = 1024;
         let segment = count.div_ceil(MOST).max(LEAST).next_multiple_of(VECTOR);

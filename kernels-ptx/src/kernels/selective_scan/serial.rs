@@ -1,9 +1,9 @@
 //! What the kernels that scan whole rows share: the tile that a block takes, and how its serving threads read and write.
 //!
 //! A block takes one tile: 16 channels by 16 states. Some of its warps scan, each lane with channels and states of its own;
-//! the others serve them. A thread that serves stands for a channel pair (or a state pair) and a step: it reads global
-//! memory, computes what depends on the channel alone, and adds up what the scanning lanes leave in shared memory, in a
-//! fixed order.
+//! the others serve them. A thread that serves stands for a channel pair (or a state pair) and a step: it brings
+//! what global memory has into registers or shared memory, computes what depends on the channel alone, and adds up what the
+//! scanning lanes leave in shared memory, in a fixed order.
 
 use super::lane::softplus;
 use super::{Scan, TILE};

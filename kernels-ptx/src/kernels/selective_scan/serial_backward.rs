@@ -18,7 +18,7 @@
 //! behind the wait for λ.
 //!
 //! Nothing stops the whole block. Two warps that hand something over have a barrier of their own, at which the one that
-//! gives only arrives; so a warp that is late delays another only when that has nothing left to do. Sums have places for
+//! gives only arrives (but for [`FREED`]); so a warp that is late delays another only when that has nothing left to do. Sums have places for
 //! two stages.
 //!
 //! The loops of all tasks together, 21 KB of text, fit in the multiprocessor's instruction cache, and have to: with 32 KB
@@ -35,7 +35,7 @@
 //! 61, *prepare* 44, *finish* 29), 117 cycles of each quarter of a multiprocessor, 0.97 ms at 1.98 GHz; 70 passes of
 //! shared memory, 140 cycles, 1.16 ms, of which 8 passes are the copies'. There, *forth* is the warp that hardly waits
 //! for others: 250 instructions in the 800 cycles of a stage. Measured on 2026-11-28: 1.65 ms; 8 × 2048 × 576 0.300 ms,
-//! 64 × 1024 × 4096 5.85 ms.
+//! 64 × 1024 × 4096 5.89 ms.
 
 use super::backward::{GroupGradient, gated};
 use super::forward::SIZES;
@@ -52,7 +52,8 @@ const STAGES: u32 = CHUNK / STAGE;
 const PLACES: u32 = STAGES + 8;
 /// Threads of a block.
 const THREADS: u32 = 5 * 32;
-/// Blocks that share a multiprocessor where there are so many.
+/// Blocks that share a multiprocessor of an H100 in bf16, where there are so many; in f32, and on an A100, shared memory has
+/// room for fewer.
 const BLOCKS: u32 = 3;
 /// Stages from the one whose sums *prepare* takes up to the one that it prepares then.
 const TO_SUMS: u32 = 3;
@@ -73,7 +74,8 @@ const CARRIED: u32 = 9;
 const LEFT: u32 = 11;
 /// *Finish* has read them.
 const TAKEN: u32 = 13;
-/// *Finish* has done with the stage's place.
+/// *Finish* has done with the stage's place. There is no number left for odd stages: both wait, so that *finish* does not
+/// come a second time before *prepare* has come once.
 const FREED: u32 = 15;
 
 /// Stages that a serving warp goes through at a time; *finish* reads global memory so many ahead.
@@ -673,7 +675,10 @@ impl<'a> Backward<'a> {
             store(next.starts, &get(&states));
             self.either(odd, |odd| self.tell(SUMMED, odd));
             // The last stage of the chunk has its start.
-            k.if_((later & (STAGES - 1)).eq(STAGES - 1), || [false, true].into_iter().for_each(|second| self.tell(STARTED, second)));
+            k.if_((later & (STAGES - 1)).eq(STAGES - 1), || {
+                self.tell(STARTED, false);
+                self.tell(STARTED, true);
+            });
         });
         // What *prepare* tells of no stage.
         self.wait(READ, false);
@@ -915,7 +920,7 @@ impl<'a> Backward<'a> {
 
     /// Goes through stages in groups: `head` of a group's first, and `body` of each, which is told whether it is odd.
     ///
-    /// What a group reads of global memory is asked for at its head, a group before it is used, and copied to other
+    /// What *finish* reads of global memory for a group is asked for at its head, a group before it is used, and copied to other
     /// registers at the head of its own: who waits for one read waits for all that were asked for since.
     fn in_groups(
         &self,
@@ -1168,7 +1173,8 @@ impl<'a> Backward<'a> {
             }
         };
         load_group(k.constant(0u32));
-        [false, true].into_iter().for_each(|second| self.tell(TAKEN, second));
+        self.tell(TAKEN, false);
+        self.tell(TAKEN, true);
         let sums = self.served_sums(false);
         let served = self.served();
         let passing = Passing { place: k.variable(0u32), way: k.variable(0u32) };

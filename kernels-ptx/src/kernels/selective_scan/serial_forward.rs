@@ -10,11 +10,10 @@
 //! Copies past the registers are counted in groups, so that one can wait for the oldest alone; whoever waits for a read into a
 //! register waits for all that the compiler has put before it, wherever it has put them.
 //!
-//! Floor at 1 × 16,384 × 4096 × 16 in bf16 on an H100: bytes 0.81 GB, 0.27 ms at 2.96 TB/s
-//! (with the states that training saves 0.87 GB, 0.29 ms); exponentials and reciprocals 38 cycles per step and quarter of a
-//! multiprocessor, two blocks on each, 0.31 ms at 1.98 GHz; 38 instructions and, counted by a profile, 50 passes of shared
-//! memory, 0.41 ms, which is what binds where there are more blocks. States are saved as often as the
-//! backward pass over chunks wants them.
+//! Floor at 1 × 16,384 × 4096 × 16 in bf16 on an H100: bytes 0.81 GB, 0.27 ms at 2.96 TB/s (with the states that training
+//! saves 0.87 GB, 0.29 ms); exponentials and reciprocals 38 cycles per step and quarter of a multiprocessor, two blocks on
+//! each, 0.31 ms at 1.98 GHz; 38 instructions and, counted by a profile, 50 passes of shared memory, 0.41 ms, which is what
+//! binds where there are more blocks. States are saved as often as the backward pass over chunks wants them.
 
 use std::collections::VecDeque;
 
@@ -32,7 +31,8 @@ const PARTS: u32 = STATES / HELD as u32;
 const SCANNERS: u32 = TILE * PARTS;
 /// Threads that serve.
 const SERVERS: u32 = 128;
-/// Blocks that share a multiprocessor where there are so many.
+/// Blocks that share a multiprocessor of an H100 in bf16, where there are so many; in f32, and on an A100, shared memory has
+/// room for fewer.
 const BLOCKS: u32 = 4;
 /// Steps that the serving threads stand for at a time.
 const SLOTS: u32 = SERVERS / 8;
@@ -309,7 +309,8 @@ impl<'a> Forward<'a> {
         for place in 0..SENT_AHEAD {
             sender.send(self, k.constant(place * INTERVAL), k.constant(0u32), place);
         }
-        // Before each barrier the interval after it is there.
+        // Before each barrier the interval after it is there; here the serving warps alone meet, each of which has copied a part
+        // of the first.
         k.wait_copies(SENT_AHEAD - 1);
         k.meet(2, SERVERS);
         k.for_(0u32, self.intervals + PLACES, PLACES, |round| {

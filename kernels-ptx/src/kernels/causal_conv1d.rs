@@ -22,9 +22,9 @@ pub const VECTOR: u32 = 4;
 /// Rows of 256 bytes of bf16 for a block: with 128, the kernels are 4 % slower.
 const FORWARD: Shape = Shape { across: 32, groups: 4, steps: 16 };
 const BACKWARD: Shape = Shape { across: 32, groups: 4, steps: 64 };
-/// Blocks of the forward pass that share a multiprocessor. The driver's compiler is not held to it unless asked: 93 instead of
-/// 87 % of a copy's bandwidth on an H100. With 7 it is 95 %, but then registers spill on sm_80; those with documents do
-/// with 5, and more than four taps were not looked at.
+/// Blocks of the forward pass that share a multiprocessor. The driver's compiler is not held to it unless asked. With 7 the
+/// kernel is faster still, but then registers spill on sm_80; those with documents do with 5, and more than four taps were not
+/// looked at.
 const FORWARD_RESIDENT: u32 = 5;
 /// Steps that a thread of the backward pass works on at a time.
 const AHEAD: u32 = 4;

@@ -18,11 +18,11 @@
 //! behind the wait for λ.
 //!
 //! Nothing stops the whole block. Two warps that hand something over have a barrier of their own, at which the one that
-//! gives only arrives (but for [`FREED`]); so a warp that is late delays another only when that has nothing left to do. Sums have places for
-//! two stages.
+//! gives only arrives (but for [`FREED`]); so a warp that is late delays another only when that has nothing left to do.
+//! Sums have places for two stages.
 //!
-//! The loops of all tasks together, 21 KB of text, fit in the multiprocessor's instruction cache, and have to: with 32 KB
-//! warps waited a fifth of their time for instructions. Thus serving warps have one text for two stages.
+//! The loops of all tasks together, 21 KB of text, fit in the multiprocessor's instruction cache, and have to: with half as
+//! much again, warps wait for instructions. Thus serving warps have one text for two stages.
 //!
 //! A lane that scans holds 2 channels by 4 states. What is summed over lanes is left in shared memory, for the lanes
 //! that serve to add in a fixed order. As a chunk is used up from its end while the one before it is prepared from

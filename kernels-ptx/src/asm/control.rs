@@ -1,8 +1,8 @@
 //! Branches and loops.
 
-use super::Assembler;
-use super::print::Line;
+use super::print::{Line, Piece};
 use super::value::{Operand, Pred, U32, Value, Variable};
+use super::{Assembler, LANES};
 
 impl Assembler {
     /// Runs `then` where the condition holds.
@@ -62,34 +62,35 @@ impl Assembler {
 
     /// Waits until every thread of the block is here; what they wrote to shared and global memory is seen afterwards.
     pub fn barrier(&self) {
-        self.emit_effect("bar.sync", vec![super::print::Piece::text("0")]);
+        self.emit_effect("bar.sync", vec![Piece::text("0")]);
     }
 
     /// The same for warps that come from different places in the text, `threads` in all: warps that share out the work of a
-    /// block. Each such meeting wants an `id` of its own, from 1 to 15. `bar.sync` would not do: it is the aligned form, and
-    /// compute-sanitizer's synccheck and the simulator report warps that wait there from different instructions.
-    pub fn meet(&self, id: u32, threads: u32) {
+    /// block. Each such meeting wants an `id` of its own, from 1 to 15; it may lie in a register. `bar.sync` would not do: it
+    /// is the aligned form, and compute-sanitizer's synccheck and the simulator report warps that wait there from different
+    /// instructions.
+    pub fn meet<'a>(&'a self, id: impl Operand<'a, U32>, threads: u32) {
         self.emit_meeting("barrier.sync", id, threads);
     }
 
     /// Tells those that [`meet`](Self::meet) by this `id` that the warp has come, and does not wait for them: they see
     /// what it wrote before, and it has read what it read. It may not come again before they have gone on.
-    pub fn arrive(&self, id: u32, threads: u32) {
+    pub fn arrive<'a>(&'a self, id: impl Operand<'a, U32>, threads: u32) {
         self.emit_meeting("barrier.arrive", id, threads);
     }
 
-    fn emit_meeting(&self, opcode: &str, id: u32, threads: u32) {
-        assert!((1..16).contains(&id) && threads.is_multiple_of(32), "barrier {id} of {threads} threads");
-        self.emit_effect(opcode, vec![super::print::Piece::text(&format!("{id}, {threads}"))]);
+    fn emit_meeting<'a>(&'a self, opcode: &str, id: impl Operand<'a, U32>, threads: u32) {
+        assert!(threads.is_multiple_of(LANES), "a barrier of {threads} threads");
+        self.emit_effect(opcode, vec![id.operand().0, Piece::text(&threads.to_string())]);
     }
 
     /// Waits until the lanes of the warp are here; what they wrote to shared memory is seen by the warp afterwards.
     pub fn warp_barrier(&self) {
-        self.emit_effect("bar.warp.sync", vec![super::print::Piece::text("0xffffffff")]);
+        self.emit_effect("bar.warp.sync", vec![Piece::text("0xffffffff")]);
     }
 
     fn branch(&self, condition: Option<(Value<'_, Pred>, bool)>, label: &str) {
-        let line = Line::instruction("bra", vec![super::print::Piece::text(label)]);
+        let line = Line::instruction("bra", vec![Piece::text(label)]);
         self.push(match condition {
             Some((condition, holds)) => line.when(condition.id, holds),
             None => line,

@@ -37,11 +37,13 @@
 //! for others: 250 instructions in the 800 cycles of a stage. Measured on 2026-11-28: 1.65 ms; 8 × 2048 × 576 0.300 ms,
 //! 64 × 1024 × 4096 5.89 ms.
 
+use std::collections::VecDeque;
+
 use super::backward::{GroupGradient, gated};
 use super::forward::SIZES;
 use super::serial::{self, PAIR, STATES, Stored, Tile, Track, tree_sum};
 use super::{CHUNK, Scan, TILE};
-use crate::asm::{Address, Assembler, Description, F32, Global, LANES, Pred, Shared, U32, Value, Variable};
+use crate::asm::{Address, Assembler, Description, F32, Global, LANES, Operand, Pred, Shared, U32, Value, Variable};
 use crate::{Element, Kernel, KernelSource, Target, Work};
 
 /// Steps of a stage.
@@ -307,19 +309,14 @@ impl<'a> Backward<'a> {
         );
     }
 
-    /// Waits for what another warp tells of a stage that is odd or not.
-    fn wait(&self, what: u32, odd: bool) {
-        self.k.meet(what + u32::from(odd), 2 * LANES);
+    /// Waits for what another warp tells of a stage that is odd (1) or not (0).
+    fn wait(&self, what: u32, odd: impl Parity<'a>) {
+        self.k.meet(odd.number(what), 2 * LANES);
     }
 
     /// Tells it, and goes on.
-    fn tell(&self, what: u32, odd: bool) {
-        self.k.arrive(what + u32::from(odd), 2 * LANES);
-    }
-
-    /// Either, where the warp does not know at first whether it is odd: a number in a register would take one.
-    fn either(&self, odd: Value<'a, U32>, of: impl Fn(bool)) {
-        self.k.if_else(odd.eq(0), || of(false), || of(true));
+    fn tell(&self, what: u32, odd: impl Parity<'a>) {
+        self.k.arrive(odd.number(what), 2 * LANES);
     }
 
     /// The place of a stage, counted in the order in which *prepare* takes them. Chunks alternate in the direction of
@@ -533,6 +530,24 @@ struct Passing<'a> {
     way: Variable<'a, U32>,
 }
 
+/// Whether a stage is odd: known when the kernel is written, or 0 or 1 in a register.
+trait Parity<'a> {
+    /// The number of what is told of such stages.
+    fn number(self, what: u32) -> impl Operand<'a, U32>;
+}
+
+impl<'a> Parity<'a> for bool {
+    fn number(self, what: u32) -> impl Operand<'a, U32> {
+        what + u32::from(self)
+    }
+}
+
+impl<'a> Parity<'a> for Value<'a, U32> {
+    fn number(self, what: u32) -> impl Operand<'a, U32> {
+        self + what
+    }
+}
+
 /// Something of every step of a stage.
 fn stage_of<T>(of: impl Fn(usize) -> T) -> [T; STAGE as usize] {
     std::array::from_fn(of)
@@ -581,104 +596,101 @@ impl<'a> Backward<'a> {
             let outer = tile.row.mad(self.chunks, chunk);
             set(&ahead, &lane.places_in(tile, self.chunk_states, outer).map(|place| place.load_vector()));
         };
-        let begin_chunk = |chunk: Value<'a, U32>| {
-            set(&states, &get(&ahead));
-            let later = chunk + 1;
-            k.if_(later.lt(self.chunks), || load_saved(self.chunks - 1 - later));
-        };
         load_saved(self.chunks - 1);
-        begin_chunk(k.constant(0u32));
-        let passing = Passing { place: k.variable(0u32), way: k.variable(0u32) };
-        let Passing { place, way } = passing;
-        place.set(self.place(k.constant(0u32)));
-        way.set(self.way(k.constant(0u32), false));
+        let place = k.variable(self.place(k.constant(0u32)));
+        let (way, beyond) = (k.variable(0u32), k.variable(0u32));
         // *Prepare* adds up what is of no stage at first.
         self.tell(SUMMED, true);
         self.tell(SUMMED, false);
         self.wait(READY, false);
         self.wait(READ, true);
         self.tell(SUMMED, true);
-        // Those of a step are computed while the step before it is gone through.
-        let decays = zeros(k);
+        // What a step is given is read while the step before it is gone through, and Δ of two steps before the first of
+        // them is. A step's decays are computed half ahead: those of its first channel in the step before it, those of the
+        // second in its own, so that no step's exponentials stand without products between them, the loop's last ones neither.
         let first = lane.places(place.get());
-        store(first.starts, &get(&states));
-        let [first_sizes, sizes] = first.sizes(0);
-        set(&decays, &self.decays(&lane, first_sizes));
-        // What a step is given, and Δ of the one after it, read while the step before is gone through.
+        let halves = |channel: usize, size: Value<'a, F32>| lane.rates[channel].map(|rate| (size * rate).exp2_flushed());
         let read = |step: u32, places: &Places<'a>| (places.driven_and_dy(step), places.b(step), places.c(step));
+        let [[size, second_size], later_sizes] = first.sizes(0);
         let (drive, b, c) = read(0, &first);
         let coming = (
             drive.map(|values| values.map(|value| k.variable(value))),
             b.map(|value| k.variable(value)),
             c.map(|value| k.variable(value)),
-            sizes.map(|value| k.variable(value)),
+            [second_size, later_sizes[0], later_sizes[1]].map(|value| k.variable(value)),
         );
-        k.for_(0u32, self.stages, 1u32, |stage| {
-            let odd = stage & 1;
+        let decays = halves(0, size).map(|value| k.variable(value));
+        let stage = k.variable(0u32);
+        let step_on = || {
+            let odd = stage.get() & 1;
             let sums = lane.sums.moved(odd * (STAGE * SUMS_ROW * 4));
             let places = lane.places(place.get());
-            let later = stage + 1;
-            let last = (later & (STAGES - 1)).eq(0);
-            k.if_else(
-                last,
-                || {
-                    place.set(self.place(later));
-                    way.set(self.way(later >> STAGES.ilog2(), false));
-                },
-                || place.set(self.around(place.get() + way.get())),
-            );
+            let follows = self.around(place.get() + way.get());
+            place.set(stage.get().eq(STAGES - 1).select::<U32>(beyond.get(), follows));
             let next = lane.places(place.get());
             let begins = places.begins();
-            let (mut held, mut now) = (get(&states), get(&decays));
+            let (mut held, mut now) = (get(&states), decays.map(|decay| decay.get()));
             let mut ahead = (
                 coming.0.map(|values| values.map(Variable::get)),
                 coming.1.map(Variable::get),
                 coming.2.map(Variable::get),
             );
-            let mut later_sizes = coming.3.map(Variable::get);
-            let mut after = None;
+            let [second_size, later @ ..] = coming.3.map(Variable::get);
+            let mut sizes = VecDeque::from([second_size, later[0], later[1]]);
             for step in 0..STAGE {
                 let ([driven, dy], b, c) = ahead;
-                let sizes = later_sizes;
                 if step + 2 == STAGE {
-                    self.either(odd, |odd| self.wait(READY, !odd));
+                    self.wait(READY, odd ^ 1);
                 }
                 // Before this step's results are written: reads may not pass those.
                 ahead = if step + 1 < STAGE { read(step + 1, &places) } else { read(0, &next) };
-                later_sizes = match after.take() {
-                    Some(sizes) => sizes,
-                    None => {
-                        let [first, second] =
-                            if step + 2 < STAGE { places.sizes(step + 2) } else { next.sizes(step + 2 - STAGE) };
-                        after = Some(second);
-                        first
-                    }
-                };
-                if step == 0 {
-                    self.either(odd, |odd| self.wait(READ, odd));
+                if step % 2 == 0 {
+                    let two = if step + 2 < STAGE { places.sizes(step + 2) } else { next.sizes(0) };
+                    sizes.extend(two.into_iter().flatten());
                 }
+                if step == 0 {
+                    self.wait(READ, odd);
+                }
+                let mut size = || sizes.pop_front().unwrap_or_else(|| unreachable!("sizes were read ahead"));
+                let second = halves(1, size());
+                let decays = [std::mem::replace(&mut now, halves(0, size())), second];
                 let before = reset(begins[step as usize], held);
-                held = patch(|channel, n| now[channel][n].fma(before[channel][n], driven[channel] * b[n]));
-                now = self.decays(&lane, sizes);
+                held = patch(|channel, n| decays[channel][n].fma(before[channel][n], driven[channel] * b[n]));
                 let row = i64::from(step * SUMS_ROW);
                 sums.y.plus(Y + row).store_vector(&held.map(|held| dot(held, c)));
                 let c_sums: [_; QUAD] = std::array::from_fn(|n| dot(dy, [held[0][n], held[1][n]]));
                 sums.by_state.plus(C_SUMS + row).store_vector(&c_sums);
             }
-            set(&decays, &now);
+            decays.iter().zip(now).for_each(|(variable, value)| variable.set(value));
             set(&states, &held);
             coming.0.iter().flatten().zip(ahead.0.iter().flatten()).for_each(|(variable, value)| variable.set(*value));
             coming.1.iter().zip(ahead.1).for_each(|(variable, value)| variable.set(value));
             coming.2.iter().zip(ahead.2).for_each(|(variable, value)| variable.set(value));
-            coming.3.iter().zip(later_sizes).for_each(|(variable, value)| variable.set(value));
-            k.if_(last, || begin_chunk(later >> STAGES.ilog2()));
-            store(next.starts, &get(&states));
-            self.either(odd, |odd| self.tell(SUMMED, odd));
-            // The last stage of the chunk has its start.
-            k.if_((later & (STAGES - 1)).eq(STAGES - 1), || {
+            coming.3.iter().zip(sizes).for_each(|(variable, value)| variable.set(value));
+            stage.set(stage.get() + 1);
+            store(next.starts, &held);
+            self.tell(SUMMED, odd);
+        };
+        // Chunk by chunk, each in two parts: its last stage by itself, as *back* begins when it has begun. What is done between
+        // parts costs the loop through stages no branch.
+        k.for_(0u32, self.chunks * 2, 1u32, |part| {
+            let (last, chunk) = ((part & 1).ne(0), part >> 1);
+            let begin_chunk = || {
+                stage.set(0u32);
+                set(&states, &get(&ahead));
+                store(lane.places(place.get()).starts, &get(&states));
+                let later = chunk + 1;
+                k.if_(later.lt(self.chunks), || load_saved(self.chunks - 1 - later));
+                way.set(self.way(chunk, false));
+                beyond.set(self.place(later << STAGES.ilog2()));
+            };
+            let begin_last = || {
                 self.tell(STARTED, false);
                 self.tell(STARTED, true);
-            });
+            };
+            k.if_else(last, begin_last, begin_chunk);
+            let end = last.select::<U32>(STAGES, STAGES - 1);
+            k.while_(|| stage.get().lt(end), step_on);
         });
         // What *prepare* tells of no stage.
         self.wait(READ, false);
@@ -707,7 +719,7 @@ impl<'a> Backward<'a> {
         k.if_(second.ne(0), || self.tell(CARRIED, false));
         let first = |stage: Value<'a, U32>| {
             k.comment("forth through the stage: the states before its steps");
-            self.move_on(&passing, stage, || self.either(second, |second| self.wait(STARTED, second)));
+            self.move_on(&passing, stage, || self.wait(STARTED, second));
             let places = lane.places(passing.place.get());
             let begins = places.begins();
             let mut held = load(places.starts);
@@ -735,7 +747,7 @@ impl<'a> Backward<'a> {
             let read = |step: u32| (places.driven_and_dy(step), places.c(step));
             let mut ahead = Some(read(STAGE - 1));
             let mut two_sizes = places.sizes(STAGE - 2);
-            self.either(second, |second| self.wait(CARRIED, second));
+            self.wait(CARRIED, second);
             let mut carry = load(lane.carry);
             for step in (0..STAGE).rev() {
                 let Some(([driven, dy], c)) = ahead else { unreachable!("a step was read") };
@@ -755,7 +767,7 @@ impl<'a> Backward<'a> {
                 carry = reset(begins[index], back);
                 if step == 0 {
                     store(lane.carry, &carry);
-                    self.either(second, |second| self.tell(CARRIED, !second));
+                    self.tell(CARRIED, second ^ 1);
                 }
                 let through = patch(|channel, n| back[channel][n] * before[channel][n]);
                 for (channel, n) in (0..PAIR).flat_map(|channel| (0..QUAD).map(move |n| (channel, n))) {
@@ -766,16 +778,16 @@ impl<'a> Backward<'a> {
                     [0, 1].map(|channel| [dot(lambda[channel], b), dot(through[channel], lane.rates[channel])]);
                 let sums = [first[0], first[1], second_sums[0], second_sums[1]];
                 if step == STAGE - 1 {
-                    self.either(second, |second| self.wait(TAKEN, second));
+                    self.wait(TAKEN, second);
                 }
                 lane.sums.through.plus(THROUGH + row).store_vector(&sums);
                 let b_sums: [_; QUAD] = std::array::from_fn(|n| dot(driven, [lambda[0][n], lambda[1][n]]));
                 lane.sums.by_state.plus(B_SUMS + row).store_vector(&b_sums);
             }
-            self.either(second, |second| self.tell(LEFT, second));
+            self.tell(LEFT, second);
             first(stage + 2);
         });
-        self.either(second, |second| self.wait(TAKEN, second));
+        self.wait(TAKEN, second);
         // Where the first warp left sums that *finish* has read.
         let others = self.memory.sums.at(k.lane() * QUAD as u32).plus(THROUGH);
         let write = |memory: Global<'a>, values: &Patch<Value<'a, F32>>| {

@@ -163,47 +163,43 @@ fn sum_pass(operator: &'static str, parts: &Tensor, splits: u32, shape: &[usize]
     Ok(sum.tensor())
 }
 
+/// Equal parts to be added: f32 `[splits, …]`, and the shape of one of them.
+pub(crate) type Parts<'a> = (&'a Tensor, &'a [usize]);
+
 /// The sum of `splits` equal parts as [`sum_parts`], in one launch whose blocks take the parts in turn: for many parts.
 ///
 /// # Errors
 /// [`Error::Invalid`] for a problem that is too large; runtime errors.
-pub(crate) fn column_sums(operator: &'static str, parts: &Tensor, splits: u32, shape: &[usize]) -> Result<Tensor> {
-    let count = size(operator, "the number of elements", shape.iter().product())?;
-    let mut sum = Output::new(parts.device(), shape, DType::F32)?;
-    let arguments = [sum.write(), read(parts), Argument::U32(splits), Argument::U32(count), Argument::U32(splits)];
-    let kernel = ColumnSums { element: kernels_ptx::Element::F32, pair: false };
-    let sizes = [u64::from(splits), u64::from(count)];
-    launch(operator, parts.device(), &kernel, ColumnSums::grid(&[count], 1), &sizes, &arguments)?;
-    Ok(sum.tensor())
+pub(crate) fn column_sums(operator: &'static str, parts: Parts<'_>, splits: u32) -> Result<Tensor> {
+    Ok(column_sums_with(operator, parts, [], splits)?.0)
 }
 
-/// [`column_sums`] of two tensors' parts in one launch; both f32 `[splits, …]`.
+/// [`column_sums`] of one tensor's parts, and of up to two more tensors' as many parts, in one launch.
 ///
 /// # Errors
 /// [`Error::Invalid`] for a problem that is too large; runtime errors.
-pub(crate) fn column_sums_pair(
+pub(crate) fn column_sums_with<const N: usize>(
     operator: &'static str,
-    [(parts, shape), (second_parts, second_shape)]: [(&Tensor, &[usize]); 2],
+    (parts, shape): Parts<'_>,
+    more: [Option<Parts<'_>>; N],
     splits: u32,
-) -> Result<[Tensor; 2]> {
+) -> Result<(Tensor, [Option<Tensor>; N])> {
     let count = |shape: &[usize]| size(operator, "the number of elements", shape.iter().product());
-    let (first_count, second_count) = (count(shape)?, count(second_shape)?);
     let device = parts.device();
-    let mut sum = Output::new(device, shape, DType::F32)?;
-    let mut second_sum = Output::new(device, second_shape, DType::F32)?;
-    let arguments = [
-        sum.write(),
-        read(parts),
-        Argument::U32(splits),
-        Argument::U32(first_count),
-        Argument::U32(splits),
-        second_sum.write(),
-        read(second_parts),
-        Argument::U32(second_count),
-    ];
-    let kernel = ColumnSums { element: kernels_ptx::Element::F32, pair: true };
-    let sizes = [u64::from(splits), u64::from(first_count) + u64::from(second_count)];
-    launch(operator, device, &kernel, ColumnSums::grid(&[first_count, second_count], 1), &sizes, &arguments)?;
+    let output = |(_, shape): Parts<'_>| Output::new(device, shape, DType::F32);
+    let mut sum = output((parts, shape))?;
+    let mut counts = vec![count(shape)?];
+    let mut arguments = vec![sum.write(), read(parts)];
+    arguments.extend([splits, counts[0], splits].map(Argument::U32));
+    let mut more_sums = [const { None }; N];
+    for (sum, (parts, shape)) in more_sums.iter_mut().zip(more).filter_map(|(sum, parts)| Some((sum, parts?))) {
+        counts.push(count(shape)?);
+        let sum: &mut Output = sum.insert(output((parts, shape))?);
+        arguments.extend([sum.write(), read(parts), Argument::U32(counts[counts.len() - 1])]);
+    }
+    let kernel = ColumnSums { element: kernels_ptx::Element::F32, matrices: counts.len() };
+    let sizes = [u64::from(splits), counts.iter().map(|count| u64::from(*count)).sum()];
+    launch(operator, device, &kernel, ColumnSums::grid(&counts, 1), &sizes, &arguments)?;
     drop(arguments);
-    Ok([sum.tensor(), second_sum.tensor()])
+    Ok((sum.tensor(), more_sums.map(|sum| sum.map(Output::tensor))))
 }

@@ -181,7 +181,7 @@ fn backward_held(
     gpu::launch(OPERATOR, device, &kernel, Some([blocks, 1, 1]), &sizes, &arguments)?;
     drop(arguments);
     let weight_gradient =
-        weight_needed.then(|| gpu::column_sums(OPERATOR, &sums.tensor(), blocks, &[*width as usize])).transpose()?;
+        weight_needed.then(|| gpu::column_sums(OPERATOR, (&sums.tensor(), &[*width as usize]), blocks)).transpose()?;
     Ok((input_gradient.tensor(), weight_gradient))
 }
 
@@ -250,7 +250,7 @@ fn weight_gradient_any_width(saved: &Saved, gradient: &Tensor) -> Result<Tensor>
     ];
     let (grid, sizes) = (RmsNormAnyWidthWeightGradient::grid(*width, parts), [u64::from(*rows), u64::from(*width)]);
     gpu::launch(OPERATOR, input.device(), &kernel, grid, &sizes, &arguments)?;
-    gpu::column_sums(OPERATOR, &sums.tensor(), parts, &[*width as usize])
+    gpu::column_sums(OPERATOR, (&sums.tensor(), &[*width as usize]), parts)
 }
 
 /// The result, and `1 / sqrt(mean(x²) + epsilon)` of every row.

@@ -1,7 +1,7 @@
 //! Column sums: `sums[p, j] = Σᵢ x[i, j]` over the rows `i` of part `p`, in f32. With one part it is the whole sum; with more,
 //! [`SumParts`](super::sum_parts::SumParts) adds them in order.
 //!
-//! - With `pair`, one launch sums two matrices that have as many rows: the second's columns have blocks after the first's.
+//! - One launch sums up to three matrices that have as many rows: the next one's columns have blocks after the ones before.
 //! - Layout: a block takes 32 columns of a part, a lane one of them; its 8 warps take rows in turn, so that 8 · 16 rows
 //!   of 32 elements are on their way at a time. Their sums are added in order.
 //! - Traffic: every element of x is read once. Bound by memory.
@@ -14,19 +14,26 @@ const WARPS: u32 = THREADS / LANES;
 /// Rows that a thread has on their way at a time.
 const AHEAD: u32 = 16;
 
-/// Sums a matrix over its rows.
+/// The parameters of the matrices after the first: sums, x and columns.
+const MORE: [[&str; 3]; 2] =
+    [["second_sums", "second_x", "second_columns"], ["third_sums", "third_x", "third_columns"]];
+
+/// Sums matrices over their rows.
 ///
 /// Parameters: `sums` (f32 `[parts, columns]`, written), `x` (`[rows, columns]`), `rows`, `columns`, `part_rows` (u32: rows
-/// of a part); with `pair`, `second_sums`, `second_x` and `second_columns` as well.
+/// of a part); then for each matrix after the first, `second_sums`, `second_x` and `second_columns`, and so on.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct ColumnSums {
     /// Type of x.
     pub element: Element,
-    /// There are two matrices.
-    pub pair: bool,
+    /// Matrices, from 1 to [`MOST_MATRICES`](Self::MOST_MATRICES).
+    pub matrices: usize,
 }
 
 impl ColumnSums {
+    /// Matrices that one launch takes.
+    pub const MOST_MATRICES: usize = 1 + MORE.len();
+
     /// Blocks for matrices of so many columns and parts; `None` when one launch cannot cover them.
     pub fn grid(columns: &[u32], parts: u32) -> Option<[u32; 3]> {
         let blocks = columns.iter().map(|columns| columns.div_ceil(LANES)).sum();
@@ -50,10 +57,11 @@ fn either<'a>(condition: Value<'a, Pred>, one: Global<'a>, other: Global<'a>) ->
 
 impl KernelSource for ColumnSums {
     fn build(&self) -> Kernel {
-        let Self { element, pair } = *self;
+        let Self { element, matrices } = *self;
+        assert!((1..=Self::MOST_MATRICES).contains(&matrices), "{matrices} matrices");
         let bytes = element.bytes() as u64;
         let description = Description {
-            name: format!("column_sums_{element}{}", if pair { "_pair" } else { "" }),
+            name: format!("column_sums_{element}{}", ["", "_pair", "_triple"][matrices - 1]),
             summary: "sums[p, j] = sum of x[i, j] over the rows i of part p; a block per 32 columns and part"
                 .to_owned(),
             block: [THREADS, 1, 1],
@@ -69,15 +77,15 @@ impl KernelSource for ColumnSums {
             let (rows, mut columns, part_rows) = (k.u32("rows"), k.u32("columns"), k.u32("part_rows"));
             let (lane, warp) = (k.lane().named("lane"), k.warp().named("warp"));
             let mut block = k.block();
-            if pair {
-                let (second_sums, second_x) = (k.write("second_sums", Element::F32), k.read("second_x", element));
-                let second_columns = k.u32("second_columns");
-                k.comment("the block's matrix");
+            for [more_sums, more_x, more_columns] in MORE.into_iter().take(matrices - 1) {
+                let (more_sums, more_x) = (k.write(more_sums, Element::F32), k.read(more_x, element));
+                let more_columns = k.u32(more_columns);
+                k.comment("is the block's matrix a later one?");
                 let blocks = (columns + (LANES - 1)) >> LANES.ilog2();
-                let first = block.lt(blocks);
-                (sums, x) = (either(first, sums, second_sums), either(first, x, second_x));
-                columns = first.select(columns, second_columns);
-                block = first.select(block, block - blocks);
+                let here = block.lt(blocks);
+                (sums, x) = (either(here, sums, more_sums), either(here, x, more_x));
+                columns = here.select(columns, more_columns);
+                block = here.select(block, block - blocks);
             }
             let column = block.mad(LANES, lane).named("column");
             let exists = column.lt(columns);
@@ -114,8 +122,8 @@ impl KernelSource for ColumnSums {
     }
 
     fn configurations() -> Vec<Self> {
-        let mut all = super::float_elements(|element| Self { element, pair: false });
-        all.push(Self { element: Element::F32, pair: true });
+        let mut all = super::float_elements(|element| Self { element, matrices: 1 });
+        all.extend((2..=Self::MOST_MATRICES).map(|matrices| Self { element: Element::F32, matrices }));
         all
     }
 }

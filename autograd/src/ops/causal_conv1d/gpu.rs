@@ -88,15 +88,10 @@ pub(super) fn backward(convolution: &Convolution, gradient: &Tensor) -> Result<C
     gpu::launch(OPERATOR, device, &kernel, grid, &launch.sizes.map(u64::from), &arguments)?;
     drop(arguments);
     let state = state_gradient.map(Output::tensor).zip(convolution.initial_state.as_ref());
-    let (weight_parts, weight_shape) = (weight_parts.tensor(), [channels, width]);
-    let (weight, bias) = match bias_parts {
-        Some(bias_parts) => {
-            let sums = [(&weight_parts, &weight_shape[..]), (&bias_parts.tensor(), &[channels])];
-            let [weight, bias] = gpu::column_sums_pair(OPERATOR, sums, parts)?;
-            (weight, Some(bias))
-        }
-        None => (gpu::column_sums(OPERATOR, &weight_parts, parts, &weight_shape)?, None),
-    };
+    let (weight_parts, bias_parts) = (weight_parts.tensor(), bias_parts.map(Output::tensor));
+    let (weight_shape, bias_shape) = ([channels, width], [channels]);
+    let bias_parts = bias_parts.as_ref().map(|parts| (parts, &bias_shape[..]));
+    let (weight, [bias]) = gpu::column_sums_with(OPERATOR, (&weight_parts, &weight_shape), [bias_parts], parts)?;
     Ok(ConvolutionGradients {
         input: input_gradient.tensor(),
         weight,

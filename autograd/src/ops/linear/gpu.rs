@@ -220,7 +220,7 @@ fn bias_gradient(gradient: &Tensor) -> Result<Tensor> {
         Argument::U32(column_count),
         Argument::U32(part_rows),
     ];
-    let kernel = ColumnSums { element: gpu::element(gradient.dtype()), pair: false };
+    let kernel = ColumnSums { element: gpu::element(gradient.dtype()), matrices: 1 };
     let sizes = [rows as u64, columns as u64];
     gpu::launch(OPERATOR, device, &kernel, ColumnSums::grid(&[column_count], splits), &sizes, &arguments)?;
     gpu::sum_parts(OPERATOR, &parts.tensor(), splits, &[columns])

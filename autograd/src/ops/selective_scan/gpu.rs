@@ -218,9 +218,21 @@ impl<'a> Launch<'a> {
         self.sizes.batch > 0 && self.sizes.time > 0 && self.sizes.channels > 0
     }
 
-    /// The ordered sum of one part per row and span, under the shape of one part.
-    fn sum_parts(&self, parts: Output, shape: &[usize]) -> Result<Tensor> {
-        gpu::sum_parts(OPERATOR, &parts.tensor(), self.sizes.batch * self.spans(), shape)
+    /// The gradients of a, d and the bias: the sums of their parts, one per row and span.
+    fn sum_parts(&self, a: Output, d: Option<Output>, bias: Option<Output>) -> Result<(Tensor, [Option<Tensor>; 2])> {
+        let vector = [self.scan.channels];
+        let matrix = [self.scan.channels, self.scan.states];
+        let (a, vectors) = (a.tensor(), [d, bias].map(|parts| parts.map(Output::tensor)));
+        match self.sizes.batch * self.spans() {
+            1 => {
+                let [d, bias] = vectors.map(|part| part.map(|part| part.reshape(&vector)).transpose());
+                Ok((a.reshape(&matrix)?, [d?, bias?]))
+            }
+            splits => {
+                let vectors = vectors.each_ref().map(|parts| parts.as_ref().map(|parts| (parts, &vector[..])));
+                gpu::column_sums_with(OPERATOR, (&a, &matrix), vectors, splits)
+            }
+        }
     }
 
     /// Memory for the gradient of B or C as [`ScanBackward`] writes it.
@@ -389,19 +401,19 @@ pub(super) fn backward(
         (state_gradient, _) => state_gradient.map(Output::tensor),
     };
     let like = |gradient: Tensor, input: &Tensor| gradient.cast(input.dtype());
-    let vector = |parts: Option<Output>| parts.map(|parts| launch.sum_parts(parts, &[scan.channels])).transpose();
+    let (a_gradient, [d_gradient, bias_gradient]) = launch.sum_parts(a_parts, d_parts, bias_parts)?;
     Ok([
         Some(input_gradient.tensor()),
         Some(like(delta_gradient.tensor(), &scan.delta)?),
-        Some(launch.sum_parts(a_parts, &[scan.channels, scan.states])?),
+        Some(a_gradient),
         Some(like(launch.group_sums(b_gradient, &launch.b, b_way, b_tiles)?, &scan.b)?),
         Some(like(launch.group_sums(c_gradient, &launch.c, c_way, c_tiles)?, &scan.c)?),
-        vector(d_parts)?,
+        d_gradient,
         match (gate_gradient, &scan.gate) {
             (Some(gradient), Some(gate)) => Some(like(gradient.tensor(), gate)?),
             _ => None,
         },
-        vector(bias_parts)?,
+        bias_gradient,
         state_gradient,
     ])
 }

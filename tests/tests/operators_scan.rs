@@ -244,17 +244,31 @@ impl ScanCase {
         Ok(vec![result.output, result.last_state])
     }
 
+    /// Random gradients of the output and of the last state.
+    fn seeds(&self, dtype: DType) -> [Tensor; 2] {
+        let Self { batch, time, channels, states, .. } = *self;
+        let mut random = Random::new(self.seed ^ 0x5eed);
+        [(dtype, [batch, time, channels]), (DType::F32, [batch, channels, states])]
+            .map(|(dtype, shape)| tensor(dtype, &shape, &random.normals(shape.iter().product(), 1.0)))
+    }
+
     /// The output, the last state, and the gradients of all inputs under random seeds.
     fn results_by(&self, inputs: &[Tensor], starts: Option<&Tensor>, way: Option<ScanWay>) -> Vec<Tensor> {
+        self.results_from(inputs, starts, way, self.seeds(inputs[0].dtype()))
+    }
+
+    /// The output, the last state, and the gradients of all inputs under these seeds.
+    fn results_from(
+        &self,
+        inputs: &[Tensor],
+        starts: Option<&Tensor>,
+        way: Option<ScanWay>,
+        seeds: [Tensor; 2],
+    ) -> Vec<Tensor> {
         let tape = Tape::new();
         let leaves: Vec<Var> = inputs.iter().map(|input| tape.leaf(input)).collect();
         let outputs = self.operator_by(&tape, &leaves, starts, way).unwrap();
-        let mut random = Random::new(self.seed ^ 0x5eed);
-        let seeds = outputs.iter().map(|output| {
-            let count = output.shape().iter().product();
-            (output.clone(), tensor(output.dtype(), output.shape(), &random.normals(count, 1.0)))
-        });
-        let gradients = tape.backward_from(seeds.collect()).unwrap();
+        let gradients = tape.backward_from(outputs.iter().cloned().zip(seeds).collect()).unwrap();
         let mut all: Vec<Tensor> = outputs.iter().map(|output| output.tensor().clone()).collect();
         all.extend(inputs.iter().map(|input| gradients.get(input).unwrap().clone()));
         all
@@ -331,6 +345,13 @@ fn steps(whole: &Tensor, start: usize, end: usize) -> Tensor {
     let part: Vec<f64> =
         (0..batch).flat_map(|row| values[(row * time + start) * width..(row * time + end) * width].to_vec()).collect();
     tensor(whole.dtype(), &[&[batch, end - start], &whole.shape()[2..]].concat(), &part)
+}
+
+/// Row `row` of a `[batch, …]` tensor, as a batch of one.
+fn row_of(whole: &Tensor, row: usize) -> Tensor {
+    let width: usize = whole.shape()[1..].iter().product();
+    let values = widened(whole).unwrap();
+    tensor(whole.dtype(), &[&[1], &whole.shape()[1..]].concat(), &values[row * width..(row + 1) * width])
 }
 
 /// `[batch, time, …]` values of consecutive parts, as one.
@@ -566,6 +587,47 @@ proptest! {
         for (index, (packed, separate)) in packed_shared.iter().zip(&separate_shared).enumerate() {
             let what = format!("gradient of parameter {index}");
             agree(&what, &[packed.len()], packed, separate, Bounds::new(1e-5, 2e-5)).map_err(TestCaseError::fail)?;
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(cases(64))]
+
+    /// What A, D and the bias of the step sizes get from a batch is the sum of what they get from each of its rows.
+    #[test]
+    fn rows_share_parameters(
+        case in scans(), batch in prop_oneof![5 => 2..20usize, 1 => 120..140usize], time in 1..20usize, tiles in 0..4usize,
+    ) {
+        let mut case = ScanCase { batch, time, ..case };
+        if batch > 20 {
+            (case.time, case.channels, case.states) = (time.min(3), case.channels.min(17), case.states.min(16));
+        }
+        // On GPUs, tiles of whole rows are scanned by other kernels.
+        let way = (tiles > 0).then_some(ScanWay::Serial);
+        if way.is_some() {
+            (case.channels, case.states) = (16 * tiles, 16);
+        }
+        (case.b_groups, case.c_groups, case.document_start) = (1, 1, None);
+        let inputs = case.inputs();
+        let whole = tensors(&inputs);
+        let results = case.results_by(&whole, None, way);
+        let seeds = case.seeds(DType::F32);
+        let row_case = ScanCase { batch: 1, ..case.clone() };
+        let shared = |index: usize| ["a", "d", "delta_bias"].contains(&inputs[index].name);
+        let rows: Vec<Vec<Tensor>> = (0..batch).map(|row| {
+            let row_inputs: Vec<Tensor> = whole.iter().enumerate()
+                .map(|(index, input)| if shared(index) { input.clone() } else { row_of(input, row) })
+                .collect();
+            row_case.results_from(&row_inputs, None, way, seeds.each_ref().map(|seed| row_of(seed, row)))
+        }).collect();
+        for index in (0..inputs.len()).filter(|index| shared(*index)) {
+            let rows: Vec<Vec<f64>> = rows.iter().map(|results| widened(&results[2 + index]).unwrap()).collect();
+            let sum = |term: fn(f64) -> f64| -> Vec<f64> {
+                (0..rows[0].len()).map(|place| rows.iter().map(|values| term(values[place])).sum()).collect()
+            };
+            let got = widened(&results[2 + index]).unwrap();
+            agree_by_terms(inputs[index].name, &got, &sum(|value| value), &sum(f64::abs))?;
         }
     }
 }

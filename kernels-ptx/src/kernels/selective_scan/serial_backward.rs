@@ -97,6 +97,12 @@ const DELTA: i64 = 0;
 const DRIVE: i64 = DELTA + (STAGE * TILE) as i64;
 const B: i64 = DRIVE + 2 * TILE as i64;
 const C: i64 = B + STATES as i64;
+/// From where B is in an even step to where it is in `step`; C is then so much before where it is in an even step. As
+/// steps follow each other in whole rounds of the banks, odd ones have both exchanged, so that *prepare* writes to all banks.
+fn group_swap(step: u32) -> i64 {
+    i64::from(step % 2 * STATES)
+}
+
 /// f32 from a step's to the next's.
 const STEP_ROW: u32 = 2 * TILE + 2 * STATES;
 /// Where the states before a stage begin, after its steps; and, a word each, whether its steps begin documents.
@@ -473,12 +479,16 @@ impl<'a> Places<'a> {
         [driven, [dy0, dy1]]
     }
 
+    fn dy(&self, step: u32) -> [Value<'a, F32>; PAIR] {
+        self.channels.plus(DRIVE + i64::from(step * STEP_ROW) + PAIR as i64).load_vector()
+    }
+
     fn b(&self, step: u32) -> [Value<'a, F32>; QUAD] {
-        self.groups.plus(B + i64::from(step * STEP_ROW)).load_vector()
+        self.groups.plus(B + group_swap(step) + i64::from(step * STEP_ROW)).load_vector()
     }
 
     fn c(&self, step: u32) -> [Value<'a, F32>; QUAD] {
-        self.groups.plus(C + i64::from(step * STEP_ROW)).load_vector()
+        self.groups.plus(C - group_swap(step) + i64::from(step * STEP_ROW)).load_vector()
     }
 
     /// Whether the stage's steps begin documents.
@@ -574,16 +584,14 @@ impl<'a> Backward<'a> {
     }
 
     /// The place of the stage that a warp of *back* has next, from the chunk's last on; after all, that of its last.
-    fn move_on(&self, passing: &Passing<'a>, stage: Value<'a, U32>, at_start: impl FnOnce()) {
-        let Passing { place, way } = *passing;
+    fn move_on(&self, place: Variable<'a, U32>, stage: Value<'a, U32>, at_start: impl FnOnce()) {
         let start = || {
             self.k.if_(stage.lt(self.stages), || {
-                way.set(self.way(stage >> STAGES.ilog2(), true) * 2);
                 place.set(self.place(stage ^ (STAGES - 1)));
                 at_start();
             });
         };
-        let follow = || place.set(self.around(place.get() + way.get()));
+        let follow = || place.set(self.around(place.get() + self.way(stage >> STAGES.ilog2(), true) * 2));
         self.k.if_else((stage & (STAGES - 2)).eq(0), start, follow);
     }
 
@@ -714,62 +722,84 @@ impl<'a> Backward<'a> {
             }
             None => store(lane.carry, &get(&zeros(k))),
         });
-        let passing = Passing { place: k.variable(0u32), way: k.variable(0u32) };
+        let place = k.variable(0u32);
         let (decays, before) = (stage_of(|_| zeros(k)), stage_of(|_| zeros(k)));
         k.if_(second.ne(0), || self.tell(CARRIED, false));
-        let first = |stage: Value<'a, U32>| {
+        let keeps_first = !self.source.scan.documents;
+        // Registers are scarce: the assembler does not read what a step needs before this.
+        let apart = |step: u32| {
+            if (1..STAGE - 1).contains(&step) {
+                k.warp_barrier();
+            }
+        };
+        let to_stage = |stage: Value<'a, U32>| {
+            self.move_on(place, stage, || self.wait(STARTED, stage & 1));
+            lane.places(place.get())
+        };
+        let states_of = |places: &Places<'a>| {
             k.comment("forth through the stage: the states before its steps");
-            self.move_on(&passing, stage, || self.wait(STARTED, second));
-            let places = lane.places(passing.place.get());
             let begins = places.begins();
             let mut held = load(places.starts);
-            let [low, high] = [0, 2].map(|step| places.sizes(step));
-            let sizes = [low[0], low[1], high[0], high[1]];
             for step in 0..STAGE {
                 let index = step as usize;
-                let now = self.decays(&lane, sizes[index]);
                 held = reset(begins[index], held);
-                set(&decays[index], &now);
-                if step > 0 {
+                if step > 0 || keeps_first {
                     set(&before[index], &held);
                 }
+                apart(step);
                 if step + 1 < STAGE {
-                    let (driven, b) = (places.driven(step), places.b(step));
-                    held = patch(|channel, n| now[channel][n].fma(held[channel][n], driven[channel] * b[n]));
+                    let (driven, b, decays) = (places.driven(step), places.b(step), get(&decays[index]));
+                    held = patch(|channel, n| decays[channel][n].fma(held[channel][n], driven[channel] * b[n]));
                 }
             }
         };
-        first(second);
+        let first = to_stage(second);
+        for (decays, sizes) in decays.iter().zip([0, 2].map(|step| first.sizes(step)).as_flattened()) {
+            set(decays, &self.decays(&lane, *sizes));
+        }
+        states_of(&first);
         k.for_(second, self.stages, 2u32, |stage| {
-            k.comment("and back");
-            let places = lane.places(passing.place.get());
+            // As `second`, but no register is kept for each number that is made from it.
+            let odd = stage & 1;
+            k.comment("and back: lambda, which the other warp waits for, and what it makes of the states");
+            let places = lane.places(place.get());
             let begins = places.begins();
-            let read = |step: u32| (places.driven_and_dy(step), places.c(step));
+            let read = |step: u32| (places.dy(step), places.c(step));
+            let mut ahead = Some(read(STAGE - 1));
+            self.wait(CARRIED, odd);
+            let mut carry = load(lane.carry);
+            let mut chain = stage_of(|_| None);
+            for step in (0..STAGE as usize).rev() {
+                let Some((dy, c)) = ahead else { unreachable!("a step was read") };
+                ahead = (step > 0).then(|| read(step as u32 - 1));
+                let decays = get(&decays[step]);
+                let lambda = patch(|channel, n| c[n].fma(dy[channel], carry[channel][n]));
+                let back = patch(|channel, n| decays[channel][n] * lambda[channel][n]);
+                carry = reset(begins[step], back);
+                // The first are read again: registers are scarce.
+                let before = if step > 0 || keeps_first { get(&before[step]) } else { reset(begins[0], load(places.starts)) };
+                chain[step] = Some((lambda, patch(|channel, n| back[channel][n] * before[channel][n])));
+            }
+            store(lane.carry, &carry);
+            self.tell(CARRIED, odd ^ 1);
+            k.comment("and what is summed, while the decays of the stage after the next are computed");
+            let next = to_stage(stage + 2);
+            let mut next_sizes = None;
+            let read = |step: u32| (places.driven(step), places.b(step));
             let mut ahead = Some(read(STAGE - 1));
             let mut two_sizes = places.sizes(STAGE - 2);
-            self.wait(CARRIED, second);
-            let mut carry = load(lane.carry);
+            self.wait(TAKEN, odd);
             for step in (0..STAGE).rev() {
-                let Some(([driven, dy], c)) = ahead else { unreachable!("a step was read") };
+                let (Some((driven, b)), Some((lambda, through))) = (ahead, chain[step as usize]) else {
+                    unreachable!("a step was read, and gone through")
+                };
                 let sizes = two_sizes[(step % 2) as usize];
-                // Wanted later than the others.
-                let b = places.b(step);
+                apart(step);
                 ahead = (step > 0).then(|| read(step - 1));
                 if step == 2 {
                     two_sizes = places.sizes(0);
                 }
-                let (row, index) = (i64::from(step * SUMS_ROW), step as usize);
-                let decays = get(&decays[index]);
-                // The first are read again: registers are scarce.
-                let before = if step > 0 { get(&before[index]) } else { reset(begins[0], load(places.starts)) };
-                let lambda = patch(|channel, n| c[n].fma(dy[channel], carry[channel][n]));
-                let back = patch(|channel, n| decays[channel][n] * lambda[channel][n]);
-                carry = reset(begins[index], back);
-                if step == 0 {
-                    store(lane.carry, &carry);
-                    self.tell(CARRIED, second ^ 1);
-                }
-                let through = patch(|channel, n| back[channel][n] * before[channel][n]);
+                let row = i64::from(step * SUMS_ROW);
                 for (channel, n) in (0..PAIR).flat_map(|channel| (0..QUAD).map(move |n| (channel, n))) {
                     let sum = a_sums[channel][n];
                     sum.set(sizes[channel].fma(through[channel][n], sum.get()));
@@ -777,15 +807,21 @@ impl<'a> Backward<'a> {
                 let [first, second_sums] =
                     [0, 1].map(|channel| [dot(lambda[channel], b), dot(through[channel], lane.rates[channel])]);
                 let sums = [first[0], first[1], second_sums[0], second_sums[1]];
-                if step == STAGE - 1 {
-                    self.wait(TAKEN, second);
-                }
                 lane.sums.through.plus(THROUGH + row).store_vector(&sums);
                 let b_sums: [_; QUAD] = std::array::from_fn(|n| dot(driven, [lambda[0][n], lambda[1][n]]));
                 lane.sums.by_state.plus(B_SUMS + row).store_vector(&b_sums);
+                next_sizes = match next_sizes {
+                    None => Some(next.sizes(step - 1)),
+                    Some(sizes) => {
+                        for (sizes, decays) in sizes.into_iter().zip(&decays[step as usize..]) {
+                            set(decays, &self.decays(&lane, sizes));
+                        }
+                        None
+                    }
+                };
             }
-            self.tell(LEFT, second);
-            first(stage + 2);
+            self.tell(LEFT, odd);
+            states_of(&next);
         });
         self.wait(TAKEN, second);
         // Where the first warp left sums that *finish* has read.
@@ -840,8 +876,8 @@ struct Sender<'a> {
 struct Served<'a> {
     sizes: Address<'a>,
     drive: Address<'a>,
-    /// That of B and of C.
-    groups: Address<'a>,
+    b: Address<'a>,
+    c: Address<'a>,
 }
 
 /// What *prepare* keeps of a step until it adds up what *forth* leaves of it: which it is, u, and what makes `y` the
@@ -905,11 +941,13 @@ impl<'a> Backward<'a> {
     /// Where the serving lane's values of a stage are in the first place.
     fn served(&self) -> Served<'a> {
         let (slot, pair, stages) = (self.slot(), self.tile.pair, self.memory.stages);
+        let swap = (slot & 1) * STATES;
         let two_steps = (slot >> 1).mad(2 * TILE, (slot & 1) * PAIR as u32);
         Served {
             sizes: stages.at(pair.mad(4, two_steps)).plus(DELTA),
             drive: stages.at(pair.mad(4, slot * STEP_ROW)).plus(DRIVE),
-            groups: stages.at(pair.mad(PAIR as u32, slot * STEP_ROW)),
+            b: stages.at(pair.mad(PAIR as u32, slot.mad(STEP_ROW, swap))).plus(B),
+            c: stages.at(pair.mad(PAIR as u32, slot.mad(STEP_ROW, self.k.constant(STATES) - swap))).plus(B),
         }
     }
 
@@ -1131,9 +1169,8 @@ impl<'a> Backward<'a> {
         kept.u.set(&item.input);
         served.sizes.moved(place).store_vector(&sizes);
         served.drive.moved(place).store_vector(&[sizes[0] * u[0], sizes[1] * u[1], dy[0], dy[1]]);
-        let groups = served.groups.moved(place);
-        groups.plus(B).store_vector(&item.b.get());
-        groups.plus(C).store_vector(&item.c.get());
+        served.b.moved(place).store_vector(&item.b.get());
+        served.c.moved(place).store_vector(&item.c.get());
         if let Some(flag) = item.document_start {
             let flag = flag.get().eq(step).select::<U32>(1u32, 0u32);
             let begins = self.memory.stages.at(self.slot()).plus(BEGINS).cast(Element::U32);

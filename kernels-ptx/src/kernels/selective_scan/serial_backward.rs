@@ -103,6 +103,11 @@ fn group_swap(step: u32) -> i64 {
     i64::from(step % 2 * STATES)
 }
 
+/// The same for Δu and dy of a channel pair, for *finish*, which reads dy alone.
+fn drive_swap(step: u32) -> i64 {
+    i64::from(step % 2) * PAIR as i64
+}
+
 /// f32 from a step's to the next's.
 const STEP_ROW: u32 = 2 * TILE + 2 * STATES;
 /// Where the states before a stage begin, after its steps; and, a word each, whether its steps begin documents.
@@ -471,16 +476,16 @@ impl<'a> Places<'a> {
     }
 
     fn driven(&self, step: u32) -> [Value<'a, F32>; PAIR] {
-        self.channels.plus(DRIVE + i64::from(step * STEP_ROW)).load_vector()
+        self.channels.plus(DRIVE + drive_swap(step) + i64::from(step * STEP_ROW)).load_vector()
     }
 
     fn driven_and_dy(&self, step: u32) -> [[Value<'a, F32>; PAIR]; 2] {
-        let [driven @ .., dy0, dy1] = self.channels.plus(DRIVE + i64::from(step * STEP_ROW)).load_vector::<4>();
-        [driven, [dy0, dy1]]
+        let [first @ .., a, b] = self.channels.plus(DRIVE + i64::from(step * STEP_ROW)).load_vector::<4>();
+        if drive_swap(step) == 0 { [first, [a, b]] } else { [[a, b], first] }
     }
 
     fn dy(&self, step: u32) -> [Value<'a, F32>; PAIR] {
-        self.channels.plus(DRIVE + i64::from(step * STEP_ROW) + PAIR as i64).load_vector()
+        self.channels.plus(DRIVE + PAIR as i64 - drive_swap(step) + i64::from(step * STEP_ROW)).load_vector()
     }
 
     fn b(&self, step: u32) -> [Value<'a, F32>; QUAD] {
@@ -876,6 +881,7 @@ struct Sender<'a> {
 struct Served<'a> {
     sizes: Address<'a>,
     drive: Address<'a>,
+    dy: Address<'a>,
     b: Address<'a>,
     c: Address<'a>,
 }
@@ -941,11 +947,12 @@ impl<'a> Backward<'a> {
     /// Where the serving lane's values of a stage are in the first place.
     fn served(&self) -> Served<'a> {
         let (slot, pair, stages) = (self.slot(), self.tile.pair, self.memory.stages);
-        let swap = (slot & 1) * STATES;
+        let (swap, drive_swap) = ((slot & 1) * STATES, (slot & 1) * PAIR as u32);
         let two_steps = (slot >> 1).mad(2 * TILE, (slot & 1) * PAIR as u32);
         Served {
             sizes: stages.at(pair.mad(4, two_steps)).plus(DELTA),
-            drive: stages.at(pair.mad(4, slot * STEP_ROW)).plus(DRIVE),
+            drive: stages.at(pair.mad(4, slot.mad(STEP_ROW, drive_swap))).plus(DRIVE),
+            dy: stages.at(pair.mad(4, slot.mad(STEP_ROW, self.k.constant(PAIR as u32) - drive_swap))).plus(DRIVE),
             b: stages.at(pair.mad(PAIR as u32, slot.mad(STEP_ROW, swap))).plus(B),
             c: stages.at(pair.mad(PAIR as u32, slot.mad(STEP_ROW, self.k.constant(STATES) - swap))).plus(B),
         }
@@ -1168,7 +1175,8 @@ impl<'a> Backward<'a> {
         kept.step.set(step);
         kept.u.set(&item.input);
         served.sizes.moved(place).store_vector(&sizes);
-        served.drive.moved(place).store_vector(&[sizes[0] * u[0], sizes[1] * u[1], dy[0], dy[1]]);
+        served.drive.moved(place).store_vector(&[sizes[0] * u[0], sizes[1] * u[1]]);
+        served.dy.moved(place).store_vector(&dy);
         served.b.moved(place).store_vector(&item.b.get());
         served.c.moved(place).store_vector(&item.c.get());
         if let Some(flag) = item.document_start {
@@ -1240,7 +1248,7 @@ impl<'a> Backward<'a> {
             let exists = step.lt(tile.time);
             self.wait(LEFT, odd);
             let sizes: [_; PAIR] = served.sizes.moved(place).load_vector();
-            let dy: [_; PAIR] = served.drive.moved(place).plus(PAIR as i64).load_vector();
+            let dy: [_; PAIR] = served.dy.moved(place).load_vector();
             let (u, delta) = (items[0].get(), items[1].get());
             let place = self.take_sums(sums, odd);
             let first = place.moved(tile.pair * (PAIR as u32 * 4)).plus(THROUGH);

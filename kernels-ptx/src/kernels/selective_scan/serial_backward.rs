@@ -11,11 +11,10 @@
 //!   it.
 //! - *Finish*: add up and write the gradients of u, delta and B.
 //!
-//! *Back* has two warps, which take the stages in turns, each in two halves: in the first a warp computes what does not
-//! wait for the stage before, the decays above all; for the second it has λ from the other warp, through shared memory.
-//! So a stage's exponentials overlap with the sums of another. In the text a stage's second half comes before the first
-//! half of the next, so that the loop's end separates the halves of a stage: else the assembler would move the first
-//! behind the wait for λ.
+//! *Back* has two warps, which take the stages in turns. What one of them has to do is in this order: λ through the stage, which
+//! waits for the λ that the other leaves in shared memory, and nothing else that could come later, so that the other goes on
+//! soon; the sums, with the next of its own stages' decays between them, so that exponentials and products overlap; the states
+//! of that stage.
 //!
 //! Nothing stops the whole block. Two warps that hand something over have a barrier of their own, at which the one that
 //! gives only arrives (but for [`FREED`]); so a warp that is late delays another only when that has nothing left to do.
@@ -31,11 +30,11 @@
 //!
 //! Floor at 1 × 16,384 × 4096 × 16 in bf16 on an H100, two blocks on each multiprocessor: bytes 1.24 GB, and 0.27 GB
 //! of parts where four tiles share a group of B, 0.51 ms at 2.96 TB/s; exponentials, two per channel, state and step,
-//! and what the channels need, 0.63 ms. Counted by a profile: 234 instructions per step and tile (*back* 100, *forth*
-//! 61, *prepare* 44, *finish* 29), 117 cycles of each quarter of a multiprocessor, 0.97 ms at 1.98 GHz; 70 passes of
-//! shared memory, 140 cycles, 1.16 ms, of which 8 passes are the copies'. There, *forth* is the warp that hardly waits
-//! for others: 250 instructions in the 800 cycles of a stage. Measured on 2026-11-28: 1.65 ms; 8 × 2048 × 576 0.300 ms,
-//! 64 × 1024 × 4096 5.89 ms.
+//! and what the channels need, 0.63 ms. Counted by a profile: 236 instructions per step and tile (*back* 102, *forth*
+//! 61, *prepare* 45, *finish* 28), 118 cycles of each quarter of a multiprocessor, 0.98 ms at 1.98 GHz; 68 passes of
+//! shared memory, 137 cycles, 1.13 ms, of which 10 passes are the copies'. There no warp alone holds up the others: *forth* and
+//! *back* wait for others a tenth of the time, *finish* a third. Measured on 2026-11-28: 1.47 ms; 8 × 2048 × 576 0.278 ms,
+//! 64 × 1024 × 4096 5.58 ms.
 
 use std::collections::VecDeque;
 
@@ -715,8 +714,7 @@ impl<'a> Backward<'a> {
         }
     }
 
-    /// One warp has the stages of even index, the other, `second`, those between: from the last of a
-    /// chunk.
+    /// One warp has the stages of even index, the other, `second`, those between: from the last of a chunk.
     fn back(&self, second: Value<'a, U32>) {
         let (k, tile) = (self.k, &self.tile);
         let lane = Lane::new(self, second);
@@ -730,6 +728,8 @@ impl<'a> Backward<'a> {
         let place = k.variable(0u32);
         let (decays, before) = (stage_of(|_| zeros(k)), stage_of(|_| zeros(k)));
         k.if_(second.ne(0), || self.tell(CARRIED, false));
+        // The states before a stage's first step are kept like the others; with documents, whose resets want registers, they are
+        // read again.
         let keeps_first = !self.source.scan.documents;
         // Registers are scarce: the assembler does not read what a step needs before this.
         let apart = |step: u32| {
@@ -781,7 +781,6 @@ impl<'a> Backward<'a> {
                 let lambda = patch(|channel, n| c[n].fma(dy[channel], carry[channel][n]));
                 let back = patch(|channel, n| decays[channel][n] * lambda[channel][n]);
                 carry = reset(begins[step], back);
-                // The first are read again: registers are scarce.
                 let before = if step > 0 || keeps_first { get(&before[step]) } else { reset(begins[0], load(places.starts)) };
                 chain[step] = Some((lambda, patch(|channel, n| back[channel][n] * before[channel][n])));
             }

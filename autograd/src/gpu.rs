@@ -184,6 +184,7 @@ pub(crate) fn column_sums_with<const N: usize>(
     more: [Option<Parts<'_>>; N],
     splits: u32,
 ) -> Result<(Tensor, [Option<Tensor>; N])> {
+    const { assert!(N < ColumnSums::MOST_MATRICES) };
     let count = |shape: &[usize]| size(operator, "the number of elements", shape.iter().product());
     let device = parts.device();
     let output = |(_, shape): Parts<'_>| Output::new(device, shape, DType::F32);

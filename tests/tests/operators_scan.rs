@@ -604,8 +604,8 @@ proptest! {
             (case.time, case.channels, case.states) = (time.min(3), case.channels.min(17), case.states.min(16));
         }
         // On GPUs, tiles of whole rows are scanned by other kernels.
-        let way = (tiles > 0).then_some(ScanWay::Serial);
-        if way.is_some() {
+        let way = Some(if tiles > 0 { ScanWay::Serial } else { ScanWay::Spans });
+        if tiles > 0 {
             (case.channels, case.states) = (16 * tiles, 16);
         }
         (case.b_groups, case.c_groups, case.document_start) = (1, 1, None);

@@ -80,8 +80,11 @@ impl Assembler {
     }
 
     fn emit_meeting<'a>(&'a self, opcode: &str, id: impl Operand<'a, U32>, threads: u32) {
-        assert!(threads.is_multiple_of(LANES), "a barrier of {threads} threads");
-        self.emit_effect(opcode, vec![id.operand().0, Piece::text(&threads.to_string())]);
+        let id = id.operand().0;
+        let known = if let Piece::Text(number) = &id { number.parse().ok() } else { None };
+        let fits = known.is_none_or(|number: u32| (1..16).contains(&number));
+        assert!(fits && threads.is_multiple_of(LANES), "barrier {known:?} of {threads} threads");
+        self.emit_effect(opcode, vec![id, Piece::text(&threads.to_string())]);
     }
 
     /// Waits until the lanes of the warp are here; what they wrote to shared memory is seen by the warp afterwards.

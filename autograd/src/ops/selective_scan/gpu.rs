@@ -219,7 +219,12 @@ impl<'a> Launch<'a> {
     }
 
     /// The gradients of a, d and the bias: the sums of their parts, one per row and span.
-    fn sum_parts(&self, a: Output, d: Option<Output>, bias: Option<Output>) -> Result<(Tensor, [Option<Tensor>; 2])> {
+    fn shared_gradients(
+        &self,
+        a: Output,
+        d: Option<Output>,
+        bias: Option<Output>,
+    ) -> Result<(Tensor, [Option<Tensor>; 2])> {
         let vector = [self.scan.channels];
         let matrix = [self.scan.channels, self.scan.states];
         let (a, vectors) = (a.tensor(), [d, bias].map(|parts| parts.map(Output::tensor)));
@@ -401,7 +406,7 @@ pub(super) fn backward(
         (state_gradient, _) => state_gradient.map(Output::tensor),
     };
     let like = |gradient: Tensor, input: &Tensor| gradient.cast(input.dtype());
-    let (a_gradient, [d_gradient, bias_gradient]) = launch.sum_parts(a_parts, d_parts, bias_parts)?;
+    let (a_gradient, [d_gradient, bias_gradient]) = launch.shared_gradients(a_parts, d_parts, bias_parts)?;
     Ok([
         Some(input_gradient.tensor()),
         Some(like(delta_gradient.tensor(), &scan.delta)?),

@@ -22,7 +22,7 @@
 //!   stage by stage from the end, the states of its steps (registers), and walks back through them. What later spans
 //!   send back comes from [`SpanCarries`] and [`CombineSpans`] as in the forward pass. Gradients of B and C are summed over
 //!   the channels of a tile in a fixed order; [`GroupSums`] adds the tiles of a group. Those of A, D and the bias are written as
-//!   one part per span and row, which [`ColumnSums`](super::column_sums::ColumnSums) adds in order.
+//!   one part per span and row, which [`ColumnSums`](super::column_sums::ColumnSums) adds in a fixed order.
 //! - Bound by the exponentials, one per channel, state and step (two with spans; four backward), and by the
 //!   instructions around them.
 //! - Documents: at the first step of a document the state before it counts as zero.

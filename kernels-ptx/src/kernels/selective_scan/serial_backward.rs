@@ -11,16 +11,15 @@
 //!   it.
 //! - *Finish*: add up and write the gradients of u, delta and B.
 //!
-//! *Back* has two warps, which take the stages in turns. What one of them has to do is in this order: λ through the stage, which
-//! waits for the λ that the other leaves in shared memory, and nothing else that could come later, so that the other goes on
-//! soon; the sums, with the next of its own stages' decays between them, so that exponentials and products overlap; the states
-//! of that stage.
+//! *Back* has two warps, which take the stages in turns. Each first takes λ through its stage, from what the other leaves in shared
+//! memory, with nothing between that can wait, since the other waits for it in turn; then the sums, with the decays of its own next
+//! stage between them, so that exponentials and products overlap; then the states of that stage.
 //!
 //! Nothing stops the whole block. Two warps that hand something over have a barrier of their own, at which the one that
 //! gives only arrives (but for [`FREED`]); so a warp that is late delays another only when that has nothing left to do.
 //! Sums have places for two stages.
 //!
-//! The loops of all tasks together, 21 KB of text, fit in the multiprocessor's instruction cache, and have to: with half as
+//! The loops of all tasks together, 22 KB of text, fit in the multiprocessor's instruction cache, and have to: with half as
 //! much again, warps wait for instructions. Thus serving warps have one text for two stages.
 //!
 //! A lane that scans holds 2 channels by 4 states. What is summed over lanes is left in shared memory, for the lanes
@@ -32,8 +31,7 @@
 //! of parts where four tiles share a group of B, 0.51 ms at 2.96 TB/s; exponentials, two per channel, state and step,
 //! and what the channels need, 0.63 ms. Counted by a profile: 236 instructions per step and tile (*back* 102, *forth*
 //! 61, *prepare* 45, *finish* 28), 118 cycles of each quarter of a multiprocessor, 0.98 ms at 1.98 GHz; 68 passes of
-//! shared memory, 137 cycles, 1.13 ms, of which 10 passes are the copies'. There no warp alone holds up the others: *forth* and
-//! *back* wait for others a tenth of the time, *finish* a third. Measured on 2026-11-28: 1.47 ms; 8 × 2048 × 576 0.278 ms,
+//! shared memory, 137 cycles, 1.13 ms, of which 10 passes are the copies'. There no warp alone holds up the others. Measured on 2026-11-28: 1.47 ms; 8 × 2048 × 576 0.278 ms,
 //! 64 × 1024 × 4096 5.58 ms.
 
 use std::collections::VecDeque;
@@ -91,7 +89,7 @@ const QUAD: usize = 4;
 /// f32 of a tile's states.
 const TILE_STATES: u32 = TILE * STATES;
 /// Where what a stage is given begins, in f32: Δ, for two channels and two steps each at a time; then for each step Δu
-/// and dy, for two channels each at a time, B and C.
+/// and dy, for two channels each at a time, B and C; Δu with dy, and B with C, exchanged in odd steps.
 const DELTA: i64 = 0;
 const DRIVE: i64 = DELTA + (STAGE * TILE) as i64;
 const B: i64 = DRIVE + 2 * TILE as i64;
@@ -102,7 +100,7 @@ fn group_swap(step: u32) -> i64 {
     i64::from(step % 2 * STATES)
 }
 
-/// The same for Δu and dy of a channel pair, for *finish*, which reads dy alone.
+/// The same for Δu and dy of a channel pair, for *prepare*, which writes each by itself, and *finish*, which reads dy alone.
 fn drive_swap(step: u32) -> i64 {
     i64::from(step % 2) * PAIR as i64
 }
@@ -619,9 +617,9 @@ impl<'a> Backward<'a> {
         self.tell(SUMMED, true);
         // What a step is given is read while the step before it is gone through, and Δ of two steps before the first of
         // them is. A step's decays are computed half ahead: those of its first channel in the step before it, those of the
-        // second in its own, so that no step's exponentials stand without products between them, the loop's last ones neither.
+        // second in its own, so that there are products between exponentials also at the loop's end.
         let first = lane.places(place.get());
-        let halves = |channel: usize, size: Value<'a, F32>| lane.rates[channel].map(|rate| (size * rate).exp2_flushed());
+        let decays_of = |channel: usize, size: Value<'a, F32>| lane.rates[channel].map(|rate| (size * rate).exp2_flushed());
         let read = |step: u32, places: &Places<'a>| (places.driven_and_dy(step), places.b(step), places.c(step));
         let [[size, second_size], later_sizes] = first.sizes(0);
         let (drive, b, c) = read(0, &first);
@@ -631,7 +629,7 @@ impl<'a> Backward<'a> {
             c.map(|value| k.variable(value)),
             [second_size, later_sizes[0], later_sizes[1]].map(|value| k.variable(value)),
         );
-        let decays = halves(0, size).map(|value| k.variable(value));
+        let decays = decays_of(0, size).map(|value| k.variable(value));
         let stage = k.variable(0u32);
         let step_on = || {
             let odd = stage.get() & 1;
@@ -664,8 +662,8 @@ impl<'a> Backward<'a> {
                     self.wait(READ, odd);
                 }
                 let mut size = || sizes.pop_front().unwrap_or_else(|| unreachable!("sizes were read ahead"));
-                let second = halves(1, size());
-                let decays = [std::mem::replace(&mut now, halves(0, size())), second];
+                let second = decays_of(1, size());
+                let decays = [std::mem::replace(&mut now, decays_of(0, size())), second];
                 let before = reset(begins[step as usize], held);
                 held = patch(|channel, n| decays[channel][n].fma(before[channel][n], driven[channel] * b[n]));
                 let row = i64::from(step * SUMS_ROW);
@@ -764,7 +762,7 @@ impl<'a> Backward<'a> {
         }
         states_of(&first);
         k.for_(second, self.stages, 2u32, |stage| {
-            // As `second`, but no register is kept for each number that is made from it.
+            // Equals `second`; computed anew, so that no register holds each barrier number made from it.
             let odd = stage & 1;
             k.comment("and back: lambda, which the other warp waits for, and what it makes of the states");
             let places = lane.places(place.get());

@@ -715,6 +715,27 @@ proptest! {
             }
         }
     }
+
+    /// Tiles that blocks share in time give the bits of whole rows, resumed or not, and so do the states that are saved.
+    #[test]
+    fn scan_of_shared_tiles(case in serial_scans(), blocks in 1..10usize) {
+        let starts = case.starts();
+        let way = ScanWay::Shared(NonZeroUsize::new(blocks).unwrap());
+        for dtype in [DType::F32, DType::Bf16] {
+            let inputs: Vec<Tensor> = case.inputs().iter().map(|input| {
+                let dtype = if input.always_f32 { DType::F32 } else { dtype };
+                tensor(dtype, &input.shape, &input.values)
+            }).collect();
+            let expected = case.results_by(&inputs, starts.as_ref(), Some(ScanWay::Serial));
+            let got = case.results_by(&inputs, starts.as_ref(), Some(way));
+            let variables: Vec<Var> = inputs.iter().map(Var::constant).collect();
+            let inferred = case.operator_by(&Tape::inference(), &variables, starts.as_ref(), Some(way)).unwrap();
+            let inferred = inferred.iter().map(Var::tensor);
+            for (got, expected) in got.iter().zip(&expected).chain(inferred.zip(&expected)) {
+                prop_assert_eq!(widened(got).unwrap(), widened(expected).unwrap());
+            }
+        }
+    }
 }
 
 /// Rows of more chunks than the backward pass over whole rows has arrangements of its places in shared memory.

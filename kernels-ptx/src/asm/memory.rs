@@ -374,6 +374,24 @@ impl<'a> Address<'a> {
         self.assembler.push(line.when(condition.id, true));
     }
 
+    /// The u32 element of global memory by which blocks tell each other something, as it is now.
+    pub fn load_flag(self) -> Value<'a, U32> {
+        self.check_flag();
+        self.assembler.emit("ld.relaxed.gpu.global.u32", vec![self.piece()])
+    }
+
+    /// Writes such an element where the condition holds.
+    pub fn store_flag_if(self, condition: Value<'a, Pred>, value: impl Operand<'a, U32>) {
+        self.check_flag();
+        let line = Line::instruction("st.relaxed.gpu.global.u32", vec![self.piece(), value.operand().0]);
+        self.assembler.push(line.when(condition.id, true));
+    }
+
+    fn check_flag(self) {
+        let writable = self.element == Element::U32 && self.space == Space::Global;
+        assert!(writable, "a flag is a u32 of global memory that is written");
+    }
+
     /// Writes neighbouring elements in as few accesses as possible; aligned as for [`Address::load_vector`].
     pub fn store_vector(self, values: &[Value<'a, F32>]) {
         let words: Vec<Value<'a, U32>> = match self.element {

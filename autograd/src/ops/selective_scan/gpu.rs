@@ -2,7 +2,7 @@
 
 use kernels_ptx::kernels::selective_scan::{
     self as kernels, CHUNK, CombineSpans, GroupGradient, GroupSums, MOST_CHUNK_STATES, MOST_STATES, ScanBackward,
-    ScanForward, ScanStep, SerialBackward, SerialForward, Sizes, SpanCarries, SpanStates,
+    ScanForward, ScanStep, SerialBackward, SerialForward, Shares, Sizes, SpanCarries, SpanStates, TILE,
 };
 use runtime::{Argument, Device};
 
@@ -45,7 +45,7 @@ impl<'a> Launch<'a> {
             c_groups: size("the number of groups of c", scan.c.shape()[2])?,
         };
         let (chunk, span) = match scan.way {
-            None | Some(ScanWay::Serial | ScanWay::Spans) => (CHUNK, sizes.span(CHUNK, MULTIPROCESSORS)),
+            None | Some(ScanWay::Serial | ScanWay::Shared(_) | ScanWay::Spans) => (CHUNK, sizes.span(CHUNK, MULTIPROCESSORS)),
             Some(ScanWay::Chunks(chunk)) => {
                 let chunk = size("the chunk", chunk.get())?;
                 if u64::from(chunk) * u64::from(states) > u64::from(MOST_CHUNK_STATES) {
@@ -94,8 +94,8 @@ impl<'a> Launch<'a> {
             (Some(ScanWay::Spans | ScanWay::Chunks(_)), _) => Ok(None),
             // Fewer blocks take as long as these, while spans take less time the fewer there are.
             (None, grid) => Ok(grid.filter(|[blocks, ..]| *blocks >= MULTIPROCESSORS)),
-            (Some(ScanWay::Serial), Some(grid)) => Ok(Some(grid)),
-            (Some(ScanWay::Serial), None) => Err(Error::Invalid {
+            (Some(ScanWay::Serial | ScanWay::Shared(_)), Some(grid)) => Ok(Some(grid)),
+            (Some(ScanWay::Serial | ScanWay::Shared(_)), None) => Err(Error::Invalid {
                 operator: OPERATOR,
                 message: format!(
                     "{} states, groups of {} and {} channels: whole rows are scanned in channels of 16 states whose groups \
@@ -106,6 +106,27 @@ impl<'a> Launch<'a> {
                 ),
             }),
         }
+    }
+
+    /// How blocks share the tiles of whole rows in the forward pass; `None` where each takes one.
+    fn shares(&self) -> Result<Option<Shares>> {
+        match self.scan.way {
+            None => Ok(Shares::of(&self.sizes)),
+            Some(ScanWay::Shared(blocks)) => {
+                let blocks = gpu::size(OPERATOR, "the number of blocks", blocks.get())?;
+                Ok(Shares::among(&self.sizes, blocks))
+            }
+            Some(ScanWay::Serial | ScanWay::Spans | ScanWay::Chunks(_)) => Ok(None),
+        }
+    }
+
+    /// Where blocks leave states for each other, and the flags that tell of them.
+    fn handed(&self, shares: Shares) -> Result<[Output; 2]> {
+        let blocks = shares.blocks as usize;
+        let states = Output::new(self.device(), &[blocks, TILE as usize, self.scan.states], DType::F32)?;
+        let mut flags = Output::new(self.device(), &[blocks, SerialForward::FLAGS], DType::U32)?;
+        flags.set_zero()?;
+        Ok([states, flags])
     }
 
     fn spans(&self) -> u32 {
@@ -300,13 +321,19 @@ pub(super) fn forward(scan: &Scan, save: bool) -> Result<(Tensor, Tensor, Tensor
         return Ok((output.tensor(), last_state, launch.states(0)?.tensor()));
     }
     if let Some(grid) = launch.serial_grid()? {
+        let shares = launch.shares()?;
+        let mut handed = shares.map(|shares| launch.handed(shares)).transpose()?;
         let mut chunk_states = launch.states(if save { launch.chunks() } else { 0 })?;
         let mut arguments = vec![output.write(), last_state.write()];
         arguments.extend(save.then(|| chunk_states.write()));
+        arguments.extend(handed.iter_mut().flatten().map(Output::write));
         arguments.extend(launch.inputs());
         arguments.extend(launch.initial_state.as_ref().map(gpu::read));
+        arguments.extend(shares.iter().flat_map(|shares| [shares.share, shares.chunks]).map(Argument::U32));
         arguments.extend(launch.serial_arguments());
-        let kernel = SerialForward { scan: launch.form, resumed: launch.initial_state.is_some(), saves: save };
+        let (resumed, shared) = (launch.initial_state.is_some(), shares.is_some());
+        let kernel = SerialForward { scan: launch.form, resumed, saves: save, shared };
+        let grid = shares.map_or(grid, |shares| [shares.blocks, 1, 1]);
         gpu::launch(OPERATOR, launch.device(), &kernel, Some(grid), &launch.problem(), &arguments)?;
         drop(arguments);
         return Ok((output.tensor(), last_state.tensor(), chunk_states.tensor()));

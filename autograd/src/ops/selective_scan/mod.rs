@@ -67,6 +67,9 @@ pub enum ScanWay {
     /// On GPUs each row from its first step to its last in one pass, and back in another: for channels of 16 states whose
     /// groups of B and C are multiples of 16 channels.
     Serial,
+    /// The same, with the tiles of 16 channels cut in time so that so many blocks have as much to do each in the forward pass;
+    /// no more blocks than tiles are used.
+    Shared(NonZeroUsize),
     /// On GPUs rows are cut into spans where they are few, which are taken in parallel.
     Spans,
     /// States are saved for the backward pass every so many steps; GPUs take the chunks in parallel.

@@ -41,7 +41,7 @@ pub use backward::{GroupGradient, GroupSums, ScanBackward, SpanCarries};
 pub use combine::CombineSpans;
 pub use forward::{ScanForward, SpanStates};
 pub use serial_backward::SerialBackward;
-pub use serial_forward::SerialForward;
+pub use serial_forward::{SerialForward, Shares};
 pub use step::ScanStep;
 
 use crate::Element;

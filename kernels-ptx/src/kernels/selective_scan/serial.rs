@@ -15,12 +15,17 @@ pub(super) const STATES: u32 = 16;
 /// Channels, and states, of a thread that serves.
 pub(super) const PAIR: usize = 2;
 
-/// A block's tile, and a thread's part of it while it serves.
+/// A tile that a block takes, and a thread's part of it while it serves.
+#[derive(Clone, Copy)]
 pub(super) struct Tile<'a> {
     pub k: &'a Assembler,
     pub form: Scan,
     pub time: Value<'a, U32>,
     pub channels: Value<'a, U32>,
+    /// Channels of a group of B and of C.
+    widths: [Value<'a, U32>; 2],
+    /// Tiles of a row.
+    tiles: Value<'a, U32>,
     pub row: Value<'a, U32>,
     /// The tile's index in its row.
     pub tile: Value<'a, U32>,
@@ -55,6 +60,28 @@ impl<'a> Track<'a> {
         self.memory.from_address(step.mad_wide(self.stride, self.first)).first()
     }
 
+    /// Writes two neighbouring elements of a step where the condition holds.
+    pub fn store_if(
+        &self,
+        condition: Value<'a, Pred>,
+        step: Value<'a, U32>,
+        [first, second]: [Value<'a, F32>; PAIR],
+    ) {
+        let place = self.at(step);
+        match self.memory.element() {
+            Element::Bf16 => place.cast(Element::U32).store_u32_if(condition, first.pack_bf16(second)),
+            _ => {
+                place.store_if(condition, first);
+                place.plus(1).store_if(condition, second);
+            }
+        }
+    }
+
+    /// The same, where `at` is asked for steps from `first` on, and gives those from `second` on.
+    pub fn shifted(self, first: Value<'a, U32>, second: Value<'a, U32>) -> Self {
+        Self { first: second.mad_wide(self.stride, self.first) - first.mul_wide(self.stride), ..self }
+    }
+
     /// One of those, which are of one type.
     pub fn chosen(index: Value<'a, U32>, tracks: &[Self]) -> Self {
         let fold = |chosen: Self, (other, track): (u32, &Self)| {
@@ -66,6 +93,27 @@ impl<'a> Track<'a> {
             }
         };
         (0..).zip(tracks).skip(1).fold(tracks[0], fold)
+    }
+}
+
+/// A track of one tile after another.
+pub(super) struct TrackVariable<'a> {
+    track: Track<'a>,
+    first: Variable<'a, U64>,
+}
+
+impl<'a> TrackVariable<'a> {
+    pub fn new(k: &'a Assembler, track: Track<'a>) -> Self {
+        Self { track, first: k.variable(track.first) }
+    }
+
+    pub fn get(&self) -> Track<'a> {
+        Track { first: self.first.get(), ..self.track }
+    }
+
+    /// `track` is one of the same array.
+    pub fn set(&self, track: Track<'a>) {
+        self.first.set(track.first);
     }
 }
 
@@ -114,34 +162,34 @@ impl<'a> Stored<'a> {
 }
 
 impl<'a> Tile<'a> {
-    /// Declares the sizes: `time`, `channels`, `b_width`, `c_width` (channels of a group; all u32).
-    pub fn new(k: &'a Assembler, form: Scan) -> Self {
+    /// Declares the sizes: `time`, `channels`, `b_width`, `c_width` (channels of a group; all u32). `number` tells the tile's
+    /// number, counted over all rows, from the time.
+    pub fn new(k: &'a Assembler, form: Scan, number: impl FnOnce(Value<'a, U32>) -> Value<'a, U32>) -> Self {
         assert!(form.states == STATES, "{} states of a channel", form.states);
         let (time, channels) = (k.u32("time"), k.u32("channels"));
-        let (b_width, c_width) = (k.u32("b_width"), k.u32("c_width"));
-        k.comment("the block's tile, and what this thread does in it");
+        let widths = [k.u32("b_width"), k.u32("c_width")];
+        k.comment("the tile, and what this thread does in it");
         let tiles = (channels >> TILE.ilog2()).named("tiles");
-        let row = k.block().div(tiles).named("row");
-        let tile = k.block().rem(tiles).named("tile");
         let pair = (k.thread() & (TILE / PAIR as u32 - 1)).named("pair");
-        let first_channel = tile * TILE;
-        let group = |width: Value<'a, U32>| Columns {
-            first: first_channel.div(width) * STATES,
-            stride: channels.div(width) * STATES,
-        };
-        let own = Columns { first: first_channel, stride: channels };
-        Self {
-            k,
-            form,
-            time,
-            channels,
-            row,
-            tile,
-            pair,
-            b: group(b_width),
-            c: group(c_width),
-            own,
-        }
+        let number = number(time);
+        let [row, tile] = [number.div(tiles).named("row"), number.rem(tiles).named("tile")];
+        let [own, b, c] = Self::columns(channels, widths, tile);
+        Self { k, form, time, channels, widths, tiles, row, tile, pair, b, c, own }
+    }
+
+    /// Another tile.
+    pub fn other(self, number: Value<'a, U32>) -> Self {
+        let (row, tile) = (number.div(self.tiles), number.rem(self.tiles));
+        let [own, b, c] = Self::columns(self.channels, self.widths, tile);
+        Self { row, tile, own, b, c, ..self }
+    }
+
+    /// Those of its channels, of B and of C.
+    fn columns(channels: Value<'a, U32>, widths: [Value<'a, U32>; 2], tile: Value<'a, U32>) -> [Columns<'a>; 3] {
+        let first = tile * TILE;
+        let [b, c] =
+            widths.map(|width| Columns { first: first.div(width) * STATES, stride: channels.div(width) * STATES });
+        [Columns { first, stride: channels }, b, c]
     }
 
     /// Where the serving thread's two elements of `memory` are.
@@ -165,16 +213,8 @@ impl<'a> Tile<'a> {
     }
 
     /// Writes the serving thread's two elements of a step, if there is such a step.
-    pub fn store(&self, track: Track<'a>, step: Value<'a, U32>, [first, second]: [Value<'a, F32>; PAIR]) {
-        let place = track.at(step);
-        let exists = step.lt(self.time);
-        match track.memory.element() {
-            Element::Bf16 => place.cast(Element::U32).store_u32_if(exists, first.pack_bf16(second)),
-            _ => {
-                place.store_if(exists, first);
-                place.plus(1).store_if(exists, second);
-            }
-        }
+    pub fn store(&self, track: Track<'a>, step: Value<'a, U32>, values: [Value<'a, F32>; PAIR]) {
+        track.store_if(step.lt(self.time), step, values);
     }
 
     /// The serving thread's two channels of a vector over channels; zeros without one.

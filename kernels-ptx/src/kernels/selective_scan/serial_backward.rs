@@ -278,7 +278,7 @@ impl<'a> Backward<'a> {
         let document_start = form.documents.then(|| k.read("document_start", Element::U32));
         let chunk_states = k.read("chunk_states", Element::F32);
         let carries = source.carried.then(|| k.read("carries", Element::F32));
-        let tile = Tile::new(k, form);
+        let tile = Tile::new(k, form, |_| k.block());
         let chunks = ((tile.time + (CHUNK - 1)) >> CHUNK.ilog2()).named("chunks");
         let stage_row = BEGINS as u32 + if form.documents { STAGE } else { 0 };
         let memory = Memory {

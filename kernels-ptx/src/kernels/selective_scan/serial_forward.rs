@@ -18,7 +18,7 @@
 use std::collections::VecDeque;
 
 use super::forward::SIZES;
-use super::serial::{PAIR, STATES, Tile, Track, tree_sum};
+use super::serial::{PAIR, STATES, Tile, Track, TrackVariable, tree_sum};
 use super::{CHUNK, Scan, Sizes, TILE};
 use crate::asm::{Address, Assembler, Description, F32, Global, LANES, Pred, Shared, U32, Value, Variable};
 use crate::{Element, Kernel, KernelSource, Target, Work};
@@ -52,6 +52,11 @@ const COPY: usize = 16;
 /// Steps between a step and the one whose Δ and Δu a scanning lane reads from shared memory meanwhile, and whose B and C.
 const DRIVE_AHEAD: usize = 4;
 const GROUPS_AHEAD: usize = 3;
+/// Intervals of a chunk: what shared memory has places for, so that a chunk begins in the first place.
+const PER_CHUNK: u32 = CHUNK / INTERVAL;
+const _: () = assert!(PER_CHUNK == PLACES);
+/// Warps that scan.
+const SCANNING: u32 = SCANNERS / LANES;
 /// f32 of a step that hold two values per channel, or four per state pair.
 const ROW: u32 = 2 * TILE;
 /// f32 of a step that hold a value per channel of each part of the states, so that neighbouring steps lie in different
@@ -66,6 +71,9 @@ const SUMS_ROW: u32 = PARTS * TILE + TILE;
 /// groups, states]`), `d` (f32 `[channels]`, with D), `gate` (like the output, with a gate), `delta_bias` (f32 `[channels]`, with
 /// a bias), `document_start` (u32 `[batch, time]`, with documents), `initial` (f32 `[batch, channels, states]`, when resumed),
 /// `time`, `channels`, `b_width`, `c_width` (channels of a group; all u32). A row has less than 2³² elements.
+///
+/// When shared, `handed` (f32 `[blocks, 16 channels, states]`, written) and `flags` (u32 `[blocks, 2]`, zeros, written) come after
+/// `chunk_states`, and `share` (chunks of a block), `chunks` (of all tiles; both u32) before `time`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct SerialForward {
     /// The inputs.
@@ -74,9 +82,25 @@ pub struct SerialForward {
     pub resumed: bool,
     /// The states at the starts of chunks are saved.
     pub saves: bool,
+    /// Blocks take equal shares of all tiles' chunks, not a tile each.
+    pub shared: bool,
+}
+
+/// How blocks share the chunks of all tiles.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Shares {
+    /// Blocks.
+    pub blocks: u32,
+    /// Chunks of a block, at least as many as a tile has; the last block may have fewer.
+    pub share: u32,
+    /// Chunks of all tiles.
+    pub chunks: u32,
 }
 
 impl SerialForward {
+    /// Flags of a block, one for each of its warps that scan.
+    pub const FLAGS: usize = SCANNING as usize;
+
     /// Blocks for a scan, one per tile; `None` when it is not of the shape that the kernel takes, or one launch cannot
     /// cover it.
     pub fn grid(sizes: &Sizes, states: u32) -> Option<[u32; 3]> {
@@ -92,15 +116,41 @@ impl SerialForward {
     }
 }
 
+impl Shares {
+    /// Blocks that shares are made for: two on each multiprocessor of an H100. Three of them are hardly quicker than four, as
+    /// their warps meet at the same schedulers.
+    const BLOCKS: u32 = 2 * 132;
+    /// Time of a step where two blocks share a multiprocessor, and where three or four do.
+    const STEP: [u64; 2] = [60, 106];
+
+    /// The shares of a scan; `None` where they would not save time.
+    pub fn of(sizes: &Sizes) -> Option<Self> {
+        let tiles = sizes.batch.checked_mul(sizes.channels / TILE)?;
+        let shares = Self::among(sizes, Self::BLOCKS)?;
+        let [shared, whole] = [shares.share, sizes.time.div_ceil(CHUNK)].map(u64::from);
+        (tiles > Self::BLOCKS && shared * Self::STEP[0] < whole * Self::STEP[1]).then_some(shares)
+    }
+
+    /// Shares for so many blocks, or for as many as there are tiles; `None` where chunks cannot be counted.
+    pub fn among(sizes: &Sizes, blocks: u32) -> Option<Self> {
+        let of_tile = sizes.time.div_ceil(CHUNK);
+        let chunks = sizes.batch.checked_mul(sizes.channels / TILE)?.checked_mul(of_tile)?;
+        let share = chunks.div_ceil(blocks.max(1)).max(of_tile).max(1);
+        // The kernel looks one tile and one share further than there are any.
+        chunks.checked_add(share)?;
+        Some(Self { blocks: chunks.div_ceil(share), share, chunks })
+    }
+}
+
 impl KernelSource for SerialForward {
     fn build(&self) -> Kernel {
-        let Self { scan: form, resumed, saves } = *self;
+        let Self { scan: form, resumed, saves, shared } = *self;
         let flag = |set: bool, name: &'static str| if set { name } else { "" };
         let bytes = form.element.bytes() as u64;
         let arrays = 3 + u64::from(form.gate);
         let name = form.name("selective_scan_serial_forward");
         let description = Description {
-            name: format!("{name}{}{}", flag(resumed, "_resumed"), flag(saves, "_saves")),
+            name: format!("{name}{}{}{}", flag(resumed, "_resumed"), flag(saves, "_saves"), flag(shared, "_shared")),
             summary: "selective scan over whole rows; a block per tile of 16 channels: some warps scan, others \
                       serve"
                 .to_owned(),
@@ -126,7 +176,8 @@ impl KernelSource for SerialForward {
     }
 
     fn configurations() -> Vec<Self> {
-        let of = |scan| [false, true].map(|saves| Self { scan, resumed: false, saves });
+        let forms = [(false, false), (true, false), (true, true)];
+        let of = |scan| forms.map(|(saves, shared)| Self { scan, resumed: false, saves, shared });
         Scan::configurations().into_iter().flat_map(of).collect()
     }
 }
@@ -148,8 +199,10 @@ struct Forward<'a> {
     bias: Option<Global<'a>>,
     document_start: Option<Global<'a>>,
     initial: Option<Global<'a>>,
+    /// The block's tile, or the first of them.
     tile: Tile<'a>,
-    /// Intervals of a row, made a multiple of [`PLACES`]; steps that do not exist change nothing.
+    share: Option<Share<'a>>,
+    /// Intervals of the block, whole chunks; steps that do not exist change nothing.
     intervals: Value<'a, U32>,
     /// Per place of an interval and step: Δ and Δu of each channel; B and C of two states each; whether a document begins. Of
     /// two intervals: C · h of each channel and part of the states.
@@ -165,11 +218,12 @@ struct Forward<'a> {
 impl<'a> Forward<'a> {
     /// Declares the parameters.
     fn new(k: &'a Assembler, source: SerialForward) -> Self {
-        let SerialForward { scan: form, resumed, saves } = source;
+        let SerialForward { scan: form, resumed, saves, shared } = source;
         let element = form.element;
         let output = k.write("output", element);
         let last_state = k.write("last_state", Element::F32);
         let chunk_states = saves.then(|| k.write("chunk_states", Element::F32));
+        let handed = shared.then(|| [k.write("handed", Element::F32), k.write("flags", Element::U32)]);
         let (input, delta) = (k.read("input", element), k.read("delta", element));
         let (a, b, c) = (k.read("a", Element::F32), k.read("b", element), k.read("c", element));
         let d = form.skip.then(|| k.read("d", Element::F32));
@@ -177,9 +231,13 @@ impl<'a> Forward<'a> {
         let bias = form.bias.then(|| k.read("delta_bias", Element::F32));
         let document_start = form.documents.then(|| k.read("document_start", Element::U32));
         let initial = resumed.then(|| k.read("initial", Element::F32));
-        let tile = Tile::new(k, form);
-        const PERIOD: u32 = PLACES * INTERVAL;
-        let intervals = (((tile.time + (PERIOD - 1)) >> PERIOD.ilog2()) * PLACES).named("intervals");
+        let share = handed.map(|handed| Share::new(k, handed));
+        let tile = Tile::new(k, form, |time| share.as_ref().map_or(k.block(), |share| share.last_tile(time)));
+        let chunks = match &share {
+            Some(share) => share.end - share.first,
+            None => chunks_of(tile.time),
+        };
+        let intervals = (chunks * PER_CHUNK).named("intervals");
         Self {
             k,
             source,
@@ -197,6 +255,7 @@ impl<'a> Forward<'a> {
             document_start,
             initial,
             tile,
+            share,
             intervals,
             drive: k.shared(Element::F32, PLACES * INTERVAL * ROW),
             groups: k.shared(Element::F32, PLACES * INTERVAL * ROW),
@@ -212,29 +271,72 @@ impl<'a> Forward<'a> {
         self.k.meet(1, SCANNERS + SERVERS);
     }
 
+    /// The block's first piece, and a course that has come to it.
+    fn first_piece(&self) -> (Piece<'a>, Option<Course<'a>>) {
+        let Some(share) = &self.share else { return (Piece { tile: self.tile, bounds: None }, None) };
+        let number = share.last_tile(self.tile.time);
+        let bounds = share.bounds(number, self.tile.time);
+        let course = Course { tile: self.k.variable(number), end: self.k.variable(bounds.end * PER_CHUNK) };
+        (Piece { tile: self.tile, bounds: Some(bounds) }, Some(course))
+    }
+
+    /// Where `interval` begins another piece, brings the course to it and runs `then` with the number of the tile before, and
+    /// the piece.
+    fn turn(
+        &self,
+        course: &Option<Course<'a>>,
+        interval: Value<'a, U32>,
+        then: impl FnOnce(Value<'a, U32>, &Piece<'a>),
+    ) {
+        let (Some(share), Some(course)) = (&self.share, course) else { return };
+        let k = self.k;
+        k.if_(interval.eq(course.end.get()) & interval.lt(self.intervals), || {
+            let before = k.constant(course.tile.get());
+            course.tile.set(before - 1);
+            let number = course.tile.get();
+            let bounds = share.bounds(number, self.tile.time);
+            course.end.set(bounds.end * PER_CHUNK);
+            then(before, &Piece { tile: self.tile.other(number), bounds: Some(bounds) });
+        });
+    }
+
     /// What the scanning warps do: in round r they scan interval r − 2.
     fn scan(&self) {
-        let (k, tile) = (self.k, &self.tile);
+        let k = self.k;
         let lane = Lane::new(self);
-        let rates = lane.load_states(self, self.a, k.constant(0u32)).map(|rate| rate * std::f32::consts::LOG2_E);
-        let decays = |drive: Drive<'a>| rates.map(|rate| (drive[0] * rate).exp2_flushed());
+        let (piece, course) = self.first_piece();
+        let rates = [0; HELD].map(|_| k.variable(0.0f32));
+        let decays = |drive: Drive<'a>| rates.map(|rate| (drive[0] * rate.get()).exp2_flushed());
         let states = [0; HELD].map(|_| k.variable(0.0f32));
-        if let Some(initial) = self.initial {
-            for (state, value) in states.iter().zip(lane.load_states(self, initial, tile.row)) {
-                state.set(value);
+        // Where the next states go that are saved.
+        let saved = self.chunk_states.map(|memory| (memory, k.variable(0u64)));
+        let begin = |piece: &Piece<'a>| {
+            let tile = &piece.tile;
+            set_all(&rates, lane.load(tile, self.a, k.constant(0u32)).map(|rate| rate * std::f32::consts::LOG2_E));
+            match self.initial {
+                Some(initial) => set_all(&states, lane.load(tile, initial, tile.row)),
+                None => states.iter().for_each(|state| state.set(0.0f32)),
             }
-        }
-        let chunks = ((tile.time + (CHUNK - 1)) >> CHUNK.ilog2()).named("chunks");
-        const PER_CHUNK: u32 = CHUNK / INTERVAL;
-        // A whole number of chunks makes a row's intervals.
-        const { assert!(PER_CHUNK.is_multiple_of(PLACES)) };
-        let save = |interval: Value<'a, U32>| {
-            if let Some(chunk_states) = self.chunk_states {
-                let outer = tile.row.mad(chunks, interval >> PER_CHUNK.ilog2());
-                lane.store_states(self, chunk_states, outer, states.map(Variable::get));
+            if let (Some(share), Some(bounds)) = (&self.share, piece.bounds) {
+                k.if_(bounds.first.gt(0), || set_all(&states, share.receive(&lane)));
+            }
+            if let Some((memory, place)) = &saved {
+                let chunk = piece.bounds.map_or_else(|| k.constant(0u32), |bounds| bounds.first);
+                let outer = tile.row.mad(chunks_of(tile.time), chunk);
+                place.set(lane.states(tile, *memory, outer).global_address());
             }
         };
-        k.if_(self.intervals.gt(0), || save(k.constant(0u32)));
+        let save = || {
+            if let Some((memory, place)) = &saved {
+                memory.from_address(place.get()).first().store_vector(&states.map(Variable::get));
+                place.set(place.get() + self.tile.channels.mul_wide(STATES * 4));
+            }
+        };
+        let leave = |tile: &Tile<'a>| {
+            lane.states(tile, self.last_state, tile.row).store_vector(&states.map(Variable::get));
+        };
+        begin(&piece);
+        k.if_(self.intervals.gt(0), save);
         self.meet();
         self.meet();
         // What the next steps need, in variables from interval to interval.
@@ -277,12 +379,27 @@ impl<'a> Forward<'a> {
                 state.set(value);
             }
             let next = interval + 1;
-            if self.chunk_states.is_some() {
-                k.if_((next & (PER_CHUNK - 1)).eq(0) & next.lt(self.intervals), || save(next));
+            if self.chunk_states.is_some() || self.share.is_some() {
+                k.if_((next & (PER_CHUNK - 1)).eq(0) & next.lt(self.intervals), || {
+                    self.turn(&course, next, |before, piece| {
+                        if let Some(share) = &self.share {
+                            let hand_on = || share.hand_on(&lane, states.map(Variable::get));
+                            k.if_else(share.cuts(before, self.tile.time), hand_on, || leave(&self.tile.other(before)));
+                        }
+                        begin(piece);
+                        // Those of the next step came from the rates of the piece before.
+                        carried.set_decays(decays(carried.next_drive()));
+                    });
+                    save();
+                });
             }
             self.meet();
         });
-        lane.store_states(self, self.last_state, tile.row, states.map(Variable::get));
+        match &course {
+            // A share ends with the end of a tile.
+            Some(course) => leave(&self.tile.other(course.tile.get())),
+            None => leave(&self.tile),
+        }
         self.meet();
         self.meet();
     }
@@ -290,8 +407,6 @@ impl<'a> Forward<'a> {
     /// What the serving warps do: in round r they finish interval r − 3, prepare interval r, and send for interval r + 4.
     fn serve(&self) {
         let (k, tile) = (self.k, &self.tile);
-        let output = tile.track(self.output, tile.own);
-        let (bias, d) = (tile.own_of(self.bias), tile.own_of(self.d));
         let slot = ((k.thread() - SCANNERS) >> 3).named("slot");
         let served = |memory: Shared<'a>, row: u32| memory.at(slot.mad(row, tile.pair * 4));
         let places = Served {
@@ -304,7 +419,14 @@ impl<'a> Forward<'a> {
             starts: self.starts.map(|starts| starts.at(slot)),
         };
         const ITEMS: u32 = INTERVAL / SLOTS;
-        let sender = Sender::new(self);
+        let (piece, sent) = self.first_piece();
+        let [prepared, finished] = [0; 2].map(|_| sent.as_ref().map(|course| course.copied(k)));
+        let sender = Sender::new(self, &piece);
+        let preparing = Preparing { limit: k.variable(0u32), bias: [0; PAIR].map(|_| k.variable(0.0f32)) };
+        preparing.begin(self, &piece);
+        let output = TrackVariable::new(k, self.output_track(&piece));
+        let finishing = Finishing { output, limit: k.variable(0u32), d: [0; PAIR].map(|_| k.variable(0.0f32)) };
+        finishing.begin(self, &piece);
         const { assert!(SENT_AHEAD == PLACES && SENT_AHEAD + BEHIND < RAW_PLACES) };
         for place in 0..SENT_AHEAD {
             sender.send(self, k.constant(place * INTERVAL), k.constant(0u32), place);
@@ -319,6 +441,8 @@ impl<'a> Forward<'a> {
             let now = round & PLACES;
             let halves = [now, now ^ PLACES];
             let half = |place: u32| halves[(place / PLACES % 2) as usize];
+            self.turn(&sent, round + SENT_AHEAD, |_, piece| sender.begin(self, piece));
+            self.turn(&prepared, round, |_, piece| preparing.begin(self, piece));
             for place in 0..PLACES {
                 let items = || (0..ITEMS).map(|item| item * SLOTS);
                 let finish = || {
@@ -327,17 +451,20 @@ impl<'a> Forward<'a> {
                         let step = first + (place * INTERVAL + row) - BEHIND * INTERVAL;
                         let sums = places.sums.plus(i64::from(((place + 1) % 2 * INTERVAL + row) * SUMS_ROW));
                         let raw = places.raw(half(behind), behind % PLACES * INTERVAL + row);
-                        self.finish(output, step, sums, raw, d);
+                        self.finish(&finishing, step, sums, raw);
                     }
                 };
                 if place < BEHIND {
                     k.if_(round.ge(PLACES), finish);
                 } else {
+                    if place == BEHIND {
+                        self.turn(&finished, round, |_, piece| finishing.begin(self, piece));
+                    }
                     finish();
                 }
                 for row in items() {
                     let raw = places.raw(half(place), place * INTERVAL + row);
-                    self.prepare(first + (place * INTERVAL + row), &places, place * INTERVAL + row, raw, bias);
+                    self.prepare(&preparing, first + (place * INTERVAL + row), &places, place * INTERVAL + row, raw);
                 }
                 let ahead = place + SENT_AHEAD;
                 sender.send(self, (round + ahead) * INTERVAL, half(ahead), ahead % PLACES);
@@ -351,14 +478,15 @@ impl<'a> Forward<'a> {
     /// Puts what the scan needs of a step into shared memory, `row` steps after the first place.
     fn prepare(
         &self,
+        preparing: &Preparing<'a>,
         step: Value<'a, U32>,
         places: &Served<'a>,
         row: u32,
         raw: Raw<'a>,
-        bias: [Value<'a, F32>; PAIR],
     ) {
         let (k, tile) = (self.k, &self.tile);
-        let exists = step.lt(tile.time);
+        let (limit, bias) = (preparing.limit.get(), preparing.bias.map(Variable::get));
+        let exists = step.lt(limit);
         let [u, delta, [b0, b1], [c0, c1]] = [Array::Input, Array::Delta, Array::B, Array::C].map(|array| raw.get(array));
         let sizes = [0, 1].map(|channel| tile.step_size(delta[channel], bias[channel], exists));
         let moved = i64::from(row * ROW);
@@ -366,33 +494,185 @@ impl<'a> Forward<'a> {
         places.groups.plus(moved).store_vector(&[b0, b1, c0, c1]);
         if let (Some(begins), Some(start)) = (places.begins, raw.start) {
             let begins = begins.plus(i64::from(row));
+            let start = start.load_u32();
+            let start = if self.share.is_some() { start + (limit - tile.time) } else { start };
             // Where there is no such step the start is 0, which it is not either.
-            k.if_(tile.pair.eq(0), || begins.store_u32(start.load_u32().eq(step).select::<U32>(1u32, 0u32)));
+            k.if_(tile.pair.eq(0), || begins.store_u32(start.eq(step).select::<U32>(1u32, 0u32)));
         }
     }
 
     /// Writes the output of a step from what the scan left at `sums`.
     fn finish(
         &self,
-        output: Track<'a>,
+        finishing: &Finishing<'a>,
         step: Value<'a, U32>,
         sums: Address<'a>,
         raw: Raw<'a>,
-        d: [Value<'a, F32>; PAIR],
     ) {
-        let tile = &self.tile;
         let parts: Vec<[Value<'a, F32>; PAIR]> =
             (0..PARTS).map(|part| sums.plus(i64::from(part * TILE)).load_vector()).collect();
         let mut y = tree_sum(&parts);
         if self.d.is_some() {
-            let u = raw.get(Array::Input);
+            let (d, u) = (finishing.d.map(Variable::get), raw.get(Array::Input));
             y = [0, 1].map(|channel| d[channel].fma(u[channel], y[channel]));
         }
         if self.gate.is_some() {
             let z = raw.get(Array::Gate);
             y = [0, 1].map(|channel| y[channel] * (z[channel] * z[channel].sigmoid_flushed()));
         }
-        tile.store(output, step, y);
+        finishing.output.get().store_if(step.lt(finishing.limit.get()), step, y);
+    }
+
+    fn output_track(&self, piece: &Piece<'a>) -> Track<'a> {
+        piece.track(piece.tile.track(self.output, piece.tile.own))
+    }
+}
+
+/// Chunks of a tile.
+fn chunks_of(time: Value<'_, U32>) -> Value<'_, U32> {
+    (time + (CHUNK - 1)) >> CHUNK.ilog2()
+}
+
+fn set_all<'a, const N: usize>(variables: &[Variable<'a, F32>; N], values: [Value<'a, F32>; N]) {
+    for (variable, value) in variables.iter().zip(values) {
+        variable.set(value);
+    }
+}
+
+/// A block's share of all tiles' chunks, counted from tile to tile.
+///
+/// The block takes its tiles from the last to the first, each from its first chunk in the share to its last: so it begins with
+/// the tile that the next block ends with, and the next block finds the states that it goes on from when it comes to them.
+/// Blocks wait for blocks before them only, which have begun before.
+struct Share<'a> {
+    k: &'a Assembler,
+    handed: Global<'a>,
+    flags: Global<'a>,
+    first: Value<'a, U32>,
+    end: Value<'a, U32>,
+}
+
+/// Which chunks of a tile a block takes.
+#[derive(Clone, Copy)]
+struct Bounds<'a> {
+    /// The first, of the tile's.
+    first: Value<'a, U32>,
+    /// The same, and the end, of the block's, in the order in which it takes them.
+    start: Value<'a, U32>,
+    end: Value<'a, U32>,
+}
+
+impl<'a> Share<'a> {
+    /// Declares the sizes.
+    fn new(k: &'a Assembler, [handed, flags]: [Global<'a>; 2]) -> Self {
+        let (share, chunks) = (k.u32("share"), k.u32("chunks"));
+        let first = (k.block() * share).named("share_first");
+        let end = (first + share).min(chunks).named("share_end");
+        Self { k, handed, flags, first, end }
+    }
+
+    /// The number of the tile that the share ends in.
+    fn last_tile(&self, time: Value<'a, U32>) -> Value<'a, U32> {
+        (self.end - 1).div(chunks_of(time))
+    }
+
+    fn bounds(&self, tile: Value<'a, U32>, time: Value<'a, U32>) -> Bounds<'a> {
+        let chunks = chunks_of(time);
+        let (begin, after) = (tile * chunks, tile.mad(chunks, chunks));
+        let from = self.first.max(begin);
+        Bounds { first: from - begin, start: self.end.max(after) - after, end: self.end - from }
+    }
+
+    /// Another block takes the rest of the tile.
+    fn cuts(&self, tile: Value<'a, U32>, time: Value<'a, U32>) -> Value<'a, Pred> {
+        let chunks = chunks_of(time);
+        self.end.lt(tile.mad(chunks, chunks))
+    }
+
+    /// Where a block's lane leaves its states, and its warp says so.
+    fn handed(&self, lane: &Lane<'a>, block: Value<'a, U32>) -> [Address<'a>; 2] {
+        let states = self.handed.from_row(block, TILE * STATES).at(lane.own_states());
+        [states, self.flags.at(block.mad(SCANNING, self.k.thread() >> LANES.ilog2()))]
+    }
+
+    /// Leaves states for the next block.
+    fn hand_on(&self, lane: &Lane<'a>, states: Held<'a>) {
+        let k = self.k;
+        let [place, flag] = self.handed(lane, k.block());
+        place.store_vector(&states);
+        k.warp_barrier();
+        k.fence();
+        flag.store_flag_if(k.lane().eq(0), 1u32);
+    }
+
+    /// Waits for the states of the block before.
+    fn receive(&self, lane: &Lane<'a>) -> Held<'a> {
+        let k = self.k;
+        let [place, flag] = self.handed(lane, k.block() - 1);
+        k.while_(|| flag.load_flag().eq(0), || ());
+        k.fence();
+        place.load_vector()
+    }
+}
+
+/// What a block takes of a tile: all of it where tiles are not shared.
+struct Piece<'a> {
+    tile: Tile<'a>,
+    bounds: Option<Bounds<'a>>,
+}
+
+impl<'a> Piece<'a> {
+    /// The block's steps from here on are none of the tile's.
+    fn limit(&self) -> Value<'a, U32> {
+        let time = self.tile.time;
+        self.bounds.map_or(time, |bounds| time + bounds.start * CHUNK - bounds.first * CHUNK)
+    }
+
+    /// A track of the tile by the block's steps.
+    fn track(&self, track: Track<'a>) -> Track<'a> {
+        self.bounds.map_or(track, |bounds| track.shifted(bounds.start * CHUNK, bounds.first * CHUNK))
+    }
+}
+
+/// How far some of a block's threads have come.
+struct Course<'a> {
+    /// The number of the tile.
+    tile: Variable<'a, U32>,
+    /// The block's interval with which another begins.
+    end: Variable<'a, U32>,
+}
+
+impl<'a> Course<'a> {
+    fn copied(&self, k: &'a Assembler) -> Self {
+        Self { tile: k.variable(self.tile.get()), end: k.variable(self.end.get()) }
+    }
+}
+
+/// What serving threads need of a piece whose steps they prepare.
+struct Preparing<'a> {
+    limit: Variable<'a, U32>,
+    bias: [Variable<'a, F32>; PAIR],
+}
+
+impl<'a> Preparing<'a> {
+    fn begin(&self, forward: &Forward<'a>, piece: &Piece<'a>) {
+        self.limit.set(piece.limit());
+        set_all(&self.bias, piece.tile.own_of(forward.bias));
+    }
+}
+
+/// What serving threads need of a piece whose steps they finish.
+struct Finishing<'a> {
+    output: TrackVariable<'a>,
+    limit: Variable<'a, U32>,
+    d: [Variable<'a, F32>; PAIR],
+}
+
+impl<'a> Finishing<'a> {
+    fn begin(&self, forward: &Forward<'a>, piece: &Piece<'a>) {
+        self.output.set(forward.output_track(piece));
+        self.limit.set(piece.limit());
+        set_all(&self.d, piece.tile.own_of(forward.d));
     }
 }
 
@@ -418,19 +698,18 @@ impl<'a> Lane<'a> {
         Self { channel, part, sum: part.mad(TILE, channel).named("own_sum") }
     }
 
+    /// The place of its states among a tile's.
+    fn own_states(&self) -> Value<'a, U32> {
+        self.channel.mad(STATES, self.part * HELD as u32)
+    }
+
     /// The place of its states in a `[…, channels, states]` tensor whose outer index is `outer`.
-    fn states(&self, forward: &Forward<'a>, memory: Global<'a>, outer: Value<'a, U32>) -> Address<'a> {
-        let tile = &forward.tile;
-        let channel = tile.tile.mad(TILE, self.channel);
-        memory.from_row(outer, tile.channels * STATES).at(channel.mad(STATES, self.part * HELD as u32))
+    fn states(&self, tile: &Tile<'a>, memory: Global<'a>, outer: Value<'a, U32>) -> Address<'a> {
+        memory.from_row(outer, tile.channels * STATES).at((tile.tile * (TILE * STATES)) + self.own_states())
     }
 
-    fn load_states(&self, forward: &Forward<'a>, memory: Global<'a>, outer: Value<'a, U32>) -> Held<'a> {
-        self.states(forward, memory, outer).load_vector()
-    }
-
-    fn store_states(&self, forward: &Forward<'a>, memory: Global<'a>, outer: Value<'a, U32>, states: Held<'a>) {
-        self.states(forward, memory, outer).store_vector(&states);
+    fn load(&self, tile: &Tile<'a>, memory: Global<'a>, outer: Value<'a, U32>) -> Held<'a> {
+        self.states(tile, memory, outer).load_vector()
     }
 
     /// Its places in the inputs of the first interval.
@@ -535,6 +814,17 @@ impl<'a> Carried<'a> {
         }
     }
 
+    /// Δ and Δu of the next step.
+    fn next_drive(&self) -> Drive<'a> {
+        std::array::from_fn(|index| self.numbers[HELD + index].get())
+    }
+
+    fn set_decays(&self, decays: Held<'a>) {
+        for (variable, value) in self.numbers.iter().zip(decays) {
+            variable.set(value);
+        }
+    }
+
     fn set(&self, ahead: &Ahead<'a>) {
         for (variable, value) in self.numbers.iter().zip(ahead.numbers()) {
             variable.set(value);
@@ -615,6 +905,10 @@ const RAW_ARRAY: u32 = RAW_PLACES * INTERVAL * TILE;
 /// What a serving lane copies of every interval. Each warp has one of the arrays; one has the gate, too, and one the starts of
 /// documents.
 struct Sender<'a> {
+    warp: Value<'a, U32>,
+    /// The first of the elements that the lane copies of a step.
+    first: Value<'a, U32>,
+    limit: Variable<'a, U32>,
     own: Source<'a>,
     gate: Option<(Value<'a, Pred>, Source<'a>)>,
     starts: Option<(Value<'a, Pred>, Source<'a>)>,
@@ -627,7 +921,7 @@ struct Source<'a> {
     slots: u32,
     /// Bytes of a copy.
     copy: usize,
-    from: Track<'a>,
+    from: TrackVariable<'a>,
     /// In the first place.
     to: Address<'a>,
     /// Elements of a step there, and bytes of an element.
@@ -636,54 +930,54 @@ struct Source<'a> {
 }
 
 impl<'a> Sender<'a> {
-    fn new(forward: &Forward<'a>) -> Self {
-        let (k, tile) = (forward.k, &forward.tile);
+    fn new(forward: &Forward<'a>, piece: &Piece<'a>) -> Self {
+        let k = forward.k;
         let size = forward.source.scan.element.bytes() as u32;
         let chunk = COPY as u32 / size;
         let chunks = TILE / chunk;
         let first = ((k.lane() & (chunks - 1)) * chunk).named("copied");
         let slot = (k.lane() >> chunks.ilog2()).named("copied_slot");
-        let from = |memory: Global<'a>, columns| tile.track_from(memory, columns, first);
+        let warp = (k.thread() >> LANES.ilog2()) - SCANNERS / LANES;
+        let tracks = SentTracks::new(forward, piece, warp, first);
         let source = |from: Track<'a>, array: Value<'a, U32>| Source {
             slot,
             slots: LANES / chunks,
             copy: COPY,
-            from,
+            from: TrackVariable::new(k, from),
             to: forward.raw.at(array.mad(RAW_ARRAY, slot.mad(TILE, first))),
             elements: TILE,
             size,
         };
-        let warp = (k.thread() >> LANES.ilog2()) - SCANNERS / LANES;
-        let arrays = [
-            from(forward.input, tile.own),
-            from(forward.delta, tile.own),
-            from(forward.b, tile.b),
-            from(forward.c, tile.c),
-        ];
-        let own = source(Track::chosen(warp, &arrays), warp);
-        let gate = forward.gate.map(|gate| {
-            (warp.eq(0), source(from(gate, tile.own), k.constant(Array::Gate as u32)))
-        });
-        let starts = forward.document_start.zip(forward.starts).map(|(document_start, starts)| {
-            let slot = k.lane();
-            let from = tile.starts(document_start);
+        let own = source(tracks.own, warp);
+        let gate = tracks.gate.map(|gate| (warp.eq(0), source(gate, k.constant(Array::Gate as u32))));
+        let starts = tracks.starts.zip(forward.starts).map(|(from, starts)| {
+            let (slot, from) = (k.lane(), TrackVariable::new(k, from));
             let source = Source { slot, slots: INTERVAL, copy: 4, from, to: starts.at(slot), elements: 1, size: 4 };
             (warp.eq(1) & slot.lt(INTERVAL), source)
         });
-        Self { own, gate, starts }
+        Self { warp, first, limit: k.variable(piece.limit()), own, gate, starts }
+    }
+
+    fn begin(&self, forward: &Forward<'a>, piece: &Piece<'a>) {
+        let SentTracks { own, gate, starts } = SentTracks::new(forward, piece, self.warp, self.first);
+        self.limit.set(piece.limit());
+        self.own.from.set(own);
+        for ((_, source), track) in self.gate.iter().zip(gate).chain(self.starts.iter().zip(starts)) {
+            source.from.set(track);
+        }
     }
 
     /// Sends for the interval that begins with step `first`, into place `place` of a half of the raw places.
     fn send(&self, forward: &Forward<'a>, first: Value<'a, U32>, half: Value<'a, U32>, place: u32) {
-        let (k, time) = (forward.k, forward.tile.time);
+        let (k, limit) = (forward.k, self.limit.get());
         let copy = |source: &Source<'a>| {
             let to = source.to.moved(half * (INTERVAL * source.elements * source.size));
             for row in (0..INTERVAL).step_by(source.slots as usize) {
                 let step = first + (source.slot + row);
                 // What does not exist is zero.
-                let bytes = step.lt(time).select::<U32>(source.copy as u32, 0);
+                let bytes = step.lt(limit).select::<U32>(source.copy as u32, 0);
                 let to = to.plus(i64::from((place * INTERVAL + row) * source.elements));
-                k.copy_bytes(to, source.from.at(step), source.copy, bytes);
+                k.copy_bytes(to, source.from.get().at(step), source.copy, bytes);
             }
         };
         copy(&self.own);
@@ -691,5 +985,30 @@ impl<'a> Sender<'a> {
             k.if_(*holds, || copy(source));
         }
         k.commit_copies();
+    }
+}
+
+/// What a lane that serves copies from, of a piece.
+struct SentTracks<'a> {
+    own: Track<'a>,
+    gate: Option<Track<'a>>,
+    starts: Option<Track<'a>>,
+}
+
+impl<'a> SentTracks<'a> {
+    fn new(forward: &Forward<'a>, piece: &Piece<'a>, warp: Value<'a, U32>, first: Value<'a, U32>) -> Self {
+        let tile = &piece.tile;
+        let from = |memory: Global<'a>, columns| tile.track_from(memory, columns, first);
+        let arrays = [
+            from(forward.input, tile.own),
+            from(forward.delta, tile.own),
+            from(forward.b, tile.b),
+            from(forward.c, tile.c),
+        ];
+        Self {
+            own: piece.track(Track::chosen(warp, &arrays)),
+            gate: forward.gate.map(|gate| piece.track(from(gate, tile.own))),
+            starts: forward.document_start.map(|starts| piece.track(tile.starts(starts))),
+        }
     }
 }

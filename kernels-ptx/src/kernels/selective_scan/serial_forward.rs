@@ -202,8 +202,8 @@ struct Forward<'a> {
     /// The block's tile, or the first of them.
     tile: Tile<'a>,
     share: Option<Share<'a>>,
-    /// Intervals of the block, whole chunks; steps that do not exist change nothing.
-    intervals: Value<'a, U32>,
+    /// Chunks of the block; steps that do not exist change nothing.
+    chunks: Value<'a, U32>,
     /// Per place of an interval and step: Δ and Δu of each channel; B and C of two states each; whether a document begins. Of
     /// two intervals: C · h of each channel and part of the states.
     drive: Shared<'a>,
@@ -237,7 +237,7 @@ impl<'a> Forward<'a> {
             Some(share) => share.end - share.first,
             None => chunks_of(tile.time),
         };
-        let intervals = (chunks * PER_CHUNK).named("intervals");
+        let chunks = chunks.named("chunks");
         Self {
             k,
             source,
@@ -256,7 +256,7 @@ impl<'a> Forward<'a> {
             initial,
             tile,
             share,
-            intervals,
+            chunks,
             drive: k.shared(Element::F32, PLACES * INTERVAL * ROW),
             groups: k.shared(Element::F32, PLACES * INTERVAL * ROW),
             sums: k.shared(Element::F32, 2 * INTERVAL * SUMS_ROW),
@@ -276,26 +276,26 @@ impl<'a> Forward<'a> {
         let Some(share) = &self.share else { return (Piece { tile: self.tile, bounds: None }, None) };
         let number = share.last_tile(self.tile.time);
         let bounds = share.bounds(number, self.tile.time);
-        let course = Course { tile: self.k.variable(number), end: self.k.variable(bounds.end * PER_CHUNK) };
+        let course = Course { tile: self.k.variable(number), end: self.k.variable(bounds.end) };
         (Piece { tile: self.tile, bounds: Some(bounds) }, Some(course))
     }
 
-    /// Where `interval` begins another piece, brings the course to it and runs `then` with the number of the tile before, and
+    /// Where the block's chunk `chunk` begins another piece, brings the course to it and runs `then` with the number of the tile before, and
     /// the piece.
     fn turn(
         &self,
         course: &Option<Course<'a>>,
-        interval: Value<'a, U32>,
+        chunk: Value<'a, U32>,
         then: impl FnOnce(Value<'a, U32>, &Piece<'a>),
     ) {
         let (Some(share), Some(course)) = (&self.share, course) else { return };
         let k = self.k;
-        k.if_(interval.eq(course.end.get()) & interval.lt(self.intervals), || {
+        k.if_(chunk.eq(course.end.get()) & chunk.lt(self.chunks), || {
             let before = k.constant(course.tile.get());
             course.tile.set(before - 1);
             let number = course.tile.get();
             let bounds = share.bounds(number, self.tile.time);
-            course.end.set(bounds.end * PER_CHUNK);
+            course.end.set(bounds.end);
             then(before, &Piece { tile: self.tile.other(number), bounds: Some(bounds) });
         });
     }
@@ -308,7 +308,7 @@ impl<'a> Forward<'a> {
         let rates = [0; HELD].map(|_| k.variable(0.0f32));
         let decays = |drive: Drive<'a>| rates.map(|rate| (drive[0] * rate.get()).exp2_flushed());
         let states = [0; HELD].map(|_| k.variable(0.0f32));
-        // Where the next states go that are saved.
+        // Where the states of the block's first chunk would go, as the tile's chunks lie.
         let saved = self.chunk_states.map(|memory| (memory, k.variable(0u64)));
         let begin = |piece: &Piece<'a>| {
             let tile = &piece.tile;
@@ -321,79 +321,75 @@ impl<'a> Forward<'a> {
                 k.if_(bounds.first.gt(0), || set_all(&states, share.receive(&lane)));
             }
             if let Some((memory, place)) = &saved {
-                let chunk = piece.bounds.map_or_else(|| k.constant(0u32), |bounds| bounds.first);
-                let outer = tile.row.mad(chunks_of(tile.time), chunk);
-                place.set(lane.states(tile, *memory, outer).global_address());
+                let first = lane.states(tile, *memory, tile.row * chunks_of(tile.time)).global_address();
+                let size = tile.channels * (STATES * 4);
+                place.set(match piece.bounds {
+                    Some(bounds) => bounds.first.mad_wide(size, first) - bounds.start.mul_wide(size),
+                    None => first,
+                });
             }
         };
-        let save = || {
-            if let Some((memory, place)) = &saved {
-                memory.from_address(place.get()).first().store_vector(&states.map(Variable::get));
-                place.set(place.get() + self.tile.channels.mul_wide(STATES * 4));
+        let save = |chunk: Value<'a, U32>| {
+            if let Some((memory, first)) = &saved {
+                let place = chunk.mad_wide(self.tile.channels * (STATES * 4), first.get());
+                memory.from_address(place).first().store_vector(&states.map(Variable::get));
             }
         };
         let leave = |tile: &Tile<'a>| {
             lane.states(tile, self.last_state, tile.row).store_vector(&states.map(Variable::get));
         };
         begin(&piece);
-        k.if_(self.intervals.gt(0), save);
         self.meet();
         self.meet();
-        // What the next steps need, in variables from interval to interval.
+        // What the next steps need, in variables from chunk to chunk.
         let start = lane.places(self);
         let drive: VecDeque<_> = (0..DRIVE_AHEAD as u32).map(|step| start.drive(step)).collect();
         let groups = (0..GROUPS_AHEAD as u32).map(|step| start.groups(step)).collect();
         let first = Ahead { decays: decays(drive[0]), drive, groups };
         let carried = Carried::new(k, &first);
-        k.for_(0u32, self.intervals, 1u32, |interval| {
-            let (here, after) = (start.of(interval), start.of(interval + 1));
-            let of = |step: u32| if step < INTERVAL { (here, step) } else { (after, step - INTERVAL) };
-            let sums = self.sums.at(lane.sum).moved((interval & 1) * (INTERVAL * SUMS_ROW * 4));
+        k.for_(0u32, self.chunks, 1u32, |chunk| {
+            self.turn(&course, chunk, |before, piece| {
+                if let Some(share) = &self.share {
+                    let hand_on = || share.hand_on(&lane, states.map(Variable::get));
+                    k.if_else(share.cuts(before, self.tile.time), hand_on, || leave(&self.tile.other(before)));
+                }
+                begin(piece);
+                // Those of the next step came from the rates of the piece before.
+                carried.set_decays(decays(carried.next_drive()));
+            });
+            save(chunk);
             let mut held = states.map(Variable::get);
             let mut ahead = carried.get();
-            let mut result = None;
-            for step in 0..INTERVAL {
-                // Reads do not pass writes, as far as the assembler knows: what is written step by step keeps the reads, and
-                // the exponentials that follow from them, apart.
-                let write = |(step, result): (u32, Value<'a, F32>)| sums.plus(i64::from(step * SUMS_ROW)).store(result);
-                result.map(write);
-                let (places, next) = of(step + DRIVE_AHEAD as u32);
-                ahead.drive.push_back(places.drive(next));
-                let (places, next) = of(step + GROUPS_AHEAD as u32);
-                ahead.groups.push_back(places.groups(next));
-                let now = ahead.next(decays);
-                if let Some(begins) = now.groups.begins {
-                    let begins = begins.ne(0);
-                    held = held.map(|state| begins.select::<F32>(0.0, state));
-                }
-                let Groups { b, c, .. } = now.groups;
-                held = std::array::from_fn(|n| now.decays[n].fma(held[n], now.driven * b[n]));
-                let sum = (1..HELD).fold(held[0] * c[0], |sum, n| held[n].fma(c[n], sum));
-                result = Some((step, sum));
-                if step == INTERVAL - 1 {
+            for interval in 0..PER_CHUNK {
+                let sums = self.sums.at(lane.sum).plus(i64::from(interval % 2 * INTERVAL * SUMS_ROW));
+                let mut result = None;
+                for step in 0..INTERVAL {
+                    // Reads do not pass writes, as far as the assembler knows: what is written step by step keeps the reads,
+                    // and the exponentials that follow from them, apart.
+                    let write = |(step, result): (u32, Value<'a, F32>)| sums.plus(i64::from(step * SUMS_ROW)).store(result);
                     result.map(write);
+                    let place = interval * INTERVAL + step;
+                    ahead.drive.push_back(start.drive((place + DRIVE_AHEAD as u32) % CHUNK));
+                    ahead.groups.push_back(start.groups((place + GROUPS_AHEAD as u32) % CHUNK));
+                    let now = ahead.next(decays);
+                    if let Some(begins) = now.groups.begins {
+                        let begins = begins.ne(0);
+                        held = held.map(|state| begins.select::<F32>(0.0, state));
+                    }
+                    let Groups { b, c, .. } = now.groups;
+                    held = std::array::from_fn(|n| now.decays[n].fma(held[n], now.driven * b[n]));
+                    let sum = (1..HELD).fold(held[0] * c[0], |sum, n| held[n].fma(c[n], sum));
+                    result = Some((step, sum));
+                    if step == INTERVAL - 1 {
+                        result.map(write);
+                    }
                 }
+                if interval == PER_CHUNK - 1 {
+                    carried.set(&ahead);
+                    set_all(&states, held);
+                }
+                self.meet();
             }
-            carried.set(&ahead);
-            for (state, value) in states.iter().zip(held) {
-                state.set(value);
-            }
-            let next = interval + 1;
-            if self.chunk_states.is_some() || self.share.is_some() {
-                k.if_((next & (PER_CHUNK - 1)).eq(0) & next.lt(self.intervals), || {
-                    self.turn(&course, next, |before, piece| {
-                        if let Some(share) = &self.share {
-                            let hand_on = || share.hand_on(&lane, states.map(Variable::get));
-                            k.if_else(share.cuts(before, self.tile.time), hand_on, || leave(&self.tile.other(before)));
-                        }
-                        begin(piece);
-                        // Those of the next step came from the rates of the piece before.
-                        carried.set_decays(decays(carried.next_drive()));
-                    });
-                    save();
-                });
-            }
-            self.meet();
         });
         match &course {
             // A share ends with the end of a tile.
@@ -435,14 +431,14 @@ impl<'a> Forward<'a> {
         // of the first.
         k.wait_copies(SENT_AHEAD - 1);
         k.meet(2, SERVERS);
-        k.for_(0u32, self.intervals + PLACES, PLACES, |round| {
-            let first = round.mad(INTERVAL, slot);
-            // The half of the raw places that this round's interval has, and the other.
-            let now = round & PLACES;
+        k.for_(0u32, self.chunks + 1, 1u32, |chunk| {
+            let first = chunk.mad(CHUNK, slot);
+            // The half of the raw places that this chunk has, and the other.
+            let now = (chunk & 1) * PLACES;
             let halves = [now, now ^ PLACES];
             let half = |place: u32| halves[(place / PLACES % 2) as usize];
-            self.turn(&sent, round + SENT_AHEAD, |_, piece| sender.begin(self, piece));
-            self.turn(&prepared, round, |_, piece| preparing.begin(self, piece));
+            self.turn(&sent, chunk + 1, |_, piece| sender.begin(self, piece));
+            self.turn(&prepared, chunk, |_, piece| preparing.begin(self, piece));
             for place in 0..PLACES {
                 let items = || (0..ITEMS).map(|item| item * SLOTS);
                 let finish = || {
@@ -455,10 +451,10 @@ impl<'a> Forward<'a> {
                     }
                 };
                 if place < BEHIND {
-                    k.if_(round.ge(PLACES), finish);
+                    k.if_(chunk.gt(0), finish);
                 } else {
                     if place == BEHIND {
-                        self.turn(&finished, round, |_, piece| finishing.begin(self, piece));
+                        self.turn(&finished, chunk, |_, piece| finishing.begin(self, piece));
                     }
                     finish();
                 }
@@ -467,7 +463,7 @@ impl<'a> Forward<'a> {
                     self.prepare(&preparing, first + (place * INTERVAL + row), &places, place * INTERVAL + row, raw);
                 }
                 let ahead = place + SENT_AHEAD;
-                sender.send(self, (round + ahead) * INTERVAL, half(ahead), ahead % PLACES);
+                sender.send(self, chunk * CHUNK + ahead * INTERVAL, half(ahead), ahead % PLACES);
                 k.wait_copies(SENT_AHEAD - 1);
                 self.meet();
             }
@@ -638,7 +634,7 @@ impl<'a> Piece<'a> {
 struct Course<'a> {
     /// The number of the tile.
     tile: Variable<'a, U32>,
-    /// The block's interval with which another begins.
+    /// The block's chunk with which another begins.
     end: Variable<'a, U32>,
 }
 
@@ -712,7 +708,7 @@ impl<'a> Lane<'a> {
         self.states(tile, memory, outer).load_vector()
     }
 
-    /// Its places in the inputs of the first interval.
+    /// Its places in the inputs of a chunk's first step.
     fn places(&self, forward: &Forward<'a>) -> Places<'a> {
         Places {
             drive: forward.drive.at(self.channel * 2),
@@ -722,8 +718,7 @@ impl<'a> Lane<'a> {
     }
 }
 
-/// A scanning lane's places in an interval.
-#[derive(Clone, Copy)]
+/// A scanning lane's places in shared memory, which those of a chunk's first step are.
 struct Places<'a> {
     drive: Address<'a>,
     groups: Address<'a>,
@@ -731,17 +726,6 @@ struct Places<'a> {
 }
 
 impl<'a> Places<'a> {
-    /// Those in another interval, from those in the first.
-    fn of(self, interval: Value<'a, U32>) -> Self {
-        let place = interval & (PLACES - 1);
-        let rows = place * (INTERVAL * ROW * 4);
-        Self {
-            drive: self.drive.moved(rows),
-            groups: self.groups.moved(rows),
-            begins: self.begins.map(|begins| begins.moved(place * (INTERVAL * 4))),
-        }
-    }
-
     fn drive(&self, step: u32) -> Drive<'a> {
         self.drive.plus(i64::from(step * ROW)).load_vector()
     }

@@ -306,7 +306,7 @@ impl<'a> Forward<'a> {
         let lane = Lane::new(self);
         let (piece, course) = self.first_piece();
         let rates = [0; HELD].map(|_| k.variable(0.0f32));
-        let decays = |drive: Drive<'a>| rates.map(|rate| (drive[0] * rate.get()).exp2_flushed());
+        let exponents = |drive: Drive<'a>| rates.map(|rate| drive[0] * rate.get());
         let states = [0; HELD].map(|_| k.variable(0.0f32));
         // Where the states of the block's first chunk would go, as the tile's chunks lie.
         let saved = self.chunk_states.map(|memory| (memory, k.variable(0u64)));
@@ -341,12 +341,9 @@ impl<'a> Forward<'a> {
         begin(&piece);
         self.meet();
         self.meet();
-        // What the next steps need, in variables from chunk to chunk.
         let start = lane.places(self);
-        let drive: VecDeque<_> = (0..DRIVE_AHEAD as u32).map(|step| start.drive(step)).collect();
-        let groups = (0..GROUPS_AHEAD as u32).map(|step| start.groups(step)).collect();
-        let first = Ahead { decays: decays(drive[0]), drive, groups };
-        let carried = Carried::new(k, &first);
+        // What the next steps need, in variables from chunk to chunk.
+        let carried = Carried::new(k, &Ahead::new(&start, exponents));
         k.for_(0u32, self.chunks, 1u32, |chunk| {
             self.turn(&course, chunk, |before, piece| {
                 if let Some(share) = &self.share {
@@ -354,35 +351,35 @@ impl<'a> Forward<'a> {
                     k.if_else(share.cuts(before, self.tile.time), hand_on, || leave(&self.tile.other(before)));
                 }
                 begin(piece);
-                // Those of the next step came from the rates of the piece before.
-                carried.set_decays(decays(carried.next_drive()));
+                // The decays that are known came from the rates of the piece before.
+                carried.set_exponents([0, 1].map(|step| exponents(start.drive(step))));
             });
             save(chunk);
             let mut held = states.map(Variable::get);
             let mut ahead = carried.get();
             for interval in 0..PER_CHUNK {
                 let sums = self.sums.at(lane.sum).plus(i64::from(interval % 2 * INTERVAL * SUMS_ROW));
-                let mut result = None;
+                let mut before: Option<Held<'a>> = None;
                 for step in 0..INTERVAL {
-                    // Reads do not pass writes, as far as the assembler knows: what is written step by step keeps the reads,
-                    // and the exponentials that follow from them, apart.
-                    let write = |(step, result): (u32, Value<'a, F32>)| sums.plus(i64::from(step * SUMS_ROW)).store(result);
-                    result.map(write);
                     let place = interval * INTERVAL + step;
                     ahead.drive.push_back(start.drive((place + DRIVE_AHEAD as u32) % CHUNK));
                     ahead.groups.push_back(start.groups((place + GROUPS_AHEAD as u32) % CHUNK));
-                    let now = ahead.next(decays);
-                    if let Some(begins) = now.groups.begins {
-                        let begins = begins.ne(0);
-                        held = held.map(|state| begins.select::<F32>(0.0, state));
+                    let now = ahead.next(exponents);
+                    let mut sum = None;
+                    for n in 0..HELD {
+                        let product = before.map(|c| sum.map_or_else(|| held[n] * c[n], |sum| held[n].fma(c[n], sum)));
+                        sum = product;
+                        let state = now.begins.map_or(held[n], |begins| begins.ne(0).select(0.0, held[n]));
+                        held[n] = now.decays[n].fma(state, now.driven[n]);
                     }
-                    let Groups { b, c, .. } = now.groups;
-                    held = std::array::from_fn(|n| now.decays[n].fma(held[n], now.driven * b[n]));
+                    if let Some(sum) = sum {
+                        sums.plus(i64::from((step - 1) * SUMS_ROW)).store(sum);
+                    }
+                    before = Some(now.c);
+                }
+                if let Some(c) = before {
                     let sum = (1..HELD).fold(held[0] * c[0], |sum, n| held[n].fma(c[n], sum));
-                    result = Some((step, sum));
-                    if step == INTERVAL - 1 {
-                        result.map(write);
-                    }
+                    sums.plus(i64::from((INTERVAL - 1) * SUMS_ROW)).store(sum);
                 }
                 if interval == PER_CHUNK - 1 {
                     carried.set(&ahead);
@@ -749,38 +746,64 @@ struct Groups<'a> {
     begins: Option<Value<'a, U32>>,
 }
 
-/// What a scanning lane has of the steps before it: the decays of the next one, Δ and Δu, and B and C, from the next one on.
+/// What a scanning lane has of the next step, and of those after it.
 struct Ahead<'a> {
-    decays: Held<'a>,
+    now: Now<'a>,
+    /// Of the step after the next, whose exponentials are the decays.
+    exponents: Held<'a>,
+    /// Both from the step after the next on.
     drive: VecDeque<Drive<'a>>,
     groups: VecDeque<Groups<'a>>,
 }
 
 /// What a step needs.
+#[derive(Clone, Copy)]
 struct Now<'a> {
     decays: Held<'a>,
-    driven: Value<'a, F32>,
-    groups: Groups<'a>,
+    /// Δ u B.
+    driven: Held<'a>,
+    c: Held<'a>,
+    begins: Option<Value<'a, U32>>,
 }
 
 impl<'a> Ahead<'a> {
-    /// Takes the next step; computes the decays of the one after it.
-    fn next(&mut self, decays: impl FnOnce(Drive<'a>) -> Held<'a>) -> Now<'a> {
-        let (Some([_, driven]), Some(groups)) = (self.drive.pop_front(), self.groups.pop_front()) else {
+    /// Reads the first steps of a chunk.
+    fn new(start: &Places<'a>, exponents: impl Fn(Drive<'a>) -> Held<'a>) -> Self {
+        let mut drive: VecDeque<_> = (0..DRIVE_AHEAD as u32).map(|step| start.drive(step)).collect();
+        let mut groups: VecDeque<_> = (0..GROUPS_AHEAD as u32).map(|step| start.groups(step)).collect();
+        let (Some(first), Some(of_first)) = (drive.pop_front(), groups.pop_front()) else {
+            unreachable!("a step at least is read ahead")
+        };
+        let now = Now::new(exponents(first), first, of_first);
+        Self { now, exponents: exponents(drive[0]), drive, groups }
+    }
+
+    /// The next step; computes what the one after it needs.
+    fn next(&mut self, exponents: impl Fn(Drive<'a>) -> Held<'a>) -> Now<'a> {
+        let (Some(drive), Some(groups)) = (self.drive.pop_front(), self.groups.pop_front()) else {
             unreachable!("steps were read ahead")
         };
-        let next = decays(self.drive[0]);
-        Now { decays: std::mem::replace(&mut self.decays, next), driven, groups }
+        let next = Now::new(self.exponents, drive, groups);
+        self.exponents = exponents(self.drive[0]);
+        std::mem::replace(&mut self.now, next)
     }
 
-    /// In the order in which [`Carried::get`] takes them.
-    fn numbers(&self) -> impl Iterator<Item = Value<'a, F32>> {
+    /// All of it, in the order in which [`Carried::get`] takes it.
+    fn numbers(&self) -> Vec<Value<'a, F32>> {
+        let Now { decays, driven, c, .. } = self.now;
         let groups = self.groups.iter().flat_map(|groups| groups.b.into_iter().chain(groups.c));
-        self.decays.into_iter().chain(self.drive.iter().flatten().copied()).chain(groups)
+        let now = decays.into_iter().chain(self.exponents).chain(driven).chain(c);
+        now.chain(self.drive.iter().flatten().copied()).chain(groups).collect()
     }
 
-    fn begins(&self) -> impl Iterator<Item = Value<'a, U32>> {
-        self.groups.iter().filter_map(|groups| groups.begins)
+    fn begins(&self) -> Vec<Value<'a, U32>> {
+        self.now.begins.into_iter().chain(self.groups.iter().filter_map(|groups| groups.begins)).collect()
+    }
+}
+
+impl<'a> Now<'a> {
+    fn new(exponents: Held<'a>, [_, driven]: Drive<'a>, Groups { b, c, begins }: Groups<'a>) -> Self {
+        Self { decays: exponents.map(Value::exp2_flushed), driven: b.map(|b| driven * b), c, begins }
     }
 }
 
@@ -793,18 +816,14 @@ struct Carried<'a> {
 impl<'a> Carried<'a> {
     fn new(k: &'a Assembler, ahead: &Ahead<'a>) -> Self {
         Self {
-            numbers: ahead.numbers().map(|value| k.variable(value)).collect(),
-            begins: ahead.begins().map(|value| k.variable(value)).collect(),
+            numbers: ahead.numbers().into_iter().map(|value| k.variable(value)).collect(),
+            begins: ahead.begins().into_iter().map(|value| k.variable(value)).collect(),
         }
     }
 
-    /// Δ and Δu of the next step.
-    fn next_drive(&self) -> Drive<'a> {
-        std::array::from_fn(|index| self.numbers[HELD + index].get())
-    }
-
-    fn set_decays(&self, decays: Held<'a>) {
-        for (variable, value) in self.numbers.iter().zip(decays) {
+    /// Replaces what follows from the rates: the exponents of the next step and of the one after it.
+    fn set_exponents(&self, [next, after]: [Held<'a>; 2]) {
+        for (variable, value) in self.numbers.iter().zip(next.map(Value::exp2_flushed).into_iter().chain(after)) {
             variable.set(value);
         }
     }
@@ -825,13 +844,15 @@ impl<'a> Carried<'a> {
             Some(variable) => variable.get(),
             None => unreachable!("there are as many as were set"),
         };
-        let decays = std::array::from_fn(|_| next());
-        let drive = (0..DRIVE_AHEAD).map(|_| std::array::from_fn(|_| next())).collect();
-        let groups = (0..GROUPS_AHEAD).map(|_| {
+        let mut held = || std::array::from_fn(|_| next());
+        let (decays, exponents, driven, c) = (held(), held(), held(), held());
+        let now = Now { decays, driven, c, begins: begins.next().map(|begins| begins.get()) };
+        let drive = (1..DRIVE_AHEAD).map(|_| std::array::from_fn(|_| next())).collect();
+        let groups = (1..GROUPS_AHEAD).map(|_| {
             let (b, c) = (std::array::from_fn(|_| next()), std::array::from_fn(|_| next()));
             Groups { b, c, begins: begins.next().map(|begins| begins.get()) }
         });
-        Ahead { decays, drive, groups: groups.collect() }
+        Ahead { now, exponents, drive, groups: groups.collect() }
     }
 }
 

@@ -380,11 +380,10 @@ impl<'a> Address<'a> {
         self.assembler.emit("ld.relaxed.gpu.global.u32", vec![self.piece()])
     }
 
-    /// Writes such an element where the condition holds.
-    pub fn store_flag_if(self, condition: Value<'a, Pred>, value: impl Operand<'a, U32>) {
+    /// Writes such an element.
+    pub fn store_flag(self, value: impl Operand<'a, U32>) {
         self.check_flag();
-        let line = Line::instruction("st.relaxed.gpu.global.u32", vec![self.piece(), value.operand().0]);
-        self.assembler.push(line.when(condition.id, true));
+        self.assembler.emit_effect("st.relaxed.gpu.global.u32", vec![self.piece(), value.operand().0]);
     }
 
     fn check_flag(self) {

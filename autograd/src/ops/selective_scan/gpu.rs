@@ -124,7 +124,7 @@ impl<'a> Launch<'a> {
     fn handed(&self, shares: Shares) -> Result<[Output; 2]> {
         let blocks = shares.blocks as usize;
         let states = Output::new(self.device(), &[blocks, TILE as usize, self.scan.states], DType::F32)?;
-        let mut flags = Output::new(self.device(), &[blocks, SerialForward::FLAGS], DType::U32)?;
+        let mut flags = Output::new(self.device(), &[blocks], DType::U32)?;
         flags.set_zero()?;
         Ok([states, flags])
     }

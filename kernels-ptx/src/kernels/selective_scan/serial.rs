@@ -174,14 +174,7 @@ impl<'a> Tile<'a> {
         let number = number(time);
         let [row, tile] = [number.div(tiles).named("row"), number.rem(tiles).named("tile")];
         let [own, b, c] = Self::columns(channels, widths, tile);
-        Self { k, form, time, channels, widths, tiles, row, tile, pair, b, c, own }
-    }
-
-    /// Another tile.
-    pub fn other(self, number: Value<'a, U32>) -> Self {
-        let (row, tile) = (number.div(self.tiles), number.rem(self.tiles));
-        let [own, b, c] = Self::columns(self.channels, self.widths, tile);
-        Self { row, tile, own, b, c, ..self }
+        Self { k, form, time, channels, widths, tiles, row, tile, pair, own, b, c }
     }
 
     /// Those of its channels, of B and of C.
@@ -190,6 +183,23 @@ impl<'a> Tile<'a> {
         let [b, c] =
             widths.map(|width| Columns { first: first.div(width) * STATES, stride: channels.div(width) * STATES });
         [Columns { first, stride: channels }, b, c]
+    }
+
+    /// The tile at another place.
+    pub fn at(self, [row, tile]: [Value<'a, U32>; 2]) -> Self {
+        let [own, b, c] = Self::columns(self.channels, self.widths, tile);
+        Self { row, tile, own, b, c, ..self }
+    }
+
+    /// The place of the tile before it.
+    pub fn before(&self) -> [Value<'a, U32>; 2] {
+        let first = self.tile.eq(0);
+        [first.select(self.row - 1, self.row), first.select(self.tiles, self.tile) - 1]
+    }
+
+    /// Its number, counted over all rows.
+    pub fn number(&self) -> Value<'a, U32> {
+        self.row.mad(self.tiles, self.tile)
     }
 
     /// Where the serving thread's two elements of `memory` are.

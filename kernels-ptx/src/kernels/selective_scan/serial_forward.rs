@@ -55,8 +55,9 @@ const GROUPS_AHEAD: usize = 3;
 /// Intervals of a chunk: what shared memory has places for, so that a chunk begins in the first place.
 const PER_CHUNK: u32 = CHUNK / INTERVAL;
 const _: () = assert!(PER_CHUNK == PLACES);
-/// Warps that scan.
-const SCANNING: u32 = SCANNERS / LANES;
+/// f32 of a tile's states, and of what a piece begins with.
+const TILE_STATES: u32 = TILE * STATES;
+const FRESH: u32 = 2 * TILE_STATES;
 /// f32 of a step that hold two values per channel, or four per state pair.
 const ROW: u32 = 2 * TILE;
 /// f32 of a step that hold a value per channel of each part of the states, so that neighbouring steps lie in different
@@ -72,7 +73,7 @@ const SUMS_ROW: u32 = PARTS * TILE + TILE;
 /// a bias), `document_start` (u32 `[batch, time]`, with documents), `initial` (f32 `[batch, channels, states]`, when resumed),
 /// `time`, `channels`, `b_width`, `c_width` (channels of a group; all u32). A row has less than 2³² elements.
 ///
-/// When shared, `handed` (f32 `[blocks, 16 channels, states]`, written) and `flags` (u32 `[blocks, 2]`, zeros, written) come after
+/// When shared, `handed` (f32 `[blocks, 16 channels, states]`, written) and `flags` (u32 `[blocks]`, zeros, written) come after
 /// `chunk_states`, and `share` (chunks of a block), `chunks` (of all tiles; both u32) before `time`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct SerialForward {
@@ -98,9 +99,6 @@ pub struct Shares {
 }
 
 impl SerialForward {
-    /// Flags of a block, one for each of its warps that scan.
-    pub const FLAGS: usize = SCANNING as usize;
-
     /// Blocks for a scan, one per tile; `None` when it is not of the shape that the kernel takes, or one launch cannot
     /// cover it.
     pub fn grid(sizes: &Sizes, states: u32) -> Option<[u32; 3]> {
@@ -210,6 +208,9 @@ struct Forward<'a> {
     groups: Shared<'a>,
     sums: Shared<'a>,
     begins: Option<Shared<'a>>,
+    /// For a piece that begins with an even chunk of the block, and for one with an odd: the tile's part of A, and its states
+    /// before the piece.
+    fresh: Shared<'a>,
     /// What came from global memory, per [`Array`], place and step; and the first steps of the steps' documents.
     raw: Shared<'a>,
     starts: Option<Shared<'a>>,
@@ -261,6 +262,7 @@ impl<'a> Forward<'a> {
             groups: k.shared(Element::F32, PLACES * INTERVAL * ROW),
             sums: k.shared(Element::F32, 2 * INTERVAL * SUMS_ROW),
             begins: form.documents.then(|| k.shared(Element::U32, PLACES * INTERVAL)),
+            fresh: k.shared(Element::F32, 2 * FRESH),
             raw: k.shared(element, (4 + u32::from(form.gate)) * RAW_ARRAY),
             starts: form.documents.then(|| k.shared(Element::U32, RAW_PLACES * INTERVAL)),
         }
@@ -273,30 +275,30 @@ impl<'a> Forward<'a> {
 
     /// The block's first piece, and a course that has come to it.
     fn first_piece(&self) -> (Piece<'a>, Option<Course<'a>>) {
-        let Some(share) = &self.share else { return (Piece { tile: self.tile, bounds: None }, None) };
-        let number = share.last_tile(self.tile.time);
-        let bounds = share.bounds(number, self.tile.time);
-        let course = Course { tile: self.k.variable(number), end: self.k.variable(bounds.end) };
-        (Piece { tile: self.tile, bounds: Some(bounds) }, Some(course))
+        let bounds = self.share.as_ref().map(|share| share.bounds(&self.tile));
+        let course = bounds.map(|bounds| Course::new(self.k, &self.tile, bounds.end));
+        (Piece { tile: self.tile, bounds }, course)
     }
 
-    /// Where the block's chunk `chunk` begins another piece, brings the course to it and runs `then` with the number of the tile before, and
+    /// Where the block's chunk `chunk` begins another piece, brings the course to it and runs `then` with the tile before, and
     /// the piece.
     fn turn(
         &self,
         course: &Option<Course<'a>>,
         chunk: Value<'a, U32>,
-        then: impl FnOnce(Value<'a, U32>, &Piece<'a>),
+        then: impl FnOnce(&Share<'a>, &Tile<'a>, &Piece<'a>),
     ) {
         let (Some(share), Some(course)) = (&self.share, course) else { return };
         let k = self.k;
         k.if_(chunk.eq(course.end.get()) & chunk.lt(self.chunks), || {
-            let before = k.constant(course.tile.get());
-            course.tile.set(before - 1);
-            let number = course.tile.get();
-            let bounds = share.bounds(number, self.tile.time);
+            let before = self.tile.at(course.tile.map(|place| k.constant(place.get())));
+            for (variable, place) in course.tile.iter().zip(before.before()) {
+                variable.set(place);
+            }
+            let tile = course.tile_of(self);
+            let bounds = share.bounds(&tile);
             course.end.set(bounds.end);
-            then(before, &Piece { tile: self.tile.other(number), bounds: Some(bounds) });
+            then(share, &before, &Piece { tile, bounds: Some(bounds) });
         });
     }
 
@@ -310,17 +312,12 @@ impl<'a> Forward<'a> {
         let states = [0; HELD].map(|_| k.variable(0.0f32));
         // Where the states of the block's first chunk would go, as the tile's chunks lie.
         let saved = self.chunk_states.map(|memory| (memory, k.variable(0u64)));
-        let begin = |piece: &Piece<'a>| {
-            let tile = &piece.tile;
-            set_all(&rates, lane.load(tile, self.a, k.constant(0u32)).map(|rate| rate * std::f32::consts::LOG2_E));
-            match self.initial {
-                Some(initial) => set_all(&states, lane.load(tile, initial, tile.row)),
-                None => states.iter().for_each(|state| state.set(0.0f32)),
-            }
-            if let (Some(share), Some(bounds)) = (&self.share, piece.bounds) {
-                k.if_(bounds.first.gt(0), || set_all(&states, share.receive(&lane)));
-            }
+        let begin = |piece: &Piece<'a>, chunk: Value<'a, U32>| {
+            let fresh = self.fresh.at(lane.own_states()).moved((chunk & 1) * (FRESH * 4));
+            set_all(&rates, fresh.load_vector().map(|rate| rate * std::f32::consts::LOG2_E));
+            set_all(&states, fresh.plus(TILE_STATES.into()).load_vector());
             if let Some((memory, place)) = &saved {
+                let tile = &piece.tile;
                 let first = lane.states(tile, *memory, tile.row * chunks_of(tile.time)).global_address();
                 let size = tile.channels * (STATES * 4);
                 place.set(match piece.bounds {
@@ -338,19 +335,17 @@ impl<'a> Forward<'a> {
         let leave = |tile: &Tile<'a>| {
             lane.states(tile, self.last_state, tile.row).store_vector(&states.map(Variable::get));
         };
-        begin(&piece);
         self.meet();
         self.meet();
+        begin(&piece, k.constant(0u32));
         let start = lane.places(self);
         // What the next steps need, in variables from chunk to chunk.
         let carried = Carried::new(k, &Ahead::new(&start, exponents));
         k.for_(0u32, self.chunks, 1u32, |chunk| {
-            self.turn(&course, chunk, |before, piece| {
-                if let Some(share) = &self.share {
-                    let hand_on = || share.hand_on(&lane, states.map(Variable::get));
-                    k.if_else(share.cuts(before, self.tile.time), hand_on, || leave(&self.tile.other(before)));
-                }
-                begin(piece);
+            self.turn(&course, chunk, |share, before, piece| {
+                let hand_on = || share.states(k.block(), lane.own_states()).store_vector(&states.map(Variable::get));
+                k.if_else(share.cuts(before), hand_on, || leave(before));
+                begin(piece, chunk);
                 // The decays that are known came from the rates of the piece before.
                 carried.set_exponents([0, 1].map(|step| exponents(start.drive(step))));
             });
@@ -390,7 +385,7 @@ impl<'a> Forward<'a> {
         });
         match &course {
             // A share ends with the end of a tile.
-            Some(course) => leave(&self.tile.other(course.tile.get())),
+            Some(course) => leave(&course.tile_of(self)),
             None => leave(&self.tile),
         }
         self.meet();
@@ -415,6 +410,7 @@ impl<'a> Forward<'a> {
         let (piece, sent) = self.first_piece();
         let [prepared, finished] = [0; 2].map(|_| sent.as_ref().map(|course| course.copied(k)));
         let sender = Sender::new(self, &piece);
+        sender.send_fresh(self, &piece, k.constant(0u32));
         let preparing = Preparing { limit: k.variable(0u32), bias: [0; PAIR].map(|_| k.variable(0.0f32)) };
         preparing.begin(self, &piece);
         let output = TrackVariable::new(k, self.output_track(&piece));
@@ -434,8 +430,11 @@ impl<'a> Forward<'a> {
             let now = (chunk & 1) * PLACES;
             let halves = [now, now ^ PLACES];
             let half = |place: u32| halves[(place / PLACES % 2) as usize];
-            self.turn(&sent, chunk + 1, |_, piece| sender.begin(self, piece));
-            self.turn(&prepared, chunk, |_, piece| preparing.begin(self, piece));
+            self.turn(&sent, chunk + 1, |_, _, piece| {
+                sender.begin(self, piece);
+                sender.send_fresh(self, piece, chunk + 1);
+            });
+            self.turn(&prepared, chunk, |_, _, piece| preparing.begin(self, piece));
             for place in 0..PLACES {
                 let items = || (0..ITEMS).map(|item| item * SLOTS);
                 let finish = || {
@@ -451,7 +450,11 @@ impl<'a> Forward<'a> {
                     k.if_(chunk.gt(0), finish);
                 } else {
                     if place == BEHIND {
-                        self.turn(&finished, chunk, |_, piece| finishing.begin(self, piece));
+                        self.turn(&finished, chunk, |share, before, piece| {
+                            finishing.begin(self, piece);
+                            // The scanning warps have left the states before they came here.
+                            k.if_(share.cuts(before) & k.thread().eq(SCANNERS), || share.tell());
+                        });
                     }
                     finish();
                 }
@@ -569,42 +572,39 @@ impl<'a> Share<'a> {
         (self.end - 1).div(chunks_of(time))
     }
 
-    fn bounds(&self, tile: Value<'a, U32>, time: Value<'a, U32>) -> Bounds<'a> {
-        let chunks = chunks_of(time);
-        let (begin, after) = (tile * chunks, tile.mad(chunks, chunks));
+    fn bounds(&self, tile: &Tile<'a>) -> Bounds<'a> {
+        let [begin, after] = Self::chunks(tile);
         let from = self.first.max(begin);
         Bounds { first: from - begin, start: self.end.max(after) - after, end: self.end - from }
     }
 
     /// Another block takes the rest of the tile.
-    fn cuts(&self, tile: Value<'a, U32>, time: Value<'a, U32>) -> Value<'a, Pred> {
-        let chunks = chunks_of(time);
-        self.end.lt(tile.mad(chunks, chunks))
+    fn cuts(&self, tile: &Tile<'a>) -> Value<'a, Pred> {
+        self.end.lt(Self::chunks(tile)[1])
     }
 
-    /// Where a block's lane leaves its states, and its warp says so.
-    fn handed(&self, lane: &Lane<'a>, block: Value<'a, U32>) -> [Address<'a>; 2] {
-        let states = self.handed.from_row(block, TILE * STATES).at(lane.own_states());
-        [states, self.flags.at(block.mad(SCANNING, self.k.thread() >> LANES.ilog2()))]
+    /// A tile's first chunk, and the one after its last.
+    fn chunks(tile: &Tile<'a>) -> [Value<'a, U32>; 2] {
+        let (number, chunks) = (tile.number(), chunks_of(tile.time));
+        [number * chunks, number.mad(chunks, chunks)]
     }
 
-    /// Leaves states for the next block.
-    fn hand_on(&self, lane: &Lane<'a>, states: Held<'a>) {
-        let k = self.k;
-        let [place, flag] = self.handed(lane, k.block());
-        place.store_vector(&states);
-        k.warp_barrier();
-        k.fence();
-        flag.store_flag_if(k.lane().eq(0), 1u32);
+    /// Where a block leaves states for the next.
+    fn states(&self, block: Value<'a, U32>, state: Value<'a, U32>) -> Address<'a> {
+        self.handed.from_row(block, TILE_STATES).at(state)
     }
 
-    /// Waits for the states of the block before.
-    fn receive(&self, lane: &Lane<'a>) -> Held<'a> {
-        let k = self.k;
-        let [place, flag] = self.handed(lane, k.block() - 1);
-        k.while_(|| flag.load_flag().eq(0), || ());
-        k.fence();
-        place.load_vector()
+    /// Tells the next block that the states are there.
+    fn tell(&self) {
+        self.k.fence();
+        self.flags.at(self.k.block()).store_flag(1u32);
+    }
+
+    /// Waits until the block before has told.
+    fn wait(&self) {
+        let flag = self.flags.at(self.k.block() - 1);
+        self.k.while_(|| flag.load_flag().eq(0), || ());
+        self.k.fence();
     }
 }
 
@@ -629,15 +629,23 @@ impl<'a> Piece<'a> {
 
 /// How far some of a block's threads have come.
 struct Course<'a> {
-    /// The number of the tile.
-    tile: Variable<'a, U32>,
+    /// The tile's row, and its place there.
+    tile: [Variable<'a, U32>; 2],
     /// The block's chunk with which another begins.
     end: Variable<'a, U32>,
 }
 
 impl<'a> Course<'a> {
+    fn new(k: &'a Assembler, tile: &Tile<'a>, end: Value<'a, U32>) -> Self {
+        Self { tile: [k.variable(tile.row), k.variable(tile.tile)], end: k.variable(end) }
+    }
+
     fn copied(&self, k: &'a Assembler) -> Self {
-        Self { tile: k.variable(self.tile.get()), end: k.variable(self.end.get()) }
+        Self { tile: self.tile.map(|place| k.variable(place.get())), end: k.variable(self.end.get()) }
+    }
+
+    fn tile_of(&self, forward: &Forward<'a>) -> Tile<'a> {
+        forward.tile.at(self.tile.map(Variable::get))
     }
 }
 
@@ -699,10 +707,6 @@ impl<'a> Lane<'a> {
     /// The place of its states in a `[…, channels, states]` tensor whose outer index is `outer`.
     fn states(&self, tile: &Tile<'a>, memory: Global<'a>, outer: Value<'a, U32>) -> Address<'a> {
         memory.from_row(outer, tile.channels * STATES).at((tile.tile * (TILE * STATES)) + self.own_states())
-    }
-
-    fn load(&self, tile: &Tile<'a>, memory: Global<'a>, outer: Value<'a, U32>) -> Held<'a> {
-        self.states(tile, memory, outer).load_vector()
     }
 
     /// Its places in the inputs of a chunk's first step.
@@ -970,6 +974,43 @@ impl<'a> Sender<'a> {
         for ((_, source), track) in self.gate.iter().zip(gate).chain(self.starts.iter().zip(starts)) {
             source.from.set(track);
         }
+    }
+
+    /// Sends for what a piece begins with, which is the block's chunk `chunk`; one of the warps does.
+    fn send_fresh(&self, forward: &Forward<'a>, piece: &Piece<'a>, chunk: Value<'a, U32>) {
+        const EACH: u32 = COPY as u32 / 4;
+        let (k, tile) = (forward.k, &piece.tile);
+        k.if_(self.warp.eq(SERVERS / LANES - 1), || {
+            let element = k.lane() * EACH;
+            let fresh = forward.fresh.at(element).moved((chunk & 1) * (FRESH * 4));
+            let send = |to: Address<'a>, from: Address<'a>, bytes: u32| {
+                for part in (0..TILE_STATES).step_by((LANES * EACH) as usize) {
+                    k.copy_16_bytes(to.plus(part.into()), from.plus(part.into()), bytes);
+                }
+            };
+            let of_tile = |memory: Global<'a>, row: Value<'a, U32>| {
+                memory.from_row(row, tile.channels * STATES).at(tile.tile.mad(TILE_STATES, element))
+            };
+            let rates = of_tile(forward.a, k.constant(0u32));
+            send(fresh, rates, 16);
+            let states = fresh.plus(TILE_STATES.into());
+            let begin = || match forward.initial {
+                Some(initial) => send(states, of_tile(initial, tile.row), 16),
+                // Zeros.
+                None => send(states, rates, 0),
+            };
+            match (&forward.share, piece.bounds) {
+                (Some(share), Some(bounds)) => k.if_else(
+                    bounds.first.gt(0),
+                    || {
+                        share.wait();
+                        send(states, share.states(k.block() - 1, element), 16);
+                    },
+                    begin,
+                ),
+                _ => begin(),
+            }
+        });
     }
 
     /// Sends for the interval that begins with step `first`, into place `place` of a half of the raw places.

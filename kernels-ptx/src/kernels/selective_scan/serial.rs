@@ -111,6 +111,15 @@ impl<'a> TrackVariable<'a> {
         Track { first: self.first.get(), ..self.track }
     }
 
+    pub fn copied(&self, k: &'a Assembler) -> Self {
+        Self::new(k, self.get())
+    }
+
+    /// Takes over another's track.
+    pub fn follow(&self, k: &'a Assembler, other: &Self) {
+        self.first.set(k.constant(other.first.get()));
+    }
+
     /// `track` is one of the same array.
     pub fn set(&self, track: Track<'a>) {
         self.first.set(track.first);

@@ -280,26 +280,45 @@ impl<'a> Forward<'a> {
         (Piece { tile: self.tile, bounds }, course)
     }
 
-    /// Where the block's chunk `chunk` begins another piece, brings the course to it and runs `then` with the tile before, and
-    /// the piece.
-    fn turn(
+    /// Runs `body` for the block's chunks from `first` on, and `turn` before each that begins another piece, less `early`
+    /// chunks, with the tile before and the piece.
+    fn for_chunks(
         &self,
         course: &Option<Course<'a>>,
-        chunk: Value<'a, U32>,
-        then: impl FnOnce(&Share<'a>, &Tile<'a>, &Piece<'a>),
+        [early, late]: [u32; 2],
+        body: impl FnOnce(Value<'a, U32>),
+        turn: impl FnOnce(&Share<'a>, Value<'a, U32>, &Tile<'a>, &Piece<'a>),
     ) {
-        let (Some(share), Some(course)) = (&self.share, course) else { return };
         let k = self.k;
-        k.if_(chunk.eq(course.end.get()) & chunk.lt(self.chunks), || {
-            let before = self.tile.at(course.tile.map(|place| k.constant(place.get())));
-            for (variable, place) in course.tile.iter().zip(before.before()) {
-                variable.set(place);
-            }
-            let tile = course.tile_of(self);
-            let bounds = share.bounds(&tile);
-            course.end.set(bounds.end);
-            then(share, &before, &Piece { tile, bounds: Some(bounds) });
-        });
+        let end = self.chunks + late;
+        let (Some(share), Some(course)) = (&self.share, course) else { return k.for_(0u32, end, 1u32, body) };
+        let chunk = k.variable(0u32);
+        // What runs for every chunk is one piece of text, without what runs for few of them.
+        k.while_(
+            || chunk.get().lt(end),
+            || {
+                let last = course.end.get().eq(self.chunks);
+                let stop = last.select(end, course.end.get() - early);
+                k.while_(
+                    || chunk.get().lt(stop),
+                    || {
+                        body(chunk.get());
+                        chunk.set(chunk.get() + 1);
+                    },
+                );
+                k.if_(!last, || {
+                    let before = self.tile.at(course.tile.map(|place| k.constant(place.get())));
+                    for (variable, place) in course.tile.iter().zip(before.before()) {
+                        variable.set(place);
+                    }
+                    let first = k.constant(course.end.get());
+                    let tile = course.tile_of(self);
+                    let bounds = share.bounds(&tile);
+                    course.end.set(bounds.end);
+                    turn(share, first, &before, &Piece { tile, bounds: Some(bounds) });
+                });
+            },
+        );
     }
 
     /// What the scanning warps do: in round r they scan interval r − 2.
@@ -341,14 +360,14 @@ impl<'a> Forward<'a> {
         let start = lane.places(self);
         // What the next steps need, in variables from chunk to chunk.
         let carried = Carried::new(k, &Ahead::new(&start, exponents));
-        k.for_(0u32, self.chunks, 1u32, |chunk| {
-            self.turn(&course, chunk, |share, before, piece| {
-                let hand_on = || share.states(k.block(), lane.own_states()).store_vector(&states.map(Variable::get));
-                k.if_else(share.cuts(before), hand_on, || leave(before));
-                begin(piece, chunk);
-                // The decays that are known came from the rates of the piece before.
-                carried.set_exponents([0, 1].map(|step| exponents(start.drive(step))));
-            });
+        let turn = |share: &Share<'a>, chunk: Value<'a, U32>, before: &Tile<'a>, piece: &Piece<'a>| {
+            let hand_on = || share.states(k.block(), lane.own_states()).store_vector(&states.map(Variable::get));
+            k.if_else(share.cuts(before), hand_on, || leave(before));
+            begin(piece, chunk);
+            // The decays that are known came from the rates of the piece before.
+            carried.set_exponents([0, 1].map(|step| exponents(start.drive(step))));
+        };
+        let body = |chunk: Value<'a, U32>| {
             save(chunk);
             let mut held = states.map(Variable::get);
             let mut ahead = carried.get();
@@ -382,12 +401,10 @@ impl<'a> Forward<'a> {
                 }
                 self.meet();
             }
-        });
-        match &course {
-            // A share ends with the end of a tile.
-            Some(course) => leave(&course.tile_of(self)),
-            None => leave(&self.tile),
-        }
+        };
+        self.for_chunks(&course, [0, 0], body, turn);
+        // A share's last piece ends its tile.
+        leave(&course.map_or(self.tile, |course| course.tile_of(self)));
         self.meet();
         self.meet();
     }
@@ -407,15 +424,16 @@ impl<'a> Forward<'a> {
             starts: self.starts.map(|starts| starts.at(slot)),
         };
         const ITEMS: u32 = INTERVAL / SLOTS;
-        let (piece, sent) = self.first_piece();
-        let [prepared, finished] = [0; 2].map(|_| sent.as_ref().map(|course| course.copied(k)));
+        let (piece, course) = self.first_piece();
         let sender = Sender::new(self, &piece);
         sender.send_fresh(self, &piece, k.constant(0u32));
-        let preparing = Preparing { limit: k.variable(0u32), bias: [0; PAIR].map(|_| k.variable(0.0f32)) };
-        preparing.begin(self, &piece);
-        let output = TrackVariable::new(k, self.output_track(&piece));
-        let finishing = Finishing { output, limit: k.variable(0u32), d: [0; PAIR].map(|_| k.variable(0.0f32)) };
-        finishing.begin(self, &piece);
+        let served = Serving::new(self, &piece);
+        // What is prepared belongs to the piece that was sent for a chunk before, what is finished to an earlier one yet.
+        let [prepared, finished] = [0; 2].map(|_| served.copied(k));
+        // The chunk before which the scanning warps leave states for another block.
+        let told = self.share.as_ref().zip(piece.bounds).map(|(share, bounds)| {
+            (share, share.cuts(&self.tile).select::<U32>(bounds.end, u32::MAX).named("told"))
+        });
         const { assert!(SENT_AHEAD == PLACES && SENT_AHEAD + BEHIND < RAW_PLACES) };
         for place in 0..SENT_AHEAD {
             sender.send(self, k.constant(place * INTERVAL), k.constant(0u32), place);
@@ -424,17 +442,17 @@ impl<'a> Forward<'a> {
         // of the first.
         k.wait_copies(SENT_AHEAD - 1);
         k.meet(2, SERVERS);
-        k.for_(0u32, self.chunks + 1, 1u32, |chunk| {
+        let turn = |_: &Share<'a>, chunk: Value<'a, U32>, _: &Tile<'a>, piece: &Piece<'a>| {
+            sender.begin(self, piece);
+            sender.send_fresh(self, piece, chunk);
+            served.begin(self, piece);
+        };
+        let body = |chunk: Value<'a, U32>| {
             let first = chunk.mad(CHUNK, slot);
             // The half of the raw places that this chunk has, and the other.
             let now = (chunk & 1) * PLACES;
             let halves = [now, now ^ PLACES];
             let half = |place: u32| halves[(place / PLACES % 2) as usize];
-            self.turn(&sent, chunk + 1, |_, _, piece| {
-                sender.begin(self, piece);
-                sender.send_fresh(self, piece, chunk + 1);
-            });
-            self.turn(&prepared, chunk, |_, _, piece| preparing.begin(self, piece));
             for place in 0..PLACES {
                 let items = || (0..ITEMS).map(|item| item * SLOTS);
                 let finish = || {
@@ -443,45 +461,46 @@ impl<'a> Forward<'a> {
                         let step = first + (place * INTERVAL + row) - BEHIND * INTERVAL;
                         let sums = places.sums.plus(i64::from(((place + 1) % 2 * INTERVAL + row) * SUMS_ROW));
                         let raw = places.raw(half(behind), behind % PLACES * INTERVAL + row);
-                        self.finish(&finishing, step, sums, raw);
+                        self.finish(&finished, step, sums, raw);
                     }
                 };
                 if place < BEHIND {
                     k.if_(chunk.gt(0), finish);
                 } else {
-                    if place == BEHIND {
-                        self.turn(&finished, chunk, |share, before, piece| {
-                            finishing.begin(self, piece);
-                            // The scanning warps have left the states before they came here.
-                            k.if_(share.cuts(before) & k.thread().eq(SCANNERS), || share.tell());
-                        });
+                    if let (BEHIND, Some((share, told))) = (place, told) {
+                        finished.follow(&prepared);
+                        k.if_(chunk.eq(told) & k.thread().eq(SCANNERS), || share.tell());
                     }
                     finish();
                 }
                 for row in items() {
                     let raw = places.raw(half(place), place * INTERVAL + row);
-                    self.prepare(&preparing, first + (place * INTERVAL + row), &places, place * INTERVAL + row, raw);
+                    self.prepare(&prepared, first + (place * INTERVAL + row), &places, place * INTERVAL + row, raw);
                 }
                 let ahead = place + SENT_AHEAD;
                 sender.send(self, chunk * CHUNK + ahead * INTERVAL, half(ahead), ahead % PLACES);
                 k.wait_copies(SENT_AHEAD - 1);
                 self.meet();
             }
-        });
+            if self.share.is_some() {
+                prepared.follow(&served);
+            }
+        };
+        self.for_chunks(&course, [1, 1], body, turn);
         k.wait_copies(0);
     }
 
     /// Puts what the scan needs of a step into shared memory, `row` steps after the first place.
     fn prepare(
         &self,
-        preparing: &Preparing<'a>,
+        served: &Serving<'a>,
         step: Value<'a, U32>,
         places: &Served<'a>,
         row: u32,
         raw: Raw<'a>,
     ) {
         let (k, tile) = (self.k, &self.tile);
-        let (limit, bias) = (preparing.limit.get(), preparing.bias.map(Variable::get));
+        let (limit, bias) = (served.limit.get(), served.bias.map(Variable::get));
         let exists = step.lt(limit);
         let [u, delta, [b0, b1], [c0, c1]] = [Array::Input, Array::Delta, Array::B, Array::C].map(|array| raw.get(array));
         let sizes = [0, 1].map(|channel| tile.step_size(delta[channel], bias[channel], exists));
@@ -500,7 +519,7 @@ impl<'a> Forward<'a> {
     /// Writes the output of a step from what the scan left at `sums`.
     fn finish(
         &self,
-        finishing: &Finishing<'a>,
+        served: &Serving<'a>,
         step: Value<'a, U32>,
         sums: Address<'a>,
         raw: Raw<'a>,
@@ -509,14 +528,14 @@ impl<'a> Forward<'a> {
             (0..PARTS).map(|part| sums.plus(i64::from(part * TILE)).load_vector()).collect();
         let mut y = tree_sum(&parts);
         if self.d.is_some() {
-            let (d, u) = (finishing.d.map(Variable::get), raw.get(Array::Input));
+            let (d, u) = (served.d.map(Variable::get), raw.get(Array::Input));
             y = [0, 1].map(|channel| d[channel].fma(u[channel], y[channel]));
         }
         if self.gate.is_some() {
             let z = raw.get(Array::Gate);
             y = [0, 1].map(|channel| y[channel] * (z[channel] * z[channel].sigmoid_flushed()));
         }
-        finishing.output.get().store_if(step.lt(finishing.limit.get()), step, y);
+        served.output.get().store_if(step.lt(served.limit.get()), step, y);
     }
 
     fn output_track(&self, piece: &Piece<'a>) -> Track<'a> {
@@ -640,40 +659,58 @@ impl<'a> Course<'a> {
         Self { tile: [k.variable(tile.row), k.variable(tile.tile)], end: k.variable(end) }
     }
 
-    fn copied(&self, k: &'a Assembler) -> Self {
-        Self { tile: self.tile.map(|place| k.variable(place.get())), end: k.variable(self.end.get()) }
-    }
-
     fn tile_of(&self, forward: &Forward<'a>) -> Tile<'a> {
         forward.tile.at(self.tile.map(Variable::get))
     }
 }
 
-/// What serving threads need of a piece whose steps they prepare.
-struct Preparing<'a> {
+/// What serving threads need of a piece.
+struct Serving<'a> {
+    k: &'a Assembler,
     limit: Variable<'a, U32>,
     bias: [Variable<'a, F32>; PAIR],
+    d: [Variable<'a, F32>; PAIR],
+    output: TrackVariable<'a>,
 }
 
-impl<'a> Preparing<'a> {
+impl<'a> Serving<'a> {
+    fn new(forward: &Forward<'a>, piece: &Piece<'a>) -> Self {
+        let k = forward.k;
+        let variables = |values: [Value<'a, F32>; PAIR]| values.map(|value| k.variable(value));
+        Self {
+            k,
+            limit: k.variable(piece.limit()),
+            bias: variables(piece.tile.own_of(forward.bias)),
+            d: variables(piece.tile.own_of(forward.d)),
+            output: TrackVariable::new(k, forward.output_track(piece)),
+        }
+    }
+
     fn begin(&self, forward: &Forward<'a>, piece: &Piece<'a>) {
         self.limit.set(piece.limit());
         set_all(&self.bias, piece.tile.own_of(forward.bias));
-    }
-}
-
-/// What serving threads need of a piece whose steps they finish.
-struct Finishing<'a> {
-    output: TrackVariable<'a>,
-    limit: Variable<'a, U32>,
-    d: [Variable<'a, F32>; PAIR],
-}
-
-impl<'a> Finishing<'a> {
-    fn begin(&self, forward: &Forward<'a>, piece: &Piece<'a>) {
-        self.output.set(forward.output_track(piece));
-        self.limit.set(piece.limit());
         set_all(&self.d, piece.tile.own_of(forward.d));
+        self.output.set(forward.output_track(piece));
+    }
+
+    fn copied(&self, k: &'a Assembler) -> Self {
+        Self {
+            k,
+            limit: k.variable(self.limit.get()),
+            bias: self.bias.each_ref().map(|value| k.variable(value.get())),
+            d: self.d.each_ref().map(|value| k.variable(value.get())),
+            output: self.output.copied(k),
+        }
+    }
+
+    /// Takes over what another has.
+    fn follow(&self, other: &Self) {
+        let k = self.k;
+        self.limit.set(k.constant(other.limit.get()));
+        for (own, value) in self.bias.iter().chain(&self.d).zip(other.bias.iter().chain(&other.d)) {
+            own.set(k.constant(value.get()));
+        }
+        self.output.follow(k, &other.output);
     }
 }
 

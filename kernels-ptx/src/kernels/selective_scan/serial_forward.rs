@@ -426,7 +426,14 @@ impl<'a> Forward<'a> {
         const ITEMS: u32 = INTERVAL / SLOTS;
         let (piece, course) = self.first_piece();
         let sender = Sender::new(self, &piece);
-        sender.send_fresh(self, &piece, k.constant(0u32));
+        const { assert!(SENT_AHEAD == PLACES && SENT_AHEAD + BEHIND < RAW_PLACES) };
+        for place in 0..SENT_AHEAD {
+            if place == 1 {
+                // The scanning warps want it an interval later than the serving ones want the first steps.
+                sender.send_fresh(self, &piece, k.constant(0u32));
+            }
+            sender.send(self, k.constant(place * INTERVAL), k.constant(0u32), place);
+        }
         let served = Serving::new(self, &piece);
         // What is prepared belongs to the piece that was sent for a chunk before, what is finished to an earlier one yet.
         let [prepared, finished] = [0; 2].map(|_| served.copied(k));
@@ -434,10 +441,6 @@ impl<'a> Forward<'a> {
         let told = self.share.as_ref().zip(piece.bounds).map(|(share, bounds)| {
             (share, share.cuts(&self.tile).select::<U32>(bounds.end, u32::MAX).named("told"))
         });
-        const { assert!(SENT_AHEAD == PLACES && SENT_AHEAD + BEHIND < RAW_PLACES) };
-        for place in 0..SENT_AHEAD {
-            sender.send(self, k.constant(place * INTERVAL), k.constant(0u32), place);
-        }
         // Before each barrier the interval after it is there; here the serving warps alone meet, each of which has copied a part
         // of the first.
         k.wait_copies(SENT_AHEAD - 1);

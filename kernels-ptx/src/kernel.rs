@@ -152,10 +152,10 @@ impl Target {
         }
     }
 
-    /// The oldest PTX version that knows the target: the text loads in every driver that can run it.
+    /// The oldest PTX version that knows the target and what kernels for it use: the text loads in drivers of that age.
     fn version(self) -> &'static str {
         match self {
-            Self::Sm80 => "7.0",
+            Self::Sm80 => "7.4",
             Self::Sm90a => "8.0",
         }
     }

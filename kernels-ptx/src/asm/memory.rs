@@ -91,6 +91,13 @@ impl Assembler {
         self.emit_effect("cp.async.cg.shared.global", pieces);
     }
 
+    /// As [`Assembler::copy_16_bytes`], and brings the 128 bytes around the source to the L2 cache: those that other blocks copy at
+    /// about the same time come in one piece.
+    pub fn copy_16_bytes_of_line<'a>(&'a self, target: Address<'a>, source: Address<'a>, bytes: impl Operand<'a, U32>) {
+        let pieces = vec![target.piece(), source.piece(), Piece::text("16"), bytes.operand().0];
+        self.emit_effect("cp.async.cg.shared.global.L2::128B", pieces);
+    }
+
     /// As [`Assembler::copy_16_bytes`] for `size` bytes: 4, 8 or 16.
     pub fn copy_bytes<'a>(
         &'a self,

@@ -3,12 +3,13 @@
 //! A line's time is the median of CUDA events around the operator, all its kernels and the gaps between them included.
 //! Before each repeat a buffer of [`SCRUBBED`] bytes is overwritten: nothing that the operator reads is left in the L2
 //! cache, which is as full of unwritten lines before as the operator leaves it, and the host has time to queue the operator
-//! while the GPU is still busy, so that launches are not what is timed.
+//! while the GPU is still busy, so that launches are not what is timed. A GPU rests before each line.
 
 use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use autograd::DType;
@@ -24,6 +25,8 @@ use super::summary::median;
 const SCRUBBED: usize = 512 << 20;
 /// Repeats before any is timed: kernels are compiled, memory is reserved.
 const WARM_UP: usize = 3;
+/// How long a GPU rests before a line: what the line before drew would lower the clock of a short one.
+const REST: Duration = Duration::from_millis(300);
 
 /// What a line is asked to reach.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -353,6 +356,15 @@ impl Stopwatch {
         Ok(result)
     }
 
+    /// Lets a GPU finish and rest.
+    fn rest(&self) -> Result<()> {
+        if let Clock::Events { stream, .. } = &self.clock {
+            stream.synchronize()?;
+            thread::sleep(REST);
+        }
+        Ok(())
+    }
+
     /// Whether short operators are to be captured in graphs: where launches cost time and are not what is looked at.
     pub fn takes_graphs(&self) -> bool {
         matches!(self.clock, Clock::Events { .. })
@@ -374,6 +386,7 @@ impl Stopwatch {
 fn measure(line: &Line, inputs: &Inputs<'_>, repeats: usize) -> Result<Measured> {
     let mut prepared = (line.prepare)(inputs)?;
     let mut stopwatch = Stopwatch::new(inputs.device())?;
+    stopwatch.rest()?;
     for _ in 0..WARM_UP {
         (prepared.run)(&mut stopwatch)?;
     }

@@ -45,7 +45,9 @@ impl<'a> Launch<'a> {
             c_groups: size("the number of groups of c", scan.c.shape()[2])?,
         };
         let (chunk, span) = match scan.way {
-            None | Some(ScanWay::Serial | ScanWay::Shared(_) | ScanWay::Spans) => (CHUNK, sizes.span(CHUNK, MULTIPROCESSORS)),
+            None | Some(ScanWay::Serial | ScanWay::Shared(_) | ScanWay::Spans) => {
+                (CHUNK, sizes.span(CHUNK, MULTIPROCESSORS))
+            }
             Some(ScanWay::Chunks(chunk)) => {
                 let chunk = size("the chunk", chunk.get())?;
                 if u64::from(chunk) * u64::from(states) > u64::from(MOST_CHUNK_STATES) {

@@ -1063,7 +1063,12 @@ impl<'a> Sender<'a> {
                 // What does not exist is zero.
                 let bytes = step.lt(limit).select::<U32>(source.copy as u32, 0);
                 let to = to.plus(i64::from((place * INTERVAL + row) * source.elements));
-                k.copy_bytes(to, source.from.get().at(step), source.copy, bytes);
+                let from = source.from.get().at(step);
+                match source.copy {
+                    // The tiles beside this one have the rest of the line.
+                    COPY => k.copy_16_bytes_of_line(to, from, bytes),
+                    size => k.copy_bytes(to, from, size, bytes),
+                }
             }
         };
         copy(&self.own);

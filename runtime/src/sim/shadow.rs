@@ -176,10 +176,13 @@ impl Clock {
         }
     }
 
-    /// An atomic access to global memory.
-    pub fn touch_atomic(&mut self) {
+    /// An atomic read of global memory: what blocks before this one made known, this block sees with its next fence.
+    pub fn read_atomic(&mut self) {
         self.touched_atomic = true;
-        // What blocks before this one made known, this block sees with its next fence; its own is made known from here on.
+    }
+
+    /// An atomic write of global memory: what this block did before its last fence is made known from here on.
+    pub fn write_atomic(&mut self) {
         if self.fenced {
             self.released = self.phase;
         }
@@ -550,9 +553,11 @@ mod tests {
         assert_eq!(shadow.read::<true>(&clock, 3, 3, who(0), 0), None, "another launch");
         assert_eq!(shadow.write::<true>(&clock, 3, who(0), 0, || false), None);
         clock.fence();
-        clock.touch_atomic();
+        clock.read_atomic();
+        clock.write_atomic();
         clock.begin_block(1);
-        clock.touch_atomic();
+        clock.read_atomic();
+        clock.write_atomic();
         clock.fence();
         assert_eq!(shadow.read::<true>(&clock, 3, 3, who(0), 0), None, "announced by the flag");
     }

@@ -222,7 +222,8 @@ impl<'r> Global<'r> {
         if let Written::Some(bits) = allocation.contents.written() {
             check_written(bits, access, 1 << lane, &offsets, places, allocation)?;
         }
-        clock.touch_atomic();
+        clock.read_atomic();
+        clock.write_atomic();
         let offset = offsets[lane] as usize;
         for at in offset >> granule..=(offset + bytes as usize - 1) >> granule {
             if let Some(trouble) = allocation.shadow.write::<true>(clock, at, access.who, lane, || false) {

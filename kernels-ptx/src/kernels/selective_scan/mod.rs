@@ -15,7 +15,8 @@
 //!   the states at the starts of the spans, in order, and [`ScanForward`] runs each span from its true start.
 //! - Whole rows: where there are enough tiles of 16 channels by 16 states, [`SerialForward`] scans each from first step to last
 //!   in one pass, four channels-by-states per lane, with warps beside it that read, write and compute what depends on the
-//!   channel alone. [`SerialBackward`] takes them from last chunk to first, with warps for four tasks. The others stay
+//!   channel alone. Where a third tile on some multiprocessors would take the others' time, blocks share the tiles in time
+//!   ([`Shares`]). [`SerialBackward`] takes them from last chunk to first, with warps for four tasks. The others stay
 //!   their check, and take every other shape.
 //! - Backward: the forward pass saves the states at the starts of *chunks* of [`CHUNK`] steps. [`ScanBackward`] takes the chunks
 //!   of a span from the last to the first: it computes the states at each stage of 8 steps again (shared memory), then,
@@ -192,7 +193,7 @@ impl Sizes {
 
 #[cfg(test)]
 mod tests {
-    use super::Sizes;
+    use super::{Shares, Sizes};
 
     #[test]
     fn tiles_lie_within_groups() {
@@ -215,5 +216,26 @@ mod tests {
         assert!(large.span(64, 132) < 16_384);
         let many = Sizes { batch: 64, ..large };
         assert_eq!(many.span(64, 132), 16_384);
+    }
+
+    #[test]
+    fn tiles_are_shared_where_a_third_would_wait() {
+        let smollm2 = Sizes { batch: 8, time: 2048, channels: 576, b_groups: 36, c_groups: 36 };
+        // 288 tiles of 32 chunks.
+        assert_eq!(Shares::of(&smollm2), Some(Shares { blocks: 264, share: 35, chunks: 9216 }));
+        // No more than two for each multiprocessor; four; so short that shares are no shorter.
+        for other in [
+            Sizes { batch: 7, ..smollm2 },
+            Sizes { batch: 14, ..smollm2 },
+            Sizes { batch: 1, time: 16_384, channels: 4096, b_groups: 64, c_groups: 256 },
+            Sizes { time: 64, ..smollm2 },
+        ] {
+            assert_eq!(Shares::of(&other), None, "{other:?}");
+        }
+        // Never less than a tile for a block; the last may have less.
+        assert_eq!(Shares::among(&smollm2, 1000), Some(Shares { blocks: 288, share: 32, chunks: 9216 }));
+        assert_eq!(Shares::among(&smollm2, 7), Some(Shares { blocks: 7, share: 1317, chunks: 9216 }));
+        // Chunks beyond 32 bits.
+        assert_eq!(Shares::among(&Sizes { batch: 1 << 20, time: 1 << 20, ..smollm2 }, 264), None);
     }
 }

@@ -1,19 +1,27 @@
 //! The scan forward over whole rows.
 //!
 //! A block takes one tile: 16 channels by 16 states. Some of its warps scan: a lane holds one channel by [`HELD`] states, and
-//! computes the decays of a step while it takes the step before, so that exponentials and products overlap. The others
-//! serve: they copy global memory into shared memory, four intervals ahead; and a thread stands for a channel pair (or a
-//! state pair) and a step, computes what depends on the channel alone (softplus, gate, D), and adds up what the scanning lanes
-//! leave in shared memory, in a fixed order. Both meet at one barrier per interval; what is prepared lies ready for a whole
-//! interval before it is scanned, so that the scan's reads run on over the barrier.
+//! while it takes a step it computes the decays of the next one and the sum of the one before, so that exponentials and
+//! products overlap. The others serve: they copy global memory into shared memory, four intervals ahead; and a thread stands
+//! for a channel pair (or a state pair) and a step, computes what depends on the channel alone (softplus, gate, D), and adds up
+//! what the scanning lanes leave in shared memory, in a fixed order. Both meet at one barrier per interval; what is prepared
+//! lies ready for a whole interval before it is scanned, so that the scan's reads run on over the barrier. A chunk of
+//! intervals is one piece of text: a branch back costs a warp some 40 cycles, and so does each over text that rarely runs.
+//!
+//! Shares: where tiles are a few more than two for each multiprocessor, those that get a third would take half as long again.
+//! There, the chunks of all tiles are shared out ([`Shares`]): a block takes the end of one tile and the beginning of the next,
+//! which it begins with, so that the block after it finds that tile's states when it comes to the tile's end. Its text goes
+//! on from tile to tile without a pause: what is sent for, prepared, scanned and finished turns to the next piece one after
+//! the other.
 //!
 //! Copies past the registers are counted in groups, so that one can wait for the oldest alone; whoever waits for a read into a
 //! register waits for all that the compiler has put before it, wherever it has put them.
 //!
 //! Floor at 1 × 16,384 × 4096 × 16 in bf16 on an H100: bytes 0.81 GB, 0.27 ms at 2.96 TB/s (with the states that training
 //! saves 0.87 GB, 0.29 ms); exponentials and reciprocals 38 cycles per step and quarter of a multiprocessor, two blocks on
-//! each, 0.31 ms at 1.98 GHz; 38 instructions and, counted by a profile, 50 passes of shared memory, 0.41 ms, which is what
-//! binds where there are more blocks. States are saved as often as the backward pass over chunks wants them.
+//! each, 0.31 ms at 1.98 GHz; 39 instructions and, counted by a profile, 45 passes of shared memory, 0.37 ms, which is what
+//! binds where there are more blocks. States are saved as often as the backward pass over chunks wants them. At
+//! 8 × 2,048 × 576 × 16: bytes 0.11 GB, 0.04 ms; 35 chunks for each of 264 blocks at the same speed, 0.06 ms.
 
 use std::collections::VecDeque;
 
@@ -118,8 +126,8 @@ impl Shares {
     /// Blocks that shares are made for: two on each multiprocessor of an H100. Three of them are hardly quicker than four, as
     /// their warps meet at the same schedulers.
     const BLOCKS: u32 = 2 * 132;
-    /// Time of a step where two blocks share a multiprocessor, and where three or four do.
-    const STEP: [u64; 2] = [60, 106];
+    /// Cycles of a step where two blocks share a multiprocessor, and where three or four do.
+    const STEP: [u64; 2] = [57, 102];
 
     /// The shares of a scan; `None` where they would not save time.
     pub fn of(sizes: &Sizes) -> Option<Self> {
@@ -134,7 +142,7 @@ impl Shares {
         let of_tile = sizes.time.div_ceil(CHUNK);
         let chunks = sizes.batch.checked_mul(sizes.channels / TILE)?.checked_mul(of_tile)?;
         let share = chunks.div_ceil(blocks.max(1)).max(of_tile).max(1);
-        // The kernel looks one tile and one share further than there are any.
+        // The kernel counts up to a share further than there are chunks.
         chunks.checked_add(share)?;
         Some(Self { blocks: chunks.div_ceil(share), share, chunks })
     }
@@ -280,8 +288,8 @@ impl<'a> Forward<'a> {
         (Piece { tile: self.tile, bounds }, course)
     }
 
-    /// Runs `body` for the block's chunks from `first` on, and `turn` before each that begins another piece, less `early`
-    /// chunks, with the tile before and the piece.
+    /// Runs `body` for the block's chunks and `late` more; and, `early` chunks before each that begins another piece, `turn`
+    /// with the share, that chunk, the tile before it, and the piece.
     fn for_chunks(
         &self,
         course: &Option<Course<'a>>,
@@ -413,10 +421,10 @@ impl<'a> Forward<'a> {
     fn serve(&self) {
         let (k, tile) = (self.k, &self.tile);
         let slot = ((k.thread() - SCANNERS) >> 3).named("slot");
-        let served = |memory: Shared<'a>, row: u32| memory.at(slot.mad(row, tile.pair * 4));
+        let own = |memory: Shared<'a>, row: u32| memory.at(slot.mad(row, tile.pair * 4));
         let places = Served {
-            drive: served(self.drive, ROW),
-            groups: served(self.groups, ROW),
+            drive: own(self.drive, ROW),
+            groups: own(self.groups, ROW),
             sums: self.sums.at(slot.mad(SUMS_ROW, tile.pair * PAIR as u32)),
             begins: self.begins.map(|begins| begins.at(slot)),
             raw: self.raw.at(slot.mad(TILE, tile.pair * PAIR as u32)),
@@ -434,9 +442,9 @@ impl<'a> Forward<'a> {
             }
             sender.send(self, k.constant(place * INTERVAL), k.constant(0u32), place);
         }
-        let served = Serving::new(self, &piece);
         // What is prepared belongs to the piece that was sent for a chunk before, what is finished to an earlier one yet.
-        let [prepared, finished] = [0; 2].map(|_| served.copied(k));
+        let sent = Serving::new(self, &piece);
+        let [prepared, finished] = [0; 2].map(|_| sent.copied());
         // The chunk before which the scanning warps leave states for another block.
         let told = self.share.as_ref().zip(piece.bounds).map(|(share, bounds)| {
             (share, share.cuts(&self.tile).select::<U32>(bounds.end, u32::MAX).named("told"))
@@ -448,7 +456,7 @@ impl<'a> Forward<'a> {
         let turn = |_: &Share<'a>, chunk: Value<'a, U32>, _: &Tile<'a>, piece: &Piece<'a>| {
             sender.begin(self, piece);
             sender.send_fresh(self, piece, chunk);
-            served.begin(self, piece);
+            sent.begin(self, piece);
         };
         let body = |chunk: Value<'a, U32>| {
             let first = chunk.mad(CHUNK, slot);
@@ -486,7 +494,7 @@ impl<'a> Forward<'a> {
                 self.meet();
             }
             if self.share.is_some() {
-                prepared.follow(&served);
+                prepared.follow(&sent);
             }
         };
         self.for_chunks(&course, [1, 1], body, turn);
@@ -496,14 +504,14 @@ impl<'a> Forward<'a> {
     /// Puts what the scan needs of a step into shared memory, `row` steps after the first place.
     fn prepare(
         &self,
-        served: &Serving<'a>,
+        piece: &Serving<'a>,
         step: Value<'a, U32>,
         places: &Served<'a>,
         row: u32,
         raw: Raw<'a>,
     ) {
         let (k, tile) = (self.k, &self.tile);
-        let (limit, bias) = (served.limit.get(), served.bias.map(Variable::get));
+        let (limit, bias) = (piece.limit.get(), piece.bias.map(Variable::get));
         let exists = step.lt(limit);
         let [u, delta, [b0, b1], [c0, c1]] = [Array::Input, Array::Delta, Array::B, Array::C].map(|array| raw.get(array));
         let sizes = [0, 1].map(|channel| tile.step_size(delta[channel], bias[channel], exists));
@@ -513,6 +521,7 @@ impl<'a> Forward<'a> {
         if let (Some(begins), Some(start)) = (places.begins, raw.start) {
             let begins = begins.plus(i64::from(row));
             let start = start.load_u32();
+            // The document's first step, as the block counts its steps.
             let start = if self.share.is_some() { start + (limit - tile.time) } else { start };
             // Where there is no such step the start is 0, which it is not either.
             k.if_(tile.pair.eq(0), || begins.store_u32(start.eq(step).select::<U32>(1u32, 0u32)));
@@ -522,7 +531,7 @@ impl<'a> Forward<'a> {
     /// Writes the output of a step from what the scan left at `sums`.
     fn finish(
         &self,
-        served: &Serving<'a>,
+        piece: &Serving<'a>,
         step: Value<'a, U32>,
         sums: Address<'a>,
         raw: Raw<'a>,
@@ -531,14 +540,14 @@ impl<'a> Forward<'a> {
             (0..PARTS).map(|part| sums.plus(i64::from(part * TILE)).load_vector()).collect();
         let mut y = tree_sum(&parts);
         if self.d.is_some() {
-            let (d, u) = (served.d.map(Variable::get), raw.get(Array::Input));
+            let (d, u) = (piece.d.map(Variable::get), raw.get(Array::Input));
             y = [0, 1].map(|channel| d[channel].fma(u[channel], y[channel]));
         }
         if self.gate.is_some() {
             let z = raw.get(Array::Gate);
             y = [0, 1].map(|channel| y[channel] * (z[channel] * z[channel].sigmoid_flushed()));
         }
-        served.output.get().store_if(step.lt(served.limit.get()), step, y);
+        piece.output.get().store_if(step.lt(piece.limit.get()), step, y);
     }
 
     fn output_track(&self, piece: &Piece<'a>) -> Track<'a> {
@@ -561,7 +570,8 @@ fn set_all<'a, const N: usize>(variables: &[Variable<'a, F32>; N], values: [Valu
 ///
 /// The block takes its tiles from the last to the first, each from its first chunk in the share to its last: so it begins with
 /// the tile that the next block ends with, and the next block finds the states that it goes on from when it comes to them.
-/// Blocks wait for blocks before them only, which have begun before.
+/// Blocks wait for blocks before them only, and not with what they begin with: a GPU begins blocks in their order, so that none
+/// waits for one that has no place.
 struct Share<'a> {
     k: &'a Assembler,
     handed: Global<'a>,
@@ -575,7 +585,7 @@ struct Share<'a> {
 struct Bounds<'a> {
     /// The first, of the tile's.
     first: Value<'a, U32>,
-    /// The same, and the end, of the block's, in the order in which it takes them.
+    /// The same and the end, of the block's in the order in which it takes them.
     start: Value<'a, U32>,
     end: Value<'a, U32>,
 }
@@ -696,7 +706,8 @@ impl<'a> Serving<'a> {
         self.output.set(forward.output_track(piece));
     }
 
-    fn copied(&self, k: &'a Assembler) -> Self {
+    fn copied(&self) -> Self {
+        let k = self.k;
         Self {
             k,
             limit: k.variable(self.limit.get()),

@@ -73,6 +73,9 @@ impl Execution<'_, '_> {
             self.memory.shared.read(&self.memory.clock, access, &places, &mut moved)?;
         } else {
             self.memory.global.read(&self.memory.clock, access, &places, &mut moved)?;
+            if atomic {
+                self.memory.clock.read_atomic();
+            }
         }
         if element == Element::B32 || element == Element::U8 || element == Element::U16 {
             for k in 0..count {
@@ -143,6 +146,9 @@ impl Execution<'_, '_> {
         if shared {
             self.memory.shared.write(&self.memory.clock, access, &places, &moved)
         } else {
+            if atomic {
+                self.memory.clock.write_atomic();
+            }
             self.memory.global.write(&self.memory.clock, access, &places, &moved)
         }
     }

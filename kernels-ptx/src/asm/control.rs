@@ -65,13 +65,6 @@ impl Assembler {
         self.emit_effect("bar.sync", vec![Piece::text("0")]);
     }
 
-    /// Orders what the thread has done before and what it does after, for all blocks. A block that sees a flag
-    /// ([`load_flag`](super::Address::load_flag)) and then passes here sees what was written before another block passed here
-    /// and then set it.
-    pub fn fence(&self) {
-        self.emit_effect("fence.acq_rel.gpu", Vec::new());
-    }
-
     /// The same for warps that come from different places in the text, `threads` in all: warps that share out the work of a
     /// block. Each such meeting wants an `id` of its own, from 1 to 15; it may lie in a register. `bar.sync` would not do: it
     /// is the aligned form, and compute-sanitizer's synccheck and the simulator report warps that wait there from different
@@ -97,6 +90,13 @@ impl Assembler {
     /// Waits until the lanes of the warp are here; what they wrote to shared memory is seen by the warp afterwards.
     pub fn warp_barrier(&self) {
         self.emit_effect("bar.warp.sync", vec![Piece::text("0xffffffff")]);
+    }
+
+    /// Orders what the thread has done before and what it does after, for all blocks. A block that sees a flag
+    /// ([`load_flag`](super::Address::load_flag)) and then passes here sees what was written before another block passed here
+    /// and then set it.
+    pub fn fence(&self) {
+        self.emit_effect("fence.acq_rel.gpu", Vec::new());
     }
 
     fn branch(&self, condition: Option<(Value<'_, Pred>, bool)>, label: &str) {

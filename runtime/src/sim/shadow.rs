@@ -75,7 +75,8 @@ pub(super) struct Clock {
     acquired: u32,
     /// Accesses up to this phase were made known by a fence with an atomic access behind it.
     released: u32,
-    fenced: bool,
+    /// The phase of the last fence; 0 without one.
+    fenced: u32,
     touched_atomic: bool,
     /// `known[w][v]`: accesses of warp `v` in phases before this come before those of warp `w` from now on.
     known: Vec<[u32; WARPS]>,
@@ -91,7 +92,7 @@ impl Default for Clock {
             block_start: 1,
             acquired: 0,
             released: 0,
-            fenced: false,
+            fenced: 0,
             touched_atomic: false,
             known: Vec::new(),
             least: Vec::new(),
@@ -116,7 +117,7 @@ impl Clock {
         self.phase = (self.phase + 1).min(PENDING - 1);
         self.block_start = self.phase;
         self.acquired = 0;
-        self.fenced = false;
+        self.fenced = 0;
         self.touched_atomic = false;
         self.known.clear();
         self.known.resize(warps, [self.phase; WARPS]);
@@ -170,7 +171,7 @@ impl Clock {
 
     /// A fence: what came before is made known by the next atomic access; what an atomic access before has seen is known.
     pub fn fence(&mut self) {
-        self.fenced = true;
+        self.fenced = self.phase;
         if self.touched_atomic {
             self.acquired = self.released;
         }
@@ -183,9 +184,7 @@ impl Clock {
 
     /// An atomic write of global memory: what this block did before its last fence is made known from here on.
     pub fn write_atomic(&mut self) {
-        if self.fenced {
-            self.released = self.phase;
-        }
+        self.released = self.released.max(self.fenced);
     }
 }
 
@@ -552,12 +551,19 @@ mod tests {
         clock.begin_block(1);
         assert_eq!(shadow.read::<true>(&clock, 3, 3, who(0), 0), None, "another launch");
         assert_eq!(shadow.write::<true>(&clock, 3, who(0), 0, || false), None);
-        clock.fence();
-        clock.read_atomic();
         clock.write_atomic();
         clock.begin_block(1);
         clock.read_atomic();
+        clock.fence();
+        assert!(is_race(shadow.read::<true>(&clock, 3, 3, who(0), 0), true), "no fence before the flag");
+        clock.begin_launch();
+        clock.begin_block(1);
+        assert_eq!(shadow.write::<true>(&clock, 3, who(0), 0, || false), None);
+        clock.fence();
         clock.write_atomic();
+        clock.begin_block(1);
+        clock.read_atomic();
+        assert!(is_race(shadow.read::<true>(&clock, 3, 3, who(0), 0), true), "no fence behind the flag");
         clock.fence();
         assert_eq!(shadow.read::<true>(&clock, 3, 3, who(0), 0), None, "announced by the flag");
     }

@@ -229,9 +229,12 @@ mod tests {
             Sizes { batch: 14, ..smollm2 },
             Sizes { batch: 1, time: 16_384, channels: 4096, b_groups: 64, c_groups: 256 },
             Sizes { time: 64, ..smollm2 },
+            Sizes { time: 128, ..smollm2 },
         ] {
             assert_eq!(Shares::of(&other), None, "{other:?}");
         }
+        // Two chunks more than a tile, where one would do but be late.
+        assert_eq!(Shares::of(&Sizes { time: 704, ..smollm2 }), Some(Shares { blocks: 244, share: 13, chunks: 3168 }));
         // Never less than a tile for a block; the last may have less.
         assert_eq!(Shares::among(&smollm2, 1000), Some(Shares { blocks: 288, share: 32, chunks: 9216 }));
         assert_eq!(Shares::among(&smollm2, 7), Some(Shares { blocks: 7, share: 1317, chunks: 9216 }));

@@ -1,6 +1,6 @@
 //! The scan forward over whole rows.
 //!
-//! A block takes one tile: 16 channels by 16 states. Some of its warps scan: a lane holds one channel by [`HELD`] states, and
+//! A block takes a tile, 16 channels by 16 states, or shares of several. Some of its warps scan: a lane holds one channel by [`HELD`] states, and
 //! while it takes a step it computes the decays of the next one and the sum of the one before, so that exponentials and
 //! products overlap. The others serve: they copy global memory into shared memory, four intervals ahead; and a thread stands
 //! for a channel pair (or a state pair) and a step, computes what depends on the channel alone (softplus, gate, D), and adds up
@@ -21,7 +21,7 @@
 //! saves 0.87 GB, 0.29 ms); exponentials and reciprocals 38 cycles per step and quarter of a multiprocessor, two blocks on
 //! each, 0.31 ms at 1.98 GHz; 39 instructions and, counted by a profile, 45 passes of shared memory, 0.37 ms, which is what
 //! binds where there are more blocks. States are saved as often as the backward pass over chunks wants them. At
-//! 8 × 2,048 × 576 × 16: bytes 0.11 GB, 0.04 ms; 35 chunks for each of 264 blocks at the same speed, 0.06 ms.
+//! 8 × 2,048 × 576 × 16: bytes 0.11 GB, 0.04 ms; 35 chunks for each of 264 blocks at the same speed, 0.05 ms.
 
 use std::collections::VecDeque;
 
@@ -128,22 +128,34 @@ impl Shares {
     const BLOCKS: u32 = 2 * 132;
     /// Cycles of a step where two blocks share a multiprocessor, and where three or four do.
     const STEP: [u64; 2] = [57, 102];
+    /// Cycles that turning from tile to tile takes, and the launch that zeroes the flags.
+    const TURNS: u64 = 6_000;
+    /// Chunks that a share has more than a tile, at least: a block finds the states that it goes on from in time when the one
+    /// before it has left them two chunks ago.
+    const SLACK: u32 = 2;
 
-    /// The shares of a scan; `None` where they would not save time.
+    /// The shares of a scan; `None` where they would not save time on an H100. The same on every device.
     pub fn of(sizes: &Sizes) -> Option<Self> {
         let tiles = sizes.batch.checked_mul(sizes.channels / TILE)?;
-        let shares = Self::among(sizes, Self::BLOCKS)?;
-        let [shared, whole] = [shares.share, sizes.time.div_ceil(CHUNK)].map(u64::from);
-        (tiles > Self::BLOCKS && shared * Self::STEP[0] < whole * Self::STEP[1]).then_some(shares)
+        let whole = sizes.time.div_ceil(CHUNK);
+        let even = Self::among(sizes, Self::BLOCKS)?;
+        let shares = Self::new(even.chunks, even.share.max(whole + Self::SLACK))?;
+        let cycles = |chunks: u32, step: u64| u64::from(chunks) * u64::from(CHUNK) * step;
+        let [shared, alone] = [cycles(shares.share, Self::STEP[0]) + Self::TURNS, cycles(whole, Self::STEP[1])];
+        (tiles > Self::BLOCKS && shared < alone).then_some(shares)
     }
 
-    /// Shares for so many blocks, or for as many as there are tiles; `None` where chunks cannot be counted.
+    /// Shares for so many blocks, or for as many as there are tiles; `None` where chunks and steps cannot be counted.
     pub fn among(sizes: &Sizes, blocks: u32) -> Option<Self> {
         let of_tile = sizes.time.div_ceil(CHUNK);
         let chunks = sizes.batch.checked_mul(sizes.channels / TILE)?.checked_mul(of_tile)?;
-        let share = chunks.div_ceil(blocks.max(1)).max(of_tile).max(1);
-        // The kernel counts up to a share further than there are chunks.
+        Self::new(chunks, chunks.div_ceil(blocks.max(1)).max(of_tile).max(1))
+    }
+
+    fn new(chunks: u32, share: u32) -> Option<Self> {
+        // The kernel counts up to a share further than there are chunks, and the steps of a block and some more.
         chunks.checked_add(share)?;
+        share.checked_add(2)?.checked_mul(CHUNK)?;
         Some(Self { blocks: chunks.div_ceil(share), share, chunks })
     }
 }
@@ -182,7 +194,7 @@ impl KernelSource for SerialForward {
     }
 
     fn configurations() -> Vec<Self> {
-        let forms = [(false, false), (true, false), (true, true)];
+        let forms = [(false, false), (false, true), (true, false), (true, true)];
         let of = |scan| forms.map(|(saves, shared)| Self { scan, resumed: false, saves, shared });
         Scan::configurations().into_iter().flat_map(of).collect()
     }
@@ -570,8 +582,8 @@ fn set_all<'a, const N: usize>(variables: &[Variable<'a, F32>; N], values: [Valu
 ///
 /// The block takes its tiles from the last to the first, each from its first chunk in the share to its last: so it begins with
 /// the tile that the next block ends with, and the next block finds the states that it goes on from when it comes to them.
-/// Blocks wait for blocks before them only, and not with what they begin with: a GPU begins blocks in their order, so that none
-/// waits for one that has no place.
+/// Blocks wait for blocks before them only, for what those begin with, which wait for nothing in turn. That GPUs begin blocks in
+/// their order, so that none waits for one that has no place, is nowhere promised: it is what they do.
 struct Share<'a> {
     k: &'a Assembler,
     handed: Global<'a>,

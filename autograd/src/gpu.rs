@@ -185,6 +185,13 @@ pub(crate) fn column_sums_with<const N: usize>(
     splits: u32,
 ) -> Result<(Tensor, [Option<Tensor>; N])> {
     const { assert!(N < ColumnSums::MOST_MATRICES) };
+    if splits == 1 {
+        let mut alone = [const { None }; N];
+        for (sum, (parts, shape)) in alone.iter_mut().zip(more).filter_map(|(sum, parts)| Some((sum, parts?))) {
+            *sum = Some(parts.reshape(shape)?);
+        }
+        return Ok((parts.reshape(shape)?, alone));
+    }
     let count = |shape: &[usize]| size(operator, "the number of elements", shape.iter().product());
     let device = parts.device();
     let output = |(_, shape): Parts<'_>| Output::new(device, shape, DType::F32);

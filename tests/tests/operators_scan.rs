@@ -745,39 +745,10 @@ proptest! {
     }
 }
 
-/// Five tiles of five chunks for four blocks: seven chunks each, and the rest for the last, less than a tile.
-#[test]
-fn shared_tiles_are_cut() {
-    let case = ScanCase {
-        batch: 5,
-        time: 64 * 5 - 3,
-        channels: 16,
-        states: 16,
-        b_groups: 1,
-        c_groups: 1,
-        d: true,
-        gate: true,
-        delta_bias: true,
-        softplus: true,
-        initial: true,
-        document_start: None,
-        extreme: false,
-        seed: 11,
-    };
-    let inputs = tensors(&case.inputs());
-    let shared = ScanWay::Shared(NonZeroUsize::new(4).unwrap());
-    let [serial, shared] = [ScanWay::Serial, shared].map(|way| case.results_by(&inputs, None, Some(way)));
-    for (got, expected) in shared.iter().zip(&serial) {
-        assert_eq!(widened(got).unwrap(), widened(expected).unwrap());
-    }
-}
-
-/// Rows of more chunks than the backward pass over whole rows has arrangements of its places in shared memory.
-#[test]
-fn long_whole_rows_and_spans() {
-    let time = 64 * 46 + 5;
-    let case = ScanCase {
-        batch: 1,
+/// Rows of one tile, with all inputs.
+fn rows_of_a_tile(batch: usize, time: usize) -> ScanCase {
+    ScanCase {
+        batch,
         time,
         channels: 16,
         states: 16,
@@ -791,7 +762,25 @@ fn long_whole_rows_and_spans() {
         document_start: None,
         extreme: false,
         seed: 7,
-    };
+    }
+}
+
+/// Five tiles of five chunks for four blocks: seven chunks each, and the rest for the last, less than a tile.
+#[test]
+fn shared_tiles_are_cut() {
+    let case = rows_of_a_tile(5, 64 * 5 - 3);
+    let inputs = tensors(&case.inputs());
+    let shared = ScanWay::Shared(NonZeroUsize::new(4).unwrap());
+    let [serial, shared] = [ScanWay::Serial, shared].map(|way| case.results_by(&inputs, None, Some(way)));
+    for (got, expected) in shared.iter().zip(&serial) {
+        assert_eq!(widened(got).unwrap(), widened(expected).unwrap());
+    }
+}
+
+/// Rows of more chunks than the backward pass over whole rows has arrangements of its places in shared memory.
+#[test]
+fn long_whole_rows_and_spans() {
+    let case = rows_of_a_tile(1, 64 * 46 + 5);
     let inputs = tensors(&case.inputs());
     let [serial, spans] = [ScanWay::Serial, ScanWay::Spans].map(|way| case.results_by(&inputs, None, Some(way)));
     for (index, (got, expected)) in serial.iter().zip(&spans).enumerate() {

@@ -251,16 +251,8 @@ impl<'a> Launch<'a> {
         let vector = [self.scan.channels];
         let matrix = [self.scan.channels, self.scan.states];
         let (a, vectors) = (a.tensor(), [d, bias].map(|parts| parts.map(Output::tensor)));
-        match self.sizes.batch * self.spans() {
-            1 => {
-                let [d, bias] = vectors.map(|part| part.map(|part| part.reshape(&vector)).transpose());
-                Ok((a.reshape(&matrix)?, [d?, bias?]))
-            }
-            splits => {
-                let vectors = vectors.each_ref().map(|parts| parts.as_ref().map(|parts| (parts, &vector[..])));
-                gpu::column_sums_with(OPERATOR, (&a, &matrix), vectors, splits)
-            }
-        }
+        let vectors = vectors.each_ref().map(|parts| parts.as_ref().map(|parts| (parts, &vector[..])));
+        gpu::column_sums_with(OPERATOR, (&a, &matrix), vectors, self.sizes.batch * self.spans())
     }
 
     /// Memory for the gradient of B or C as [`ScanBackward`] writes it.

@@ -80,7 +80,7 @@ pub enum ScanWay {
 /// measurements.
 ///
 /// # Errors
-/// As [`selective_scan`]; on GPUs, serially, shapes that [`ScanWay::Serial`] does not name, and in chunks, more than 4096
+/// As [`selective_scan`]; on GPUs, serially or shared, shapes that [`ScanWay::Serial`] does not name, and in chunks, more than 4096
 /// states of a channel and chunk.
 pub fn selective_scan_by(tape: &Tape<'_>, inputs: ScanInputs<'_>, way: ScanWay) -> Result<ScanOutput> {
     scan(tape, inputs, Some(way))

@@ -10,6 +10,7 @@ use crate::cuda::{self, CudaDevice, Graph, Stream};
 use crate::host::HostPool;
 use crate::record::{self, Recording};
 use crate::sim::{self, GlobalMemory};
+use crate::zeroed::{self, Zeroed};
 use crate::{Buffer, Error, Function, Result};
 
 /// What kind of device a [`Device`] is.
@@ -129,6 +130,22 @@ impl Device {
         }
     }
 
+    /// At least `bytes` bytes of zeros, for work on the home stream that leaves them zero: see [`Zeroed`].
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`]; driver errors on a GPU.
+    pub fn zeroed(&self, bytes: usize) -> Result<Zeroed> {
+        zeroed::take(self, bytes)
+    }
+
+    /// Whether this thread captures what it launches on the device.
+    pub(crate) fn captures(&self) -> bool {
+        match &self.inner {
+            Inner::Cuda(device) => cuda::captures(device),
+            Inner::Cpu(_) | Inner::Sim(_) => false,
+        }
+    }
+
     /// What this process holds of the device's memory.
     pub fn memory_usage(&self) -> MemoryUsage {
         match &self.inner {
@@ -152,6 +169,7 @@ impl Device {
     /// # Errors
     /// Driver errors, a fault of the queued work among them.
     pub fn trim_memory(&self) -> Result<()> {
+        zeroed::trim(self);
         match &self.inner {
             Inner::Cpu(pool) => pool.trim(),
             Inner::Cuda(device) => device.trim_memory()?,

@@ -4,6 +4,7 @@
 //!
 //! - [`Device`] is a cheap handle: the CPU, a CUDA device reached through the driver, or the simulator of one ([`sim`]).
 //! - [`Buffer`] is memory on one device. It comes from the device's pool and returns there when dropped.
+//! - [`Zeroed`] is memory that kernels find zero and leave zero.
 //! - [`MemoryUsage`] says what a device's pool holds now and held at most.
 
 mod buffer;
@@ -19,6 +20,7 @@ mod prefetch;
 mod record;
 pub mod sim;
 mod table;
+mod zeroed;
 
 pub use buffer::Buffer;
 pub use device::{Device, DeviceKind, MemoryUsage};
@@ -28,3 +30,4 @@ pub use launch::{Argument, Limits, check_launch};
 pub use prefetch::prefetch;
 pub use record::{LaunchRecord, RangeGuard, Recording, open_range, range};
 pub use table::{Table, Word};
+pub use zeroed::Zeroed;

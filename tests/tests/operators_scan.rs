@@ -765,6 +765,48 @@ fn rows_of_a_tile(batch: usize, time: usize) -> ScanCase {
     }
 }
 
+/// The convolution's gradient where its last blocks add up the sums of many: of several blocks a row, the last not a full one, and of
+/// stretches long enough to have rounds of steps without conditions. The same bits every time, and the memory by which the
+/// blocks tell each other their sums is zero again.
+#[test]
+fn sums_of_many_blocks() {
+    for (batch, time, channels) in [(2, 64 * 9 + 21, 132), (264, 150, 4)] {
+        let sizes = Convolution { batch, time, channels, width: 4, silu: true, document_start: None };
+        let case = ConvolutionCase { sizes, bias: true, initial: false, seed: 3 };
+        let inputs = case.inputs();
+        check_operator(
+            Precision::F32,
+            case.seed,
+            CONVOLUTION,
+            &inputs,
+            &[&inputs[0].shape],
+            |tape, inputs| Ok(vec![case.operator(tape, inputs, None)?]),
+            |values| vec![case.reference(values)],
+        )
+        .unwrap();
+        let inputs = tensors(&inputs);
+        let gradients = |seed: &Tensor| {
+            let tape = Tape::new();
+            let leaves: Vec<Var> = inputs.iter().map(|input| tape.leaf(input)).collect();
+            let output = case.operator(&tape, &leaves, None).unwrap();
+            let gradients = tape.backward_from(vec![(output, seed.clone())]).unwrap();
+            inputs.iter().map(|input| widened(gradients.get(input).unwrap()).unwrap()).collect::<Vec<_>>()
+        };
+        assert_eq!(gradients(&inputs[0]), gradients(&inputs[0]));
+        // A sum of zero is a sum, too.
+        let zeros = tensor(DType::F32, inputs[0].shape(), &vec![0.0; inputs[0].count()]);
+        assert!(gradients(&zeros).iter().flatten().all(|&gradient| gradient == 0.0));
+    }
+    let device = grafter_tests::device();
+    if device.is_gpu() {
+        let mut sums = device.zeroed(1).unwrap();
+        let mut bytes = vec![1; sums.buffer().len()];
+        sums.buffer().copy_to_host(&mut bytes).unwrap();
+        assert!(bytes.iter().all(|&byte| byte == 0), "a launch left words behind");
+        sums.keep();
+    }
+}
+
 /// Five tiles of five chunks for four blocks: seven chunks each, and the rest for the last, less than a tile.
 #[test]
 fn shared_tiles_are_cut() {

@@ -5,52 +5,56 @@
 //!   stretch per thread (one access of 8 or 16 bytes per step; a warp lies along the channels). Channels that are no
 //!   multiple of [`VECTOR`] are taken one by one.
 //! - Forward: a stretch has 16 steps; all that it reads is on its way before anything is computed.
-//! - Backward: a stretch has 64 steps, of which 4 are in hand and 12 on their way to shared memory (`Stream`); the last
-//!   `W − 1` inputs stay in registers. A thread walks its steps and the `W − 1` after them, computes the gradient `dq` of
-//!   the convolution's sum again from x, and keeps the `W` sums `dx` under way in registers. The gradients of weight and
-//!   bias are summed per block in a fixed order and written as parts, one per block of time, which
-//!   [`ColumnSums`](super::column_sums::ColumnSums) adds in order.
+//! - Backward: the blocks of one launch are as many as an H100 has room for at a time ([`Stretches`]). A thread walks a
+//!   stretch, [`AHEAD`] steps in hand and twice as many on their way to shared memory (`Stream`), computes the gradient
+//!   `dq` of the convolution's sum again from x, and keeps the `W − 1` sums `dx` under way in registers. What the first
+//!   `W − 1` steps of a stretch give to the inputs before it goes to the thread before through shared memory (`Handed`); the
+//!   last thread of a block walks the `W − 1` steps after its own itself.
+//! - The gradients of weight and bias are summed per block in a fixed order. The last block of each column of blocks waits
+//!   for the sums of all others and adds them in order. A sum is its own flag: memory that is zero holds none yet (a sum of
+//!   zero is written as −0), and is zero again afterwards. This needs blocks to begin in the order of their numbers, as GPUs
+//!   do, and the simulator.
 //! - Traffic: forward reads and writes one element, backward reads two and writes one. Bound by memory.
 //! - Documents: tap `w` of step `t` counts when `t − (W − 1) + w ≥ document_start[t]`.
 //! - Source: Gu and Dao 2023, "Mamba", section 3.4.
 
-use crate::asm::{Address, Assembler, Description, F32, Global, Pred, U32, U64, Value, Variable};
+use crate::asm::{Address, Assembler, Description, F32, Global, Pred, Shared, U32, U64, Value, Variable};
 use crate::{Element, Kernel, KernelSource, Target, Work};
 
 /// Neighbouring channels of a thread.
 pub const VECTOR: u32 = 4;
 /// Rows of 256 bytes of bf16 for a block: with 128, the kernels are 4 % slower.
-const FORWARD: Shape = Shape { across: 32, groups: 4, steps: 16 };
-const BACKWARD: Shape = Shape { across: 32, groups: 4, steps: 64 };
+const ACROSS: u32 = 32;
+/// Threads that follow each other in time.
+const GROUPS: u32 = 4;
+const THREADS: u32 = ACROSS * GROUPS;
+/// Steps of a thread of the forward pass.
+const FORWARD_STEPS: u32 = 16;
 /// Blocks of the forward pass that share a multiprocessor. The driver's compiler is not held to it unless asked. With 7 the
 /// kernel is faster still, but then registers spill on sm_80; those with documents do with 5, and more than four taps were not
 /// looked at.
 const FORWARD_RESIDENT: u32 = 5;
+/// Multiprocessors of an H100.
+const MULTIPROCESSORS: u32 = 132;
 /// Steps that a thread of the backward pass works on at a time.
 const AHEAD: u32 = 4;
+/// The fewest steps of a stretch: with fewer, the steps between stretches and the blocks' sums cost more than they bring.
+const LEAST_STEPS: u32 = 16;
 /// So many times [`AHEAD`] steps have room in shared memory: all but one are on their way.
-const SLOTS: u32 = 4;
+const SLOTS: u32 = 3;
+/// So many blocks' sums are read at a time.
+const SUMS_AT_A_TIME: u32 = 8;
 const STEP_THREADS: u32 = 128;
 
-/// How a block's threads share out its part of a row.
-#[derive(Clone, Copy)]
-struct Shape {
-    /// Threads that lie side by side along the channels.
-    across: u32,
-    /// Threads that follow each other in time.
-    groups: u32,
-    /// Steps of a thread.
-    steps: u32,
-}
-
-impl Shape {
-    fn threads(self) -> u32 {
-        self.across * self.groups
-    }
-
-    fn block_steps(self) -> u32 {
-        self.groups * self.steps
-    }
+/// How the backward pass cuts the time of every row: [`GROUPS`] stretches to a block.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Stretches {
+    /// Steps of a stretch, the kernel's parameter `steps`.
+    pub steps: u32,
+    /// Blocks: along the channels, along the time of all rows.
+    pub grid: [u32; 3],
+    /// Words of memory that is zero by which blocks tell each other their sums.
+    pub sums: usize,
 }
 
 /// What the forward and the backward kernel of a convolution have in common.
@@ -82,9 +86,10 @@ pub struct ConvolutionForward(pub Convolution);
 
 /// The gradients of input, weight, bias and initial state.
 ///
-/// Parameters: `input_gradient` (of the type, written), `weight_parts` (f32 `[parts, channels, width]`, written),
-/// `bias_parts` (f32 `[parts, channels]`, written, with a bias), `state_gradient` (like the initial state, written, with
-/// one), then `gradient` (like the output) and the inputs of [`ConvolutionForward`] in its order.
+/// Parameters: `input_gradient` (of the type, written), `weight_gradient` (f32 `[channels, width]`, written), `bias_gradient`
+/// (f32 `[channels]`, written, with a bias), `state_gradient` (like the initial state, written, with one), `sums` (u32
+/// `[`[`Stretches::sums`]`]`, zero before and after), `gradient` (like the output), the inputs of [`ConvolutionForward`] in its
+/// order, `steps` ([`Stretches::steps`]).
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct ConvolutionBackward(pub Convolution);
 
@@ -108,18 +113,36 @@ pub struct ConvolutionStep {
 impl Convolution {
     /// Blocks of the forward pass; `None` when one launch cannot cover them.
     pub fn forward_grid(&self, batch: u32, time: u32, channels: u32) -> Option<[u32; 3]> {
-        self.grid(FORWARD, batch, time, channels)
+        self.grid(FORWARD_STEPS, batch, time, channels)
     }
 
-    /// Blocks of the backward pass; their extent in y is the number of parts of the weight's gradient. `None` when one
-    /// launch cannot cover them.
-    pub fn backward_grid(&self, batch: u32, time: u32, channels: u32) -> Option<[u32; 3]> {
-        self.grid(BACKWARD, batch, time, channels)
+    /// How the backward pass is shared out; `None` when one launch cannot cover it.
+    pub fn stretches(&self, batch: u32, time: u32, channels: u32) -> Option<Stretches> {
+        let columns = channels.div_ceil(ACROSS * self.lanes()).max(1);
+        let blocks = self.backward_resident() * MULTIPROCESSORS / columns.saturating_mul(batch.max(1)).max(1);
+        // What a stretch gives to the inputs before it must fit in the stretch before.
+        let least = LEAST_STEPS.max(self.width - 1);
+        let steps = time.div_ceil(blocks.max(1) * GROUPS).max(least).checked_next_multiple_of(AHEAD)?;
+        // Places in a stretch are counted in 32 bits.
+        (steps + SLOTS * AHEAD + self.width).checked_mul(channels)?;
+        let grid = self.grid(steps, batch, time, channels)?;
+        let sums_of_block = (self.width as usize + 1) * (ACROSS * self.lanes()) as usize;
+        Some(Stretches { steps, grid, sums: grid[0] as usize * grid[1].saturating_sub(1) as usize * sums_of_block })
     }
 
-    fn grid(&self, shape: Shape, batch: u32, time: u32, channels: u32) -> Option<[u32; 3]> {
-        let parts = u64::from(batch) * u64::from(time.div_ceil(shape.block_steps()));
-        (parts <= 65_535).then_some([channels.div_ceil(shape.across * self.lanes()), parts as u32, 1])
+    /// Blocks of the backward pass that share a multiprocessor: as many as it has registers for. More than four taps, and
+    /// inputs before the first, were not looked at.
+    fn backward_resident(&self) -> u32 {
+        match (self.vector, self.element, self.documents) {
+            (false, ..) | (_, Element::Bf16, false) => 4,
+            (_, Element::Bf16, true) | (_, _, false) => 3,
+            (_, _, true) => 2,
+        }
+    }
+
+    fn grid(&self, steps: u32, batch: u32, time: u32, channels: u32) -> Option<[u32; 3]> {
+        let blocks = u64::from(batch) * u64::from(time.div_ceil(steps.checked_mul(GROUPS)?));
+        (blocks <= 65_535).then_some([channels.div_ceil(ACROSS * self.lanes()), blocks as u32, 1])
     }
 
     /// Channels of a thread.
@@ -163,7 +186,6 @@ impl Convolution {
 struct Thread<'a> {
     k: &'a Assembler,
     form: Convolution,
-    shape: Shape,
     input: Global<'a>,
     initial_state: Option<Global<'a>>,
     document_start: Option<Global<'a>>,
@@ -171,6 +193,9 @@ struct Thread<'a> {
     channels: Value<'a, U32>,
     row: Value<'a, U32>,
     channel: Value<'a, U32>,
+    /// Its place among those side by side, and among those after each other.
+    across: Value<'a, U32>,
+    group: Value<'a, U32>,
     /// The thread's steps.
     first: Value<'a, U32>,
     end: Value<'a, U32>,
@@ -187,28 +212,28 @@ struct Weights<'a> {
 }
 
 impl<'a> Thread<'a> {
-    /// Declares the inputs.
-    fn new(k: &'a Assembler, form: Convolution, shape: Shape) -> Self {
+    /// Declares the inputs; `steps` then gives the steps of a thread.
+    fn new(k: &'a Assembler, form: Convolution, steps: impl FnOnce() -> Value<'a, U32>) -> Self {
         let input = k.read("input", form.element);
         let weight = k.read("weight", Element::F32);
         let bias = form.bias.then(|| k.read("bias", Element::F32));
         let document_start = form.documents.then(|| k.read("document_start", Element::U32));
         let initial_state = form.initial.then(|| k.read("initial_state", form.element));
         let (time, channels) = (k.u32("time"), k.u32("channels"));
+        let steps = steps();
         k.comment("this thread's channels and steps");
-        let across = k.thread() & (shape.across - 1);
-        let group = k.thread() >> shape.across.ilog2();
-        let channel = (k.block().mad(shape.across, across) * form.lanes()).named("channel");
-        let block_steps = shape.block_steps();
+        let across = k.thread() & (ACROSS - 1);
+        let group = k.thread() >> ACROSS.ilog2();
+        let channel = (k.block().mad(ACROSS, across) * form.lanes()).named("channel");
+        let block_steps = steps * GROUPS;
         let blocks = (time + (block_steps - 1)).div(block_steps);
         let row = k.block_y().div(blocks).named("row");
-        let first = ((k.block_y() - row * blocks).mad(shape.groups, group) * shape.steps).named("first");
-        let end = (first + shape.steps).min(time).named("end");
+        let first = ((k.block_y() - row * blocks).mad(GROUPS, group) * steps).named("first");
+        let end = (first + steps).min(time).named("end");
         let active = channel.lt(channels) & first.lt(time);
         Self {
             k,
             form,
-            shape,
             input,
             initial_state,
             document_start,
@@ -216,6 +241,8 @@ impl<'a> Thread<'a> {
             channels,
             row,
             channel,
+            across,
+            group,
             first,
             end,
             active,
@@ -241,6 +268,11 @@ impl<'a> Thread<'a> {
     fn load(&self, memory: Global<'a>, at: Value<'a, U32>) -> Vec<Value<'a, F32>> {
         let place = memory.at(at);
         if self.form.vector { place.load_vector::<{ VECTOR as usize }>().to_vec() } else { vec![place.load()] }
+    }
+
+    /// The thread's first step, counted over all rows.
+    fn token(&self) -> Value<'a, U32> {
+        self.row.mad(self.time, self.first)
     }
 
     /// The place of the thread's channels in step `step`.
@@ -337,15 +369,12 @@ impl<'a> Places<'a> {
 }
 
 /// What a thread reads step by step, [`AHEAD`] steps at a time, long before its work: by way of shared memory, each thread
-/// for itself. Single elements, which are too small for that, go to registers.
+/// for itself. (Through registers the driver's compiler sends for them late: 2 % slower.) Single elements, which are too small
+/// for that, go to registers.
 struct Stream<'a> {
     k: &'a Assembler,
-    /// Threads of the block.
-    threads: u32,
+    /// From the thread's first step on.
     memory: Global<'a>,
-    /// Where the next steps lie, and how many bytes apart.
-    pointer: Variable<'a, U64>,
-    stride: Value<'a, U64>,
     way: Way<'a>,
 }
 
@@ -364,40 +393,29 @@ enum Way<'a> {
 }
 
 impl<'a> Stream<'a> {
-    /// The thread's channels of every step, from its first on.
+    /// The thread's channels.
     fn of_channels(thread: &Thread<'a>, memory: Global<'a>) -> Self {
-        let token = thread.row.mad(thread.time, thread.first);
-        let first = memory.from_row(token, thread.channels).at(thread.channel).global_address();
-        let bytes = memory.element().bytes();
-        let words = thread.form.vector.then_some(VECTOR as usize * bytes / 4);
-        Self::new(thread, memory, first, thread.channels.mul_wide(bytes as u32), words)
+        let words = thread.form.vector.then_some(VECTOR as usize * memory.element().bytes() / 4);
+        Self::new(thread, memory.from_row(thread.token(), thread.channels), words)
     }
 
     /// The start of every step's document.
     fn of_documents(thread: &Thread<'a>) -> Option<Self> {
-        let memory = thread.document_start?;
-        let first = memory.at(thread.row.mad(thread.time, thread.first)).global_address();
-        Some(Self::new(thread, memory, first, thread.k.constant(4u64), Some(1)))
+        Some(Self::new(thread, thread.document_start?.from_row(thread.token(), 1), Some(1)))
     }
 
     /// A stream of so many words per step, or of single elements.
-    fn new(
-        thread: &Thread<'a>,
-        memory: Global<'a>,
-        first: Value<'a, U64>,
-        stride: Value<'a, U64>,
-        words: Option<usize>,
-    ) -> Self {
-        let (k, threads) = (thread.k, thread.shape.threads());
+    fn new(thread: &Thread<'a>, memory: Global<'a>, words: Option<usize>) -> Self {
+        let k = thread.k;
         let way = match words {
             None => Way::Registers((0..AHEAD).map(|_| k.variable(0.0f32)).collect()),
             Some(words) => {
-                let shared = k.shared(Element::U32, SLOTS * AHEAD * threads * words as u32);
+                let shared = k.shared(Element::U32, SLOTS * AHEAD * THREADS * words as u32);
                 let own = shared.at(k.thread() * words as u32);
                 Way::Shared { own, words, fill: k.variable(0u32), take: k.variable(0u32) }
             }
         };
-        Self { k, threads, memory, pointer: k.variable(first), stride, way }
+        Self { k, memory, way }
     }
 
     /// How many times [`AHEAD`] steps are on their way.
@@ -405,19 +423,26 @@ impl<'a> Stream<'a> {
         if form.vector { SLOTS - 1 } else { 1 }
     }
 
-    /// Sends for the next steps, `step` and those after it, as far as they lie below `limit`; zeros for others.
-    fn fetch(&self, step: Value<'a, U32>, limit: Value<'a, U32>) {
-        for offset in 0..AHEAD {
-            let (place, exists) = (self.memory.from_address(self.pointer.get()).first(), (step + offset).lt(limit));
+    /// Sends for the next [`AHEAD`] steps, which lie at these places: all, or those that exist, and zeros for others.
+    fn fetch(&self, places: &[Value<'a, U32>], exist: Option<&[Value<'a, Pred>]>) {
+        for (offset, &place) in places.iter().enumerate() {
+            let (place, exists) = (self.memory.at(place), exist.map(|exist| exist[offset]));
             match &self.way {
-                Way::Registers(elements) => elements[offset as usize].set(place.load_if(exists, 0.0)),
+                Way::Registers(elements) => elements[offset].set(match exists {
+                    Some(exists) => place.load_if(exists, 0.0),
+                    None => place.load(),
+                }),
                 Way::Shared { own, words, fill, .. } => {
-                    let target = own.moved(fill.get()).plus(i64::from(offset * self.threads) * *words as i64);
-                    let bytes = exists.select::<U32>(4 * *words as u32, 0);
-                    self.k.copy_bytes(target, place, 4 * words, bytes);
+                    let target = own.moved(fill.get()).plus(Self::within(offset, *words));
+                    match exists {
+                        Some(exists) => {
+                            let bytes = exists.select::<U32>(4 * *words as u32, 0);
+                            self.k.copy_bytes(target, place, 4 * words, bytes);
+                        }
+                        None => self.k.copy_bytes(target, place, 4 * words, 4 * *words as u32),
+                    }
                 }
             }
-            self.pointer.set(self.pointer.get() + self.stride);
         }
         if let Way::Shared { words, fill, .. } = &self.way {
             self.advance(fill, *words);
@@ -430,17 +455,22 @@ impl<'a> Stream<'a> {
             Way::Registers(elements) => elements.iter().map(|element| vec![self.k.constant(element.get()).bits()]).collect(),
             Way::Shared { own, words, take, .. } => {
                 let place = own.moved(take.get());
-                let step = |offset| place.plus(i64::from(offset * self.threads) * *words as i64).load_words(*words);
-                let taken = (0..AHEAD).map(step).collect();
+                let step = |offset| place.plus(Self::within(offset, *words)).load_words(*words);
+                let taken = (0..AHEAD as usize).map(step).collect();
                 self.advance(take, *words);
                 taken
             }
         }
     }
 
+    /// Words from the first step of a slot to this one.
+    fn within(offset: usize, words: usize) -> i64 {
+        (offset * THREADS as usize * words) as i64
+    }
+
     /// Goes on to the next slot.
     fn advance(&self, slot: &Variable<'a, U32>, words: usize) {
-        let bytes = AHEAD * self.threads * 4 * words as u32;
+        let bytes = AHEAD * THREADS * 4 * words as u32;
         let next = slot.get() + bytes;
         slot.set(next.lt(SLOTS * bytes).select(next, 0u32));
     }
@@ -479,7 +509,7 @@ fn remember<'a>(history: &[Vec<Variable<'a, F32>>], window: &[Vec<Value<'a, F32>
 
 impl KernelSource for ConvolutionForward {
     fn build(&self) -> Kernel {
-        let (form, shape) = (self.0, FORWARD);
+        let form = self.0;
         let bytes = form.element.bytes() as u64;
         let width = u64::from(form.width);
         let description = Description {
@@ -488,9 +518,9 @@ impl KernelSource for ConvolutionForward {
                 "causal convolution along time of {} taps per channel; {} channels and {} steps per thread",
                 form.width,
                 form.lanes(),
-                shape.steps
+                FORWARD_STEPS
             ),
-            block: [shape.threads(), 1, 1],
+            block: [THREADS, 1, 1],
             target: Target::Sm80,
             sizes: &["batch", "time", "channels"],
             work: move |sizes: &[u64]| {
@@ -506,13 +536,13 @@ impl KernelSource for ConvolutionForward {
                 k.resident_blocks(FORWARD_RESIDENT);
             }
             let output = k.write("output", form.element);
-            let thread = Thread::new(k, form, shape);
+            let thread = Thread::new(k, form, || k.constant(FORWARD_STEPS));
             k.return_if(!thread.active);
             k.comment("all that is read");
             let history = thread.history();
-            let token = thread.row.mad(thread.time, thread.first);
+            let token = thread.token();
             let inputs = Places::new(&thread, thread.input, token);
-            let steps: Vec<_> = (0..shape.steps).map(|offset| (offset, thread.first + offset)).collect();
+            let steps: Vec<_> = (0..FORWARD_STEPS).map(|offset| (offset, thread.first + offset)).collect();
             let fresh: Vec<_> = steps
                 .iter()
                 .map(|(offset, step)| load_words_if(&form, inputs.at(*offset), step.lt(thread.end)))
@@ -549,7 +579,7 @@ impl KernelSource for ConvolutionForward {
 
 impl KernelSource for ConvolutionBackward {
     fn build(&self) -> Kernel {
-        let (form, shape) = (self.0, BACKWARD);
+        let form = self.0;
         let bytes = form.element.bytes() as u64;
         let width = u64::from(form.width);
         let description = Description {
@@ -559,9 +589,9 @@ impl KernelSource for ConvolutionBackward {
                  per thread, weight and bias gradients as one part per block",
                 form.width,
                 form.lanes(),
-                shape.steps
+                FORWARD_STEPS
             ),
-            block: [shape.threads(), 1, 1],
+            block: [THREADS, 1, 1],
             target: Target::Sm80,
             sizes: &["batch", "time", "channels"],
             work: move |sizes: &[u64]| {
@@ -572,7 +602,7 @@ impl KernelSource for ConvolutionBackward {
                 }
             },
         };
-        Assembler::assemble(description, |k| backward(k, form, shape))
+        Assembler::assemble(description, |k| backward(k, form))
     }
 
     fn configurations() -> Vec<Self> {
@@ -580,42 +610,64 @@ impl KernelSource for ConvolutionBackward {
     }
 }
 
-fn backward(k: &Assembler, form: Convolution, shape: Shape) {
+fn backward<'a>(k: &'a Assembler, form: Convolution) {
     let (width, lanes) = (form.width as usize, form.lanes() as usize);
+    if !form.initial && width <= 4 {
+        k.resident_blocks(form.backward_resident());
+    }
     let input_gradient = k.write("input_gradient", form.element);
-    let weight_parts = k.write("weight_parts", Element::F32);
-    let bias_parts = form.bias.then(|| k.write("bias_parts", Element::F32));
+    let weight_gradient = k.write("weight_gradient", Element::F32);
+    let bias_gradient = form.bias.then(|| k.write("bias_gradient", Element::F32));
     let state_gradient = form.initial.then(|| k.write("state_gradient", form.element));
+    let sums_of_blocks = k.write("sums", Element::U32);
     let gradient = k.read("gradient", form.element);
-    let thread = Thread::new(k, form, shape);
-    // Per channel, the sums of its taps and then of its bias.
-    let sums: Vec<Vec<_>> = (0..lanes).map(|_| (0..=width).map(|_| k.variable(0.0f32)).collect()).collect();
+    let thread = Thread::new(k, form, || k.u32("steps"));
+    // Per tap and then for the bias, the sums of the thread's channels.
+    let sums: Vec<Vec<_>> = (0..=width).map(|_| (0..lanes).map(|_| k.variable(0.0f32)).collect()).collect();
+    // dx of the steps before the one in hand, as far as it is known.
+    let pending: Vec<Vec<_>> = (1..width).map(|_| (0..lanes).map(|_| k.variable(0.0f32)).collect()).collect();
+    let handed = Handed::new(&thread);
+    // From the row that is complete with the thread's first step on.
+    let done_rows = {
+        let first = input_gradient.from_row(thread.token(), thread.channels).first().global_address();
+        let before = thread.channels.mul_wide(form.element.bytes() as u32) * u64::from(form.width - 1);
+        input_gradient.from_address(first - before)
+    };
+    let store = |place: Address<'a>, values: &[Value<'a, F32>]| {
+        if form.vector { place.store_vector(values) } else { place.store(values[0]) }
+    };
     k.if_(thread.active, || {
-        let history = thread.history();
-        // dx of the steps before the one in hand, as far as it is known.
-        let pending: Vec<Vec<_>> = (1..width).map(|_| (0..lanes).map(|_| k.variable(0.0f32)).collect()).collect();
-        let last = (thread.end + (form.width - 1)).named("last");
+        let last = handed.receives.select(thread.end, thread.end + (form.width - 1)).named("last");
+        // Zeros beyond the row's end: nothing comes from there.
         let limit = last.min(thread.time).named("limit");
         let [input_steps, gradient_steps] = [thread.input, gradient].map(|memory| Stream::of_channels(&thread, memory));
         let starts = Stream::of_documents(&thread);
-        let fetch = |step| {
-            input_steps.fetch(step, limit);
-            // Zeros beyond the row's end: nothing comes from there.
-            gradient_steps.fetch(step, limit);
-            starts.iter().for_each(|starts| starts.fetch(step, limit));
+        let next_fetched = k.variable(thread.channel);
+        let fetch = |step: Value<'a, U32>, all: bool| {
+            let steps: Vec<_> = (0..AHEAD).map(|offset| step + offset).collect();
+            let exist: Option<Vec<_>> = (!all).then(|| steps.iter().map(|step| step.lt(limit)).collect());
+            let places: Vec<_> = (0..AHEAD).map(|offset| next_fetched.get() + thread.channels * offset).collect();
+            input_steps.fetch(&places, exist.as_deref());
+            gradient_steps.fetch(&places, exist.as_deref());
+            if let Some(starts) = &starts {
+                let places: Vec<_> = steps.iter().map(|&step| step - thread.first).collect();
+                starts.fetch(&places, exist.as_deref());
+            }
+            next_fetched.set(next_fetched.get() + thread.channels * AHEAD);
             k.commit_copies();
         };
-        // Where the next complete dx goes.
-        let done_places = Places::new(&thread, input_gradient, thread.row.mad(thread.time, thread.first));
-        let next_done = k.variable(done_places.first);
         let depth = Stream::depth(&form);
-        (0..depth).for_each(|round| fetch(thread.first + round * AHEAD));
+        (0..depth).for_each(|round| fetch(thread.first + round * AHEAD, false));
+        let history = thread.history();
         let weights = thread.weights();
-        k.for_(thread.first, last, AHEAD, |first| {
+        let next_done = k.variable(thread.channel);
+
+        // [`AHEAD`] steps. `whole`: all of them are the thread's own and complete one, and those to be fetched exist.
+        let round = |first: Value<'a, U32>, whole: bool| {
             k.wait_copies(depth - 1);
             let (fresh_inputs, fresh_gradients) = (input_steps.take(), gradient_steps.take());
             let fresh_starts = starts.as_ref().map(Stream::take);
-            fetch(first + depth * AHEAD);
+            fetch(first + depth * AHEAD, whole);
             let mut inputs = window(&history);
             // Every dx under way, from that of the oldest step on.
             let mut open = window(&pending);
@@ -626,26 +678,28 @@ fn backward(k: &Assembler, form: Convolution, shape: Shape) {
                 let visible = thread.visible(step, fresh_starts.as_ref().map(|starts| starts[offset][0]));
                 let taps = Thread::taps(&visible, width, &inputs);
                 let convolved = form.silu.then(|| thread.sum(&weights, &taps));
-                let slopes: Vec<Value<'_, F32>> = gradient
+                let slopes: Vec<Value<'a, F32>> = gradient
                     .into_iter()
                     .enumerate()
                     .map(|(lane, gradient)| match &convolved {
+                        // With s = sigmoid(q), the derivative of q s is s + s (q - q s).
                         Some(convolved) => {
                             let (q, s) = (convolved[lane], convolved[lane].sigmoid_flushed());
-                            gradient * s * q.fma(-s + 1.0, 1.0)
+                            let outer = gradient * s;
+                            outer.fma((-q).fma(s, q), outer)
                         }
                         None => gradient,
                     })
                     .collect();
 
-                let own = step.lt(thread.end);
+                let own = (!whole).then(|| step.lt(thread.end));
                 for (lane, &slope) in slopes.iter().enumerate() {
-                    let slope = own.select(slope, 0.0);
-                    for (tap, sum) in sums[lane][..width].iter().enumerate() {
-                        sum.set(slope.fma(taps[width - 1 - tap][lane], sum.get()));
+                    let slope = own.map_or(slope, |own| own.select(slope, 0.0));
+                    for (tap, sums) in sums[..width].iter().enumerate() {
+                        sums[lane].set(slope.fma(taps[width - 1 - tap][lane], sums[lane].get()));
                     }
                     if form.bias {
-                        sums[lane][width].set(sums[lane][width].get() + slope);
+                        sums[width][lane].set(sums[width][lane].get() + slope);
                     }
                 }
 
@@ -667,53 +721,200 @@ fn backward(k: &Assembler, form: Convolution, shape: Shape) {
                         .collect();
                 }
                 let done = &open[newest + 1 - width];
-                let target = step - (form.width - 1);
-                let reached = step.ge(thread.first + (form.width - 1));
-                let wanted = reached & target.lt(thread.end);
-                k.if_(wanted, || {
-                    let place = input_gradient.from_address(next_done.get()).first();
-                    if form.vector { place.store_vector(done) } else { place.store(done[0]) }
-                    next_done.set(next_done.get() + done_places.stride);
-                });
-                if let Some(state_gradient) = state_gradient {
-                    let before = step.lt(form.width - 1) & thread.first.eq(0);
-                    thread.store_if(before, state_gradient, thread.row.mad(form.width - 1, step), done);
+                let place = done_rows.at(next_done.get());
+                if whole {
+                    store(place, done);
+                } else {
+                    let early = step.lt(thread.first + (form.width - 1));
+                    k.if_(early, || {
+                        handed.give(&thread, step - thread.first, done);
+                        if let Some(state_gradient) = state_gradient {
+                            thread.store_if(thread.first.eq(0), state_gradient, thread.row.mad(form.width - 1, step), done);
+                        }
+                    });
+                    let wanted = step.ge(thread.first + (form.width - 1)) & step.lt(thread.end + (form.width - 1));
+                    k.if_(wanted, || store(place, done));
                 }
+                next_done.set(next_done.get() + thread.channels);
             }
             remember(&history, &inputs);
             remember(&pending, &open);
-        });
+        };
+        let begin = thread.first + (form.width - 1).next_multiple_of(AHEAD);
+        let first = k.variable(thread.first);
+        let next = |whole| {
+            round(first.get(), whole);
+            first.set(first.get() + AHEAD);
+        };
+        let whole = || first.get().ge(begin) & (first.get() + (depth + 1) * AHEAD).le(thread.end);
+        k.while_(
+            || first.get().lt(last),
+            || {
+                next(false);
+                k.while_(whole, || next(true));
+            },
+        );
         k.wait_copies(0);
     });
 
-    k.comment("weight and bias gradients of the block: those of its threads in the order of their steps");
-    let per_thread = (lanes * (width + 1)) as u32;
-    let scratch = k.shared(Element::F32, shape.threads() * per_thread);
-    let place = scratch.at(k.thread() * per_thread);
-    for (lane, sums) in sums.iter().enumerate() {
-        // As the gradients are stored: a thread's taps by channel, then its biases.
-        for (tap, sum) in sums.iter().enumerate() {
-            let at = if tap < width { lane * width + tap } else { lanes * width + lane };
-            place.plus(at as i64).store(sum.get());
-        }
-    }
+    let block = BlockSums::new(k, &form);
+    block.put(&thread, &sums);
     k.barrier();
-    k.for_(k.thread(), shape.across * per_thread, shape.threads(), |index| {
-        let first = scratch.at(index);
-        let stride = i64::from(shape.across * per_thread);
-        let total = (1..i64::from(shape.groups)).fold(first.load(), |total, group| total + first.plus(group * stride).load());
-        let across = index.div(per_thread);
-        let within = index.rem(per_thread);
-        let channel = k.block().mad(shape.across, across) * lanes as u32;
-        let taps = (lanes * width) as u32;
-        let exists = channel.lt(thread.channels);
-        let weights = weight_parts.from_row(k.block_y() * form.width, thread.channels);
-        k.if_(exists & within.lt(taps), || weights.at(channel.mad(form.width, within)).store(total));
-        if let Some(bias_parts) = bias_parts {
-            let biases = bias_parts.from_row(k.block_y(), thread.channels);
-            k.if_(exists & within.ge(taps), || biases.at(channel + (within - taps)).store(total));
+    k.if_(handed.receives, || {
+        k.comment("what the next thread's steps give to the last of this one's");
+        let steps = thread.end - thread.first;
+        for (row, known) in window(&pending).iter().enumerate() {
+            let given = handed.take(&thread, row);
+            let done: Vec<_> = known.iter().zip(given).map(|(&known, given)| known + given).collect();
+            store(done_rows.at((steps + row as u32).mad(thread.channels, thread.channel)), &done);
         }
     });
+    block.finish(&thread, sums_of_blocks, |channel, totals| {
+        let place = weight_gradient.at(channel * form.width);
+        (0..width).for_each(|tap| place.plus(tap as i64).store(totals[tap]));
+        if let Some(bias) = bias_gradient {
+            bias.at(channel).store(totals[width]);
+        }
+    });
+}
+
+/// What the first steps of stretches give to the inputs before them, on its way through shared memory to the threads
+/// before.
+struct Handed<'a> {
+    /// f32 `[GROUPS, width - 1, ACROSS, lanes]`; none of one tap.
+    place: Option<Shared<'a>>,
+    lanes: u32,
+    width: u32,
+    /// The thread is given something: another one of its block goes on where it ends.
+    receives: Value<'a, Pred>,
+}
+
+impl<'a> Handed<'a> {
+    fn new(thread: &Thread<'a>) -> Self {
+        let (width, lanes) = (thread.form.width, thread.form.lanes());
+        let place = (width > 1).then(|| thread.k.shared(Element::F32, GROUPS * (width - 1) * ACROSS * lanes));
+        let receives = thread.active & thread.group.lt(GROUPS - 1) & thread.end.lt(thread.time);
+        Self { place, lanes, width, receives }
+    }
+
+    fn at(&self, thread: &Thread<'a>, group: Value<'a, U32>, row: Value<'a, U32>) -> Option<Address<'a>> {
+        let row = group.mad(self.width - 1, row);
+        Some(self.place?.at(row.mad(ACROSS, thread.across) * self.lanes))
+    }
+
+    fn give(&self, thread: &Thread<'a>, row: Value<'a, U32>, values: &[Value<'a, F32>]) {
+        if let Some(place) = self.at(thread, thread.group, row) {
+            if self.lanes == VECTOR { place.store_vector(values) } else { place.store(values[0]) }
+        }
+    }
+
+    fn take(&self, thread: &Thread<'a>, row: usize) -> Vec<Value<'a, F32>> {
+        let place = self.at(thread, thread.group + 1, thread.k.constant(row as u32));
+        place.map_or_else(Vec::new, |place| {
+            if self.lanes == VECTOR { place.load_vector::<{ VECTOR as usize }>().to_vec() } else { vec![place.load()] }
+        })
+    }
+}
+
+/// The gradients of weight and bias: sums of a block's threads, and then of all blocks.
+struct BlockSums<'a> {
+    k: &'a Assembler,
+    /// f32 `[GROUPS, width + 1, channels]`.
+    of_threads: Shared<'a>,
+    /// Channels of a block.
+    channels: u32,
+    /// Sums per channel.
+    count: u32,
+}
+
+impl<'a> BlockSums<'a> {
+    fn new(k: &'a Assembler, form: &Convolution) -> Self {
+        let (channels, count) = (ACROSS * form.lanes(), form.width + 1);
+        Self { k, of_threads: k.shared(Element::F32, GROUPS * count * channels), channels, count }
+    }
+
+    /// Leaves a thread's sums for the others.
+    fn put(&self, thread: &Thread<'a>, sums: &[Vec<Variable<'a, F32>>]) {
+        let place = self.of_threads.at(thread.group * (self.count * self.channels) + thread.across * thread.form.lanes());
+        for (row, sums) in sums.iter().enumerate() {
+            let sums: Vec<_> = sums.iter().map(|sum| sum.get()).collect();
+            let place = place.plus((row as u32 * self.channels).into());
+            if thread.form.vector { place.store_vector(&sums) } else { place.store(sums[0]) }
+        }
+    }
+
+    /// After a barrier: adds up the threads' sums of each channel, and in the column's last block those of all blocks before,
+    /// and has them written.
+    fn finish(
+        &self,
+        thread: &Thread<'a>,
+        sums_of_blocks: Global<'a>,
+        write: impl FnOnce(Value<'a, U32>, &[Value<'a, F32>]),
+    ) {
+        let k = self.k;
+        let channel = (k.block() * self.channels + k.thread()).named("own_channel");
+        k.if_(k.thread().lt(self.channels) & channel.lt(thread.channels), || {
+            k.comment("weight and bias gradients of the block: those of its threads in the order of their steps");
+            let of = |group: u32, row: u32| {
+                let at = (group * self.count + row) * self.channels;
+                self.of_threads.at(k.thread()).plus(at.into()).load()
+            };
+            let totals: Vec<_> =
+                (0..self.count).map(|row| (1..GROUPS).fold(of(0, row), |sum, group| sum + of(group, row))).collect();
+            // The place of the channel's first sum of a block; the others follow `channels` further each.
+            let place = |block: Value<'a, U32>| {
+                let row = block.mad(k.blocks(), k.block());
+                sums_of_blocks.from_row(row, self.count * self.channels).at(k.thread())
+            };
+            let row_of = |place: Address<'a>, row: usize| place.plus(row as i64 * i64::from(self.channels));
+            let before = k.blocks_y() - 1;
+            k.if_else(
+                k.block_y().lt(before),
+                || {
+                    let place = place(k.block_y());
+                    for (row, &total) in totals.iter().enumerate() {
+                        let there = total.eq(0.0).select(-0.0, total);
+                        row_of(place, row).store_flag(there.bits());
+                    }
+                },
+                || {
+                    k.comment("and those of all blocks, in their order");
+                    let all: Vec<_> = totals.iter().map(|_| k.variable(0.0f32)).collect();
+                    k.for_(0u32, before, SUMS_AT_A_TIME, |first| {
+                        let blocks: Vec<_> = (0..SUMS_AT_A_TIME).map(|block| first + block).collect();
+                        // Those that do not exist are the last one once more, which does not count then.
+                        let places: Vec<Vec<_>> = blocks
+                            .iter()
+                            .map(|&block| {
+                                let place = place(block.min(before - 1));
+                                (0..totals.len()).map(|row| row_of(place, row)).collect()
+                            })
+                            .collect();
+                        let words: Vec<Vec<_>> =
+                            places.iter().map(|row| row.iter().map(|_| k.variable(0u32)).collect()).collect();
+                        let missing = || {
+                            for (place, word) in places.iter().flatten().zip(words.iter().flatten()) {
+                                word.set(place.load_flag());
+                            }
+                            let all = words.iter().flatten().map(|word| word.get()).reduce(|least, word| least.min(word));
+                            all.unwrap_or(k.constant(0u32)).eq(0)
+                        };
+                        k.while_(missing, || ());
+                        for ((block, places), words) in blocks.iter().zip(&places).zip(&words) {
+                            let exists = block.lt(before);
+                            for ((place, word), sum) in places.iter().zip(words).zip(&all) {
+                                let added = sum.get() + word.get().as_f32();
+                                sum.set(exists.select(added, sum.get()));
+                                place.store_flag(0u32);
+                            }
+                        }
+                    });
+                    let sums: Vec<_> = all.iter().zip(&totals).map(|(sum, &own)| sum.get() + own).collect();
+                    write(channel, &sums);
+                },
+            );
+        });
+    }
 }
 
 impl ConvolutionStep {
@@ -781,5 +982,36 @@ impl KernelSource for ConvolutionStep {
 
     fn configurations() -> Vec<Self> {
         super::float_elements(|element| Self { element, width: 4, bias: true, silu: true })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Convolution, Element, Stretches};
+
+    #[test]
+    fn stretches_fill_a_device_once() {
+        let form = Convolution {
+            element: Element::Bf16,
+            width: 4,
+            bias: true,
+            silu: true,
+            documents: false,
+            initial: false,
+            vector: true,
+        };
+        // 16 blocks of 4 stretches for each of 32 columns: 512 of 528.
+        let large = Stretches { steps: 256, grid: [32, 16, 1], sums: 32 * 15 * 5 * 128 };
+        assert_eq!(form.stretches(1, 16_384, 4096), Some(large));
+        // SmolLM2: 13 blocks a row, 520 of 528.
+        assert_eq!(form.stretches(8, 2048, 576).map(|stretches| (stretches.steps, stretches.grid)), Some((40, [5, 104, 1])));
+        // Never short, and never shorter than the taps before; more rows than room.
+        assert_eq!(form.stretches(1, 3, 8), Some(Stretches { steps: 16, grid: [1, 1, 1], sums: 0 }));
+        assert_eq!(Convolution { width: 22, ..form }.stretches(1, 3, 8).map(|stretches| stretches.steps), Some(24));
+        assert_eq!(form.stretches(600, 2048, 576).map(|stretches| stretches.grid), Some([5, 600, 1]));
+        // Nothing, and more than a launch covers.
+        assert_eq!(form.stretches(0, 0, 0), Some(Stretches { steps: 16, grid: [0, 0, 1], sums: 0 }));
+        assert_eq!(form.stretches(70_000, 1, 8), None);
+        assert_eq!(form.stretches(1, u32::MAX, 8192), None);
     }
 }

@@ -122,6 +122,11 @@ pub(super) fn current(device: &CudaDevice) -> Option<Rc<Capture>> {
     CURRENT.with(|current| current.borrow().clone()).filter(|capture| ptr::eq(capture.device, device))
 }
 
+/// Whether this thread captures on the device.
+pub(crate) fn captures(device: &CudaDevice) -> bool {
+    current(device).is_some()
+}
+
 /// Refuses something that cannot be done while the thread captures.
 ///
 /// # Errors

@@ -38,7 +38,7 @@ mod tests;
 mod uploads;
 
 pub use graph::Graph;
-pub(crate) use graph::capture;
+pub(crate) use graph::{capture, captures};
 pub use information::{CudaDeviceInformation, devices};
 pub use stream::{Event, Stream};
 

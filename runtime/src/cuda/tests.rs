@@ -595,6 +595,52 @@ fn a_kernel_reaches_what_its_table_names_and_a_graph_keeps_the_table() {
 }
 
 #[test]
+fn memory_that_is_left_zero_is_kept_but_what_a_capture_allocates_is_not() {
+    let fake = Fake::attach();
+    let device = fake.open().unwrap();
+    let set = device.load(&Fill.build()).unwrap();
+    // What a capture allocates is zero only once its graph has run.
+    let (graph, ()) = device
+        .capture(|| -> Result<()> {
+            device.zeroed(4000)?.keep();
+            Ok(())
+        })
+        .unwrap();
+    drop(graph);
+    assert_eq!(device.memory_usage().in_use, 0);
+
+    let mut dirty = device.zeroed(4000).unwrap();
+    assert_same(&download(dirty.buffer()).unwrap(), &vec![0; dirty.buffer().len()]);
+    let bytes = dirty.buffer().len();
+    fill(&set, None, dirty.buffer(), 7).unwrap();
+    // Not kept: a launch failed, say.
+    drop(dirty);
+    assert_eq!(device.memory_usage().in_use, 0);
+    let mut clean = device.zeroed(4000).unwrap();
+    assert_same(&download(clean.buffer()).unwrap(), &vec![0; bytes]);
+    clean.keep();
+    assert_eq!(device.memory_usage().in_use, bytes);
+
+    // A capture takes what is kept, and so do others while its graph lives: they run one after the other.
+    let set_before = fake.census();
+    let (graph, ()) = device
+        .capture(|| -> Result<()> {
+            device.zeroed(bytes)?.keep();
+            Ok(())
+        })
+        .unwrap();
+    graph.replay().unwrap();
+    drop(graph);
+    assert_eq!(fake.census(), set_before);
+    // More than there is takes its place.
+    device.zeroed(bytes + 1).unwrap().keep();
+    assert!(device.memory_usage().in_use > bytes);
+    device.trim_memory().unwrap();
+    assert_eq!(device.memory_usage(), MemoryUsage { in_use: 0, reserved: 0, ..device.memory_usage() });
+    assert_eq!(fake.violations(), [] as [&str; 0]);
+}
+
+#[test]
 fn memory_that_a_graph_uses_is_nobody_elses_while_it_lives() {
     let fake = Fake::attach();
     let device = fake.open().unwrap();

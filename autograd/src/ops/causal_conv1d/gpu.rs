@@ -69,33 +69,34 @@ pub(super) fn backward(convolution: &Convolution, gradient: &Tensor) -> Result<C
     let gradient = gradient.cast(input.dtype())?;
     let (channels, width) = (input.shape()[2], convolution.weight.shape()[1]);
     let [batch, time, _] = launch.sizes;
-    let grid = launch.form.backward_grid(batch, time, launch.sizes[2]);
-    let parts = grid.map_or(0, |[_, parts, _]| parts);
+    let stretches = launch.form.stretches(batch, time, launch.sizes[2]);
     let mut input_gradient = Output::like(input)?;
-    let mut weight_parts = Output::new(device, &[parts as usize, channels, width], DType::F32)?;
-    let mut bias_parts =
-        convolution.bias.as_ref().map(|_| Output::new(device, &[parts as usize, channels], DType::F32)).transpose()?;
+    let mut weight_gradient = Output::new(device, &[channels, width], DType::F32)?;
+    let mut bias_gradient =
+        convolution.bias.as_ref().map(|_| Output::new(device, &[channels], DType::F32)).transpose()?;
     let mut state_gradient = launch.initial_state.as_ref().map(Output::like).transpose()?;
-    if let (Some(state_gradient), 0) = (&mut state_gradient, parts) {
-        state_gradient.set_zero()?;
+    if input.count() == 0 {
+        // Nothing is launched that would write them.
+        let outputs = [Some(&mut weight_gradient), bias_gradient.as_mut(), state_gradient.as_mut()];
+        outputs.into_iter().flatten().try_for_each(Output::set_zero)?;
     }
-    let mut arguments = vec![input_gradient.write(), weight_parts.write()];
-    arguments.extend(bias_parts.as_mut().map(Output::write));
+    let mut sums = device.zeroed(stretches.map_or(0, |stretches| stretches.sums) * DType::U32.size())?;
+    let mut arguments = vec![input_gradient.write(), weight_gradient.write()];
+    arguments.extend(bias_gradient.as_mut().map(Output::write));
     arguments.extend(state_gradient.as_mut().map(Output::write));
+    arguments.push(Argument::Write(sums.buffer(), kernels_ptx::Element::U32));
     arguments.push(gpu::read(&gradient));
     arguments.extend(launch.inputs(convolution));
-    let kernel = ConvolutionBackward(launch.form);
+    arguments.push(Argument::U32(stretches.map_or(0, |stretches| stretches.steps)));
+    let (kernel, grid) = (ConvolutionBackward(launch.form), stretches.map(|stretches| stretches.grid));
     gpu::launch(OPERATOR, device, &kernel, grid, &launch.sizes.map(u64::from), &arguments)?;
     drop(arguments);
+    sums.keep();
     let state = state_gradient.map(Output::tensor).zip(convolution.initial_state.as_ref());
-    let (weight_parts, bias_parts) = (weight_parts.tensor(), bias_parts.map(Output::tensor));
-    let (weight_shape, bias_shape) = ([channels, width], [channels]);
-    let bias_parts = bias_parts.as_ref().map(|parts| (parts, &bias_shape[..]));
-    let (weight, [bias]) = gpu::column_sums_with(OPERATOR, (&weight_parts, &weight_shape), [bias_parts], parts)?;
     Ok(ConvolutionGradients {
         input: input_gradient.tensor(),
-        weight,
-        bias,
+        weight: weight_gradient.tensor(),
+        bias: bias_gradient.map(Output::tensor),
         initial_state: state.map(|(gradient, like)| gradient.cast(like.dtype())).transpose()?,
     })
 }

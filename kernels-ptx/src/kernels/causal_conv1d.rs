@@ -6,7 +6,7 @@
 //!   multiple of [`VECTOR`] are taken one by one.
 //! - Forward: a stretch has 16 steps; all that it reads is on its way before anything is computed.
 //! - Backward: the blocks of one launch are as many as an H100 has room for at a time ([`Stretches`]). A thread walks a
-//!   stretch, [`AHEAD`] steps in hand and twice as many on their way to shared memory (`Stream`), computes the gradient
+//!   stretch, 4 steps in hand and 8 on their way to shared memory (`Stream`), computes the gradient
 //!   `dq` of the convolution's sum again from x, and keeps the `W − 1` sums `dx` under way in registers. What the first
 //!   `W − 1` steps of a stretch give to the inputs before it goes to the thread before through shared memory (`Handed`); the
 //!   last thread of a block walks the `W − 1` steps after its own itself.
@@ -46,7 +46,7 @@ const SLOTS: u32 = 3;
 const SUMS_AT_A_TIME: u32 = 8;
 const STEP_THREADS: u32 = 128;
 
-/// How the backward pass cuts the time of every row: [`GROUPS`] stretches to a block.
+/// How the backward pass cuts the time of every row: four stretches to a block.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Stretches {
     /// Steps of a stretch, the kernel's parameter `steps`.
@@ -86,10 +86,10 @@ pub struct ConvolutionForward(pub Convolution);
 
 /// The gradients of input, weight, bias and initial state.
 ///
-/// Parameters: `input_gradient` (of the type, written), `weight_gradient` (f32 `[channels, width]`, written), `bias_gradient`
-/// (f32 `[channels]`, written, with a bias), `state_gradient` (like the initial state, written, with one), `sums` (u32
-/// `[`[`Stretches::sums`]`]`, zero before and after), `gradient` (like the output), the inputs of [`ConvolutionForward`] in its
-/// order, `steps` ([`Stretches::steps`]).
+/// Parameters: `input_gradient` (of the type, written), `weight_gradient` (f32 `[channels, width]`, written),
+/// `bias_gradient` (f32 `[channels]`, written, with a bias), `state_gradient` (like the initial state, written, with one),
+/// `sums` (u32, [`Stretches::sums`] of them, zero before and after), `gradient` (like the output), the inputs of
+/// [`ConvolutionForward`] in its order, `steps` ([`Stretches::steps`]).
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct ConvolutionBackward(pub Convolution);
 

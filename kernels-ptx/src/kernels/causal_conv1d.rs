@@ -585,11 +585,10 @@ impl KernelSource for ConvolutionBackward {
         let description = Description {
             name: form.name("backward"),
             summary: format!(
-                "gradients of a causal convolution along time of {} taps per channel; {} channels and {} steps \
-                 per thread, weight and bias gradients as one part per block",
+                "gradients of a causal convolution along time of {} taps per channel; {} channels and a stretch of time \
+                 per thread, blocks' sums for weight and bias added by the last",
                 form.width,
-                form.lanes(),
-                FORWARD_STEPS
+                form.lanes()
             ),
             block: [THREADS, 1, 1],
             target: Target::Sm80,

@@ -4,8 +4,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::{Buffer, Device, Result};
 
-/// The least that is kept, and so is not grown again soon.
-const LEAST_BYTES: usize = 1 << 20;
+/// What is kept is a multiple of this, and so is not grown again soon.
+const STEP_BYTES: usize = 1 << 20;
 
 /// Memory that kernels find zero and leave zero, so that no launch has to set it first: flags, and what says by not being
 /// zero that it is there. [`Zeroed::keep`] keeps it for the next who asks; what is dropped instead, because a launch failed,
@@ -49,14 +49,19 @@ pub(crate) fn take(device: &Device, bytes: usize) -> Result<Zeroed> {
         return Ok(Zeroed { buffer, lasting: true });
     }
     let lasting = !device.captures();
-    let mut buffer = device.allocate(if lasting { bytes.max(LEAST_BYTES).next_power_of_two() } else { bytes })?;
+    let mut buffer = device.allocate(if lasting { bytes.max(1).next_multiple_of(STEP_BYTES) } else { bytes })?;
     buffer.set_zero()?;
     Ok(Zeroed { buffer, lasting })
 }
 
-/// Gives what is kept of the device back to its pool.
-pub(crate) fn trim(device: &Device) {
-    kept().retain(|buffer| buffer.device() != device);
+/// Gives what is kept of the device back to its pool; whether there was any.
+pub(crate) fn trim(device: &Device) -> bool {
+    let given_up = {
+        let mut kept = kept();
+        let place = kept.iter().position(|buffer| buffer.device() == device);
+        place.map(|place| kept.swap_remove(place))
+    };
+    given_up.is_some()
 }
 
 /// At most one buffer of each device.

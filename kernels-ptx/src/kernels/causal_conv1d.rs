@@ -5,15 +5,15 @@
 //!   stretch per thread (one access of 8 or 16 bytes per step; a warp lies along the channels). Channels that are no
 //!   multiple of [`VECTOR`] are taken one by one.
 //! - Forward: a stretch has 16 steps; all that it reads is on its way before anything is computed.
-//! - Backward: the blocks of one launch are as many as an H100 has room for at a time ([`Stretches`]). A thread walks a
-//!   stretch, 4 steps in hand and 8 on their way to shared memory (`Stream`), computes the gradient
+//! - Backward: the blocks of one launch are at most as many as an H100 has room for at a time, unless the rows alone are more
+//!   ([`Stretches`]). A thread walks a stretch, 4 steps in hand and 8 on their way to shared memory (`Stream`), computes the gradient
 //!   `dq` of the convolution's sum again from x, and keeps the `W − 1` sums `dx` under way in registers. What the first
 //!   `W − 1` steps of a stretch give to the inputs before it goes to the thread before through shared memory (`Handed`); the
 //!   last thread of a block walks the `W − 1` steps after its own itself.
 //! - The gradients of weight and bias are summed per block in a fixed order. The last block of each column of blocks waits
 //!   for the sums of all others and adds them in order. A sum is its own flag: memory that is zero holds none yet (a sum of
-//!   zero is written as −0), and is zero again afterwards. This needs blocks to begin in the order of their numbers, as GPUs
-//!   do, and the simulator.
+//!   zero is written as −0), and is zero again afterwards. This needs blocks to begin in the order of their numbers, as
+//!   GPUs are seen to do, and as the simulator does.
 //! - Traffic: forward reads and writes one element, backward reads two and writes one. Bound by memory.
 //! - Documents: tap `w` of step `t` counts when `t − (W − 1) + w ≥ document_start[t]`.
 //! - Source: Gu and Dao 2023, "Mamba", section 3.4.
@@ -118,12 +118,15 @@ impl Convolution {
 
     /// How the backward pass is shared out; `None` when one launch cannot cover it.
     pub fn stretches(&self, batch: u32, time: u32, channels: u32) -> Option<Stretches> {
+        // Steps of all rows are counted in 32 bits.
+        batch.checked_mul(time)?;
         let columns = channels.div_ceil(ACROSS * self.lanes()).max(1);
         let blocks = self.backward_resident() * MULTIPROCESSORS / columns.saturating_mul(batch.max(1)).max(1);
         // What a stretch gives to the inputs before it must fit in the stretch before.
         let least = LEAST_STEPS.max(self.width - 1);
         let steps = time.div_ceil(blocks.max(1) * GROUPS).max(least).checked_next_multiple_of(AHEAD)?;
-        // Places in a stretch are counted in 32 bits.
+        time.checked_add(steps.checked_mul(GROUPS)?)?;
+        // So are places in a stretch.
         (steps + SLOTS * AHEAD + self.width).checked_mul(channels)?;
         let grid = self.grid(steps, batch, time, channels)?;
         let sums_of_block = (self.width as usize + 1) * (ACROSS * self.lanes()) as usize;

@@ -19,7 +19,7 @@ use super::staging::Ring;
 use super::stream::Queue;
 use super::uploads::Uploads;
 use super::{Block, Handle, Stream, graph, information};
-use crate::{Error, Limits, MemoryUsage, Result};
+use crate::{Device, Error, Limits, MemoryUsage, Result, zeroed};
 
 /// An opened GPU. There is one per ordinal and process, and it lives as long as the process: so does everything that its
 /// context holds.
@@ -255,9 +255,12 @@ impl CudaDevice {
     pub(super) fn take_if_there(&'static self, bytes: usize) -> Result<Option<u64>> {
         self.activate()?;
         let take = || lock(&self.pool).take(bytes, &mut DriverMemory { device: self });
-        let taken = take()?;
+        let mut taken = take()?;
         if taken.is_none() && self.give_up_uploads() {
-            return take();
+            taken = take()?;
+        }
+        if taken.is_none() && zeroed::trim(&Device::of_cuda(self)) {
+            taken = take()?;
         }
         Ok(taken)
     }

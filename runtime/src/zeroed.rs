@@ -2,7 +2,8 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::{Buffer, Device, Result};
+use crate::sim::Fault;
+use crate::{Buffer, Device, DeviceKind, Error, Result};
 
 /// What is kept is a multiple of this, and so is not grown again soon.
 const STEP_BYTES: usize = 1 << 20;
@@ -11,7 +12,8 @@ const STEP_BYTES: usize = 1 << 20;
 /// zero that it is there. [`Zeroed::keep`] keeps it for the next who asks; what is dropped instead, because a launch failed,
 /// is ordinary memory again.
 ///
-/// The next user's work comes after that of this one: both queue on the device's home stream.
+/// The next user's work comes after that of this one: both queue on the device's home stream. Elsewhere than on a GPU nothing is
+/// kept: there the memory has the length that was asked for, so that the simulator sees what lies beyond, and is looked at.
 pub struct Zeroed {
     buffer: Buffer,
     /// It may be kept. What a capture allocates is the graph's, and is zero only once the graph runs.
@@ -25,7 +27,13 @@ impl Zeroed {
     }
 
     /// Keeps the memory for the next who asks. The work that was queued on it leaves it zero.
-    pub fn keep(self) {
+    ///
+    /// # Errors
+    /// [`Error::Simulator`] elsewhere than on a GPU, when it is not zero.
+    pub fn keep(self) -> Result<()> {
+        if !matches!(self.buffer.device().kind(), DeviceKind::Cuda(_)) {
+            return self.check();
+        }
         if self.lasting {
             let device = self.buffer.device().clone();
             let mut kept = kept();
@@ -34,6 +42,22 @@ impl Zeroed {
                 Some(_) => (),
                 None => kept.push(self.buffer),
             }
+        }
+        Ok(())
+    }
+
+    fn check(&self) -> Result<()> {
+        let mut bytes = vec![0; self.buffer.len()];
+        self.buffer.copy_to_host(&mut bytes)?;
+        match bytes.iter().position(|&byte| byte != 0) {
+            None => Ok(()),
+            Some(place) => Err(Error::Simulator(Box::new(Fault {
+                kernel: String::new(),
+                line: 0,
+                source: String::new(),
+                place: None,
+                problem: format!("byte {place} of memory that launches leave zero is {}", bytes[place]),
+            }))),
         }
     }
 }
@@ -48,7 +72,7 @@ pub(crate) fn take(device: &Device, bytes: usize) -> Result<Zeroed> {
     if let Some(buffer) = there {
         return Ok(Zeroed { buffer, lasting: true });
     }
-    let lasting = !device.captures();
+    let lasting = matches!(device.kind(), DeviceKind::Cuda(_)) && !device.captures();
     let mut buffer = device.allocate(if lasting { bytes.max(1).next_multiple_of(STEP_BYTES) } else { bytes })?;
     buffer.set_zero()?;
     Ok(Zeroed { buffer, lasting })
@@ -69,4 +93,23 @@ fn kept() -> MutexGuard<'static, Vec<Buffer>> {
     static KEPT: Mutex<Vec<Buffer>> = Mutex::new(Vec::new());
     // Buffers are put in and taken out whole: a panic elsewhere leaves none halfway.
     KEPT.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::take;
+    use crate::{Device, Result};
+
+    #[test]
+    fn the_simulator_looks_at_what_is_left() -> Result<()> {
+        let device = Device::sim();
+        let mut memory = take(&device, 12)?;
+        assert_eq!(memory.buffer().len(), 12);
+        memory.keep()?;
+        let mut memory = take(&device, 12)?;
+        memory.buffer().copy_from_host(&[0, 0, 0, 0, 0, 7, 0, 0, 0, 0, 0, 0])?;
+        let message = memory.keep().err().map(|error| error.to_string()).unwrap_or_default();
+        assert!(message.contains("byte 5") && message.contains("is 7"), "{message}");
+        Ok(())
+    }
 }

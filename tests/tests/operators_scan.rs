@@ -766,8 +766,8 @@ fn rows_of_a_tile(batch: usize, time: usize) -> ScanCase {
 }
 
 /// The convolution's gradient where its last blocks add up the sums of many: of several blocks a row, the last not a full one, and of
-/// stretches long enough to have rounds of steps without conditions. The same bits every time, and the memory by which the
-/// blocks tell each other their sums is zero again.
+/// stretches long enough to have rounds of steps without conditions. The same bits every time; words that a
+/// launch left behind would count in the next one, whose sums are zero.
 #[test]
 fn sums_of_many_blocks() {
     for (batch, time, channels) in [(2, 64 * 9 + 21, 132), (264, 150, 4)] {
@@ -796,14 +796,6 @@ fn sums_of_many_blocks() {
         // A sum of zero is a sum, too.
         let zeros = tensor(DType::F32, inputs[0].shape(), &vec![0.0; inputs[0].count()]);
         assert!(gradients(&zeros).iter().flatten().all(|&gradient| gradient == 0.0));
-    }
-    let device = grafter_tests::device();
-    if device.is_gpu() {
-        let mut sums = device.zeroed(1).unwrap();
-        let mut bytes = vec![1; sums.buffer().len()];
-        sums.buffer().copy_to_host(&mut bytes).unwrap();
-        assert!(bytes.iter().all(|&byte| byte == 0), "a launch left words behind");
-        sums.keep();
     }
 }
 

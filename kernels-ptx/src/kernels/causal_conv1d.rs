@@ -23,7 +23,7 @@ use crate::{Element, Kernel, KernelSource, Target, Work};
 
 /// Neighbouring channels of a thread.
 pub const VECTOR: u32 = 4;
-/// Rows of 256 bytes of bf16 for a block: with 128, the kernels are 4 % slower.
+/// Threads that lie side by side along the channels: rows of 256 bytes of bf16 for a block.
 const ACROSS: u32 = 32;
 /// Threads that follow each other in time.
 const GROUPS: u32 = 4;
@@ -133,8 +133,8 @@ impl Convolution {
         Some(Stretches { steps, grid, sums: grid[0] as usize * grid[1].saturating_sub(1) as usize * sums_of_block })
     }
 
-    /// Blocks of the backward pass that share a multiprocessor: as many as it has registers for. More than four taps, and
-    /// inputs before the first, were not looked at.
+    /// Blocks of the backward pass that share a multiprocessor: as many as it has registers for. The driver's compiler
+    /// is held to it but for more than four taps and inputs before the first, which were not looked at.
     fn backward_resident(&self) -> u32 {
         match (self.vector, self.element, self.documents) {
             (false, ..) | (_, Element::Bf16, false) => 4,
@@ -372,7 +372,7 @@ impl<'a> Places<'a> {
 }
 
 /// What a thread reads step by step, [`AHEAD`] steps at a time, long before its work: by way of shared memory, each thread
-/// for itself. (Through registers the driver's compiler sends for them late: 2 % slower.) Single elements, which are too small
+/// for itself. (Through registers the driver's compiler sends for them late.) Single elements, which are too small
 /// for that, go to registers.
 struct Stream<'a> {
     k: &'a Assembler,

@@ -600,12 +600,7 @@ fn memory_that_is_left_zero_is_kept_but_what_a_capture_allocates_is_not() {
     let device = fake.open().unwrap();
     let set = device.load(&Fill.build()).unwrap();
     // What a capture allocates is zero only once its graph has run.
-    let (graph, ()) = device
-        .capture(|| -> Result<()> {
-            device.zeroed(4000)?.keep();
-            Ok(())
-        })
-        .unwrap();
+    let (graph, ()) = device.capture(|| -> Result<()> { device.zeroed(4000)?.keep() }).unwrap();
     drop(graph);
     assert_eq!(device.memory_usage().in_use, 0);
 
@@ -618,23 +613,18 @@ fn memory_that_is_left_zero_is_kept_but_what_a_capture_allocates_is_not() {
     assert_eq!(device.memory_usage().in_use, 0);
     let mut clean = device.zeroed(4000).unwrap();
     assert_same(&download(clean.buffer()).unwrap(), &vec![0; bytes]);
-    clean.keep();
+    clean.keep().unwrap();
     assert_eq!(device.memory_usage().in_use, bytes);
 
     // A capture takes what is kept, and so do others while its graph lives: they run one after the other.
     let before = fake.census();
-    let (graph, ()) = device
-        .capture(|| -> Result<()> {
-            device.zeroed(bytes)?.keep();
-            Ok(())
-        })
-        .unwrap();
+    let (graph, ()) = device.capture(|| -> Result<()> { device.zeroed(bytes)?.keep() }).unwrap();
     graph.replay().unwrap();
     assert_eq!(device.memory_usage().in_use, bytes);
     drop(graph);
     assert_eq!(fake.census(), before);
     // More than there is takes its place.
-    device.zeroed(bytes + 1).unwrap().keep();
+    device.zeroed(bytes + 1).unwrap().keep().unwrap();
     assert_eq!(device.memory_usage().in_use, 2 * bytes);
     device.trim_memory().unwrap();
     assert_eq!(device.memory_usage(), MemoryUsage { in_use: 0, reserved: 0, ..device.memory_usage() });

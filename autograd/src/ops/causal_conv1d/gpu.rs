@@ -91,7 +91,7 @@ pub(super) fn backward(convolution: &Convolution, gradient: &Tensor) -> Result<C
     let (kernel, grid) = (ConvolutionBackward(launch.form), stretches.map(|stretches| stretches.grid));
     gpu::launch(OPERATOR, device, &kernel, grid, &launch.sizes.map(u64::from), &arguments)?;
     drop(arguments);
-    sums.keep();
+    sums.keep()?;
     let state = state_gradient.map(Output::tensor).zip(convolution.initial_state.as_ref());
     Ok(ConvolutionGradients {
         input: input_gradient.tensor(),

@@ -3,7 +3,7 @@
 // Helpers of tests fail as tests do.
 #![allow(clippy::unwrap_used)]
 
-use autograd::{DType, Tape, Var, ops};
+use autograd::{DType, Tape, Tensor, Var, ops};
 use grafter_tests::check::{Input, Precision, Tolerance, cases, check_operator, indices, tensor, widened};
 use grafter_tests::random::Random;
 use grafter_tests::reference;
@@ -179,6 +179,39 @@ proptest! {
     }
 }
 
+/// More blocks with rows than a thread takes sums of at a time, and several that add them; rows of a warp and of a block. The
+/// same bits every time; words that a launch left behind would count in the next one, whose sums are zero.
+#[test]
+fn weight_gradients_of_many_rows() {
+    let mut random = Random::new(4);
+    for (rows, width) in [(4_700, 40), (530, 1056)] {
+        let inputs = [
+            Input::normal("input", &[rows, width], &mut random),
+            Input::new("weight", &[width], random.uniforms(width, 0.5, 1.5)),
+        ];
+        check_operator(
+            Precision::F32,
+            4,
+            Tolerance::SUM,
+            &inputs,
+            &[&[rows, width]],
+            |tape, inputs| Ok(vec![ops::rms_norm(tape, &inputs[0], &inputs[1], 1e-5)?]),
+            |values| vec![reference::rms_norm(&values[0], &values[1], 1e-5)],
+        )
+        .unwrap();
+        let [input, weight] = inputs.map(|input| tensor(DType::F32, &input.shape, &input.values));
+        let gradient = |seed: &Tensor| {
+            let tape = Tape::new();
+            let leaves = [tape.leaf(&input), tape.leaf(&weight)];
+            let output = ops::rms_norm(&tape, &leaves[0], &leaves[1], 1e-5).unwrap();
+            widened(tape.backward_from(vec![(output, seed.clone())]).unwrap().get(&leaves[1]).unwrap()).unwrap()
+        };
+        assert_eq!(gradient(&input), gradient(&input));
+        let zeros = tensor(DType::F32, &[rows, width], &vec![0.0; rows * width]);
+        assert!(gradient(&zeros).iter().all(|&gradient| gradient == 0.0));
+    }
+}
+
 /// Finite differences have a step of 1e-5, which must be small against the root; and without an epsilon that counts, a
 /// row of one or two elements has hardly any gradient, only rounding errors.
 fn norm_epsilon(width: usize, spread: f64) -> f32 {
@@ -235,7 +268,8 @@ fn gradients_of_an_id_are_added_in_order() {
     // More of the others than are added at a time, and tokens of another id between them.
     let ids = [1, 0, 1, 1, 0, 1, 1, 1, 1, 1];
     let values = [1.0, 5.0, 1e8, -1e8, 5.0, 1.0, 1e8, -1e8, 1.0, 0.5];
-    for width in [1, 8] {
+    // Of the last one, a token has three warps.
+    for width in [1, 8, 2056] {
         let weight = tensor(DType::F32, &[2, width], &vec![0.0; 2 * width]);
         let tape = Tape::new();
         let output = ops::embedding(&tape, &indices(&[10], &ids), &tape.leaf(&weight), DType::F32).unwrap();

@@ -177,7 +177,7 @@ fn broadcast(scalar: &Tensor, shape: &[usize], dtype: DType) -> Result<Tensor> {
     let kernel = Broadcast { element: gpu::element(dtype) };
     let mut output = Output::new(device, shape, dtype)?;
     let arguments = [output.write(), gpu::read(scalar), Argument::U32(count)];
-    gpu::launch(OPERATOR, device, &kernel, Broadcast::grid(count.into()), &[count.into()], &arguments)?;
+    gpu::launch(OPERATOR, device, &kernel, kernel.grid(count.into()), &[count.into()], &arguments)?;
     Ok(output.tensor())
 }
 
@@ -250,7 +250,7 @@ fn in_place_gpu(
     let count = gpu::size(operator, "the number of elements", target.count())?;
     let kernel = Elementwise { operation, element: dtype, in_place: true };
     let arguments = [Argument::Write(target.make_unique()?, dtype), operand, Argument::U32(count)];
-    gpu::launch(operator, &device, &kernel, Elementwise::grid(count.into()), &[count.into()], &arguments)
+    gpu::launch(operator, &device, &kernel, kernel.grid(count.into()), &[count.into()], &arguments)
 }
 
 /// `factor · x`.
@@ -318,7 +318,7 @@ fn apply_gpu(
     let mut arguments = vec![output.write(), gpu::read(a)];
     arguments.extend(operand);
     arguments.push(Argument::U32(count));
-    gpu::launch(operator, a.device(), &kernel, Elementwise::grid(count.into()), &[count.into()], &arguments)?;
+    gpu::launch(operator, a.device(), &kernel, kernel.grid(count.into()), &[count.into()], &arguments)?;
     Ok(output.tensor())
 }
 

@@ -56,7 +56,7 @@ fn forward_gpu(ids: &Tensor, weight: &Tensor, output: DType) -> Result<Tensor> {
         Argument::U32(width),
     ];
     let sizes = [tokens.into(), width.into()];
-    gpu::launch(OPERATOR, weight.device(), &kernel, EmbeddingForward::grid(tokens), &sizes, &arguments)?;
+    gpu::launch(OPERATOR, weight.device(), &kernel, kernel.grid(tokens, width), &sizes, &arguments)?;
     Ok(looked_up.tensor())
 }
 

@@ -156,7 +156,6 @@ fn in_one_launch(
         taps_bias: inputs.conv_bias.is_some(),
         delta_bias: inputs.delta_bias.is_some(),
         repeated: sizes.repeated,
-        rows: MambaStep::best_rows(batch),
     };
     let wide = |tensor: Option<&Tensor>| tensor.map(|tensor| tensor.cast(DType::F32)).transpose();
     let delta = inputs.delta.cast(dtype)?;
@@ -172,9 +171,9 @@ fn in_one_launch(
     arguments.extend(taps_bias.as_ref().map(gpu::read));
     arguments.extend([inputs.a_log, inputs.d].map(gpu::read));
     arguments.extend(delta_bias.as_ref().map(gpu::read));
-    arguments.extend([batch, xb, repeats].map(Argument::U32));
+    arguments.extend([xb, repeats].map(Argument::U32));
     let work = [sizes.batch, sizes.channels, sizes.xb].map(|size| size as u64);
-    gpu::launch(OPERATOR, device, &kernel, kernel.grid(batch, xb), &work, &arguments)?;
+    gpu::launch(OPERATOR, device, &kernel, kernel.grid(batch, xb, repeats), &work, &arguments)?;
     drop(arguments);
     Ok(output.tensor())
 }

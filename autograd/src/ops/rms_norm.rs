@@ -170,19 +170,19 @@ fn backward_held(
     };
     let gradient = gradient.cast(input.dtype())?;
     let added = added.map(|added| added.cast(input.dtype())).transpose()?;
-    let blocks = layout.blocks(*rows);
     let mut input_gradient = Output::like(input)?;
-    let mut sums = Output::new(device, &[blocks as usize, *width as usize], DType::F32)?;
-    let mut arguments = vec![input_gradient.write(), sums.write(), gpu::read(&gradient)];
+    let mut weight_gradient = Output::new(device, &[*width as usize], DType::F32)?;
+    let mut sums = device.zeroed(layout.sums(*rows, *width) * DType::U32.size())?;
+    let mut arguments = vec![input_gradient.write(), weight_gradient.write()];
+    arguments.extend([Argument::Write(sums.buffer(), kernels_ptx::Element::U32), gpu::read(&gradient)]);
     arguments.extend(added.as_ref().map(gpu::read));
     arguments.extend([gpu::read(input), gpu::read(weight), gpu::read(inverse_roots)]);
-    arguments.extend([Argument::U32(*rows), Argument::U32(*width)]);
+    arguments.extend([*rows, *width, layout.row_blocks(*rows)].map(Argument::U32));
     let sizes = [u64::from(*rows), u64::from(*width)];
-    gpu::launch(OPERATOR, device, &kernel, Some([blocks, 1, 1]), &sizes, &arguments)?;
+    gpu::launch(OPERATOR, device, &kernel, layout.backward_grid(*rows, *width), &sizes, &arguments)?;
     drop(arguments);
-    let weight_gradient =
-        weight_needed.then(|| gpu::column_sums(OPERATOR, (&sums.tensor(), &[*width as usize]), blocks)).transpose()?;
-    Ok((input_gradient.tensor(), weight_gradient))
+    sums.keep()?;
+    Ok((input_gradient.tensor(), weight_needed.then(|| weight_gradient.tensor())))
 }
 
 fn forward_any_width(

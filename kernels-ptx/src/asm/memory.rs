@@ -194,6 +194,12 @@ impl<'a> Global<'a> {
         Self { base: address, ..self }
     }
 
+    /// The same memory, read by accesses that stay between the barriers around them: those of memory that is only read may
+    /// otherwise be sent out early or late.
+    pub fn between_barriers(self) -> Self {
+        Self { read_only: false, ..self }
+    }
+
     /// The place of element `index`.
     pub fn at(self, index: impl Operand<'a, U32>) -> Address<'a> {
         let assembler = self.base.assembler;
@@ -323,13 +329,17 @@ impl<'a> Address<'a> {
     /// `N` neighbouring elements as f32, in as few accesses as possible. The place is aligned to all of them, or to 16
     /// bytes where they are more.
     pub fn load_vector<const N: usize>(self) -> [Value<'a, F32>; N] {
-        let words = self.load_words(N * self.element.bytes() / 4);
-        let values: Vec<Value<'a, F32>> = match self.element {
+        exactly(self.load_values(N))
+    }
+
+    /// As [`Address::load_vector`].
+    pub fn load_values(self, count: usize) -> Vec<Value<'a, F32>> {
+        let words = self.load_words(count * self.element.bytes() / 4);
+        match self.element {
             Element::F32 => words.into_iter().map(Value::as_f32).collect(),
             Element::Bf16 => words.into_iter().flat_map(Value::unpack_bf16).collect(),
             Element::U32 => panic!("u32 elements are read by load_words"),
-        };
-        exactly(values)
+        }
     }
 
     /// `count` neighbouring 32-bit words, in as few accesses as possible; aligned as for [`Address::load_vector`].

@@ -147,6 +147,11 @@ impl Assembler {
         self.special("%nctaid.y")
     }
 
+    /// Blocks of the grid in z.
+    pub fn blocks_z(&self) -> Value<'_, U32> {
+        self.special("%nctaid.z")
+    }
+
     /// The index of the thread in the whole grid, in x, for blocks of `threads` threads.
     pub fn global_thread(&self, threads: u32) -> Value<'_, U32> {
         let thread = self.thread();

@@ -499,7 +499,7 @@ impl<'a> Value<'a, F32> {
         // ln((1 + s) / (1 - s)) = 2 (s + s³/3 + s⁵/5 + …) with s = x / (2 + x), at most 1/3 for x = e^-|self|; the last
         // coefficient carries the truncated tail.
         let x = (-self.abs()).exp_precise();
-        let s = x * (x + 2.0).reciprocal();
+        let s = x * (x + 2.0).reciprocal_flushed();
         let square = s * s;
         let polynomial = square.fma(0.0999, 1.0 / 9.0);
         let polynomial = [1.0f32 / 7.0, 1.0 / 5.0, 1.0 / 3.0]

@@ -1,8 +1,9 @@
 //! Cast: `output[i] = input[i]` in another floating-point type, rounded to nearest even.
 //!
-//! - Layout: each thread takes 8 neighbouring elements with one or two accesses per operand.
+//! - Layout: each thread takes 4 neighbouring elements with one access per operand.
 //! - Traffic: each element is read once and written once. Bound by memory.
 
+use super::lanes_of;
 use crate::asm::{Assembler, Description};
 use crate::{Element, Kernel, KernelSource, Target, Work};
 
@@ -25,7 +26,7 @@ impl KernelSource for Cast {
         let bytes = (from.bytes() + to.bytes()) as u64;
         let description = Description {
             name: format!("cast_{from}_to_{to}"),
-            summary: format!("output[i] = input[i], from {from} to {to}; 8 elements per thread"),
+            summary: format!("output[i] = input[i], from {from} to {to}; {} elements per thread", lanes_of(Element::F32)),
             block: [THREADS, 1, 1],
             target: Target::Sm80,
             sizes: &["count"],
@@ -45,6 +46,6 @@ impl KernelSource for Cast {
 impl Cast {
     /// Blocks for `count` elements; `None` when one launch cannot cover them.
     pub fn grid(count: u64) -> Option<[u32; 3]> {
-        super::vectors_grid(count, THREADS)
+        super::vectors_grid(count, THREADS, Element::F32)
     }
 }

@@ -1,23 +1,24 @@
 //! Causal depthwise convolution along time, with optional SiLU: `y[t] = activation(bias + Σ_w weight[w] x[t − (W − 1) + w])`
 //! per channel, its gradients, and its decoding step. Tensors are `[batch, time, channels]`.
 //!
-//! - Layout: a block takes 32 neighbouring groups of [`VECTOR`] channels in 4 stretches of one row's time, one group and
+//! - Layout: a block takes 32 neighbouring groups of [`VECTOR`] channels in 4 or 8 stretches of one row's time, one group and
 //!   stretch per thread (one access of 8 or 16 bytes per step; a warp lies along the channels). Channels that are no
 //!   multiple of [`VECTOR`] are taken one by one.
-//! - Forward: a stretch has 16 steps; all that it reads is on its way before anything is computed.
+//! - Forward: a stretch has 8 steps; all that it reads is on its way before anything is computed.
 //! - Backward: the blocks of one launch are at most as many as an H100 has room for at a time, unless the rows alone are more
-//!   ([`Stretches`]). A thread walks a stretch, 4 steps in hand and 8 on their way to shared memory (`Stream`), computes the gradient
+//!   ([`Stretches`]). A thread walks a stretch, 4 steps in hand and 12 on their way to shared memory (`Stream`), computes the gradient
 //!   `dq` of the convolution's sum again from x, and keeps the `W − 1` sums `dx` under way in registers. What the first
 //!   `W − 1` steps of a stretch give to the inputs before it goes to the thread before through shared memory (`Handed`); the
 //!   last thread of a block walks the `W − 1` steps after its own itself.
 //! - The gradients of weight and bias are summed per block in a fixed order. The last block of each column of blocks waits
-//!   for the sums of all others and adds them in order. A sum is its own flag: memory that is zero holds none yet (a sum of
-//!   zero is written as −0), and is zero again afterwards. This needs blocks to begin in the order of their numbers, as
-//!   GPUs are seen to do, and as the simulator does.
+//!   for the sums of all others and adds them in order ([`block_sums`]).
 //! - Traffic: forward reads and writes one element, backward reads two and writes one. Bound by memory.
 //! - Documents: tap `w` of step `t` counts when `t − (W − 1) + w ≥ document_start[t]`.
 //! - Source: Gu and Dao 2023, "Mamba", section 3.4.
 
+use std::rc::Rc;
+
+use super::block_sums;
 use crate::asm::{Address, Assembler, Description, F32, Global, Pred, Shared, U32, U64, Value, Variable};
 use crate::{Element, Kernel, KernelSource, Target, Work};
 
@@ -29,29 +30,28 @@ const ACROSS: u32 = 32;
 const GROUPS: u32 = 4;
 const THREADS: u32 = ACROSS * GROUPS;
 /// Steps of a thread of the forward pass.
-const FORWARD_STEPS: u32 = 16;
-/// Blocks of the forward pass that share a multiprocessor. The driver's compiler is not held to it unless asked. With 7 the
-/// kernel is faster still, but then registers spill on sm_80; those with documents do with 5, and more than four taps were not
-/// looked at.
-const FORWARD_RESIDENT: u32 = 5;
+const FORWARD_STEPS: u32 = 8;
+/// Blocks of the forward pass that share a multiprocessor. The driver's compiler is not held to it unless asked. With
+/// documents registers would spill; more than four taps were not looked at.
+const FORWARD_RESIDENT: u32 = 8;
 /// Multiprocessors of an H100.
 const MULTIPROCESSORS: u32 = 132;
 /// Steps that a thread of the backward pass works on at a time.
 const AHEAD: u32 = 4;
 /// The fewest steps of a stretch: with fewer, the steps between stretches and the blocks' sums cost more than they bring.
 const LEAST_STEPS: u32 = 16;
-/// So many times [`AHEAD`] steps have room in shared memory: all but one are on their way.
-const SLOTS: u32 = 3;
+/// So many times [`AHEAD`] steps have room in shared memory: all but one are on their way. More bring nothing.
+const SLOTS: u32 = 4;
 /// So many blocks' sums are read at a time.
 const SUMS_AT_A_TIME: u32 = 8;
 const STEP_THREADS: u32 = 128;
 
-/// How the backward pass cuts the time of every row: four stretches to a block.
+/// How the backward pass cuts the time of every row: four or eight stretches to a block.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Stretches {
     /// Steps of a stretch, the kernel's parameter `steps`.
     pub steps: u32,
-    /// Blocks: along the channels, along the time of all rows.
+    /// Blocks: along the channels, along the time of a row, rows.
     pub grid: [u32; 3],
     /// Words of memory that is zero by which blocks tell each other their sums.
     pub sums: usize,
@@ -113,7 +113,7 @@ pub struct ConvolutionStep {
 impl Convolution {
     /// Blocks of the forward pass; `None` when one launch cannot cover them.
     pub fn forward_grid(&self, batch: u32, time: u32, channels: u32) -> Option<[u32; 3]> {
-        self.grid(FORWARD_STEPS, batch, time, channels)
+        self.grid(FORWARD_STEPS * GROUPS, batch, time, channels)
     }
 
     /// How the backward pass is shared out; `None` when one launch cannot cover it.
@@ -121,31 +121,35 @@ impl Convolution {
         // Steps of all rows are counted in 32 bits.
         batch.checked_mul(time)?;
         let columns = channels.div_ceil(ACROSS * self.lanes()).max(1);
-        let blocks = self.backward_resident() * MULTIPROCESSORS / columns.saturating_mul(batch.max(1)).max(1);
+        let (groups, resident) = self.backward_share();
+        let blocks = resident * MULTIPROCESSORS / columns.saturating_mul(batch.max(1)).max(1);
         // What a stretch gives to the inputs before it must fit in the stretch before.
         let least = LEAST_STEPS.max(self.width - 1);
-        let steps = time.div_ceil(blocks.max(1) * GROUPS).max(least).checked_next_multiple_of(AHEAD)?;
-        time.checked_add(steps.checked_mul(GROUPS)?)?;
-        // So are places in a stretch.
-        (steps + SLOTS * AHEAD + self.width).checked_mul(channels)?;
-        let grid = self.grid(steps, batch, time, channels)?;
+        let steps = time.div_ceil(blocks.max(1) * groups).max(least).checked_next_multiple_of(AHEAD)?;
+        time.checked_add(steps.checked_mul(groups)?)?;
+        let grid = self.grid(steps * groups, batch, time, channels)?;
         let sums_of_block = (self.width as usize + 1) * (ACROSS * self.lanes()) as usize;
-        Some(Stretches { steps, grid, sums: grid[0] as usize * grid[1].saturating_sub(1) as usize * sums_of_block })
+        let blocks_before_last = (grid[1] as usize * grid[2] as usize).saturating_sub(1);
+        Some(Stretches { steps, grid, sums: grid[0] as usize * blocks_before_last * sums_of_block })
     }
 
-    /// Blocks of the backward pass that share a multiprocessor: as many as it has registers for. The driver's compiler
-    /// is held to it but for more than four taps and inputs before the first, which were not looked at.
-    fn backward_resident(&self) -> u32 {
+    /// Threads of a block of the backward pass that follow each other in time, and how many blocks share a multiprocessor: as
+    /// many as it has registers for. The driver's compiler is held to it but for more than four taps and inputs before the
+    /// first, which were not looked at.
+    fn backward_share(&self) -> (u32, u32) {
         match (self.vector, self.element, self.documents) {
-            (false, ..) | (_, Element::Bf16, false) => 4,
-            (_, Element::Bf16, true) | (_, _, false) => 3,
-            (_, _, true) => 2,
+            // Half as many blocks of twice the threads take a hundredth less time.
+            (true, Element::Bf16, false) if !self.initial && self.width <= 4 => (2 * GROUPS, 2),
+            (false, ..) | (_, Element::Bf16, false) => (GROUPS, 4),
+            (_, Element::Bf16, true) | (_, _, false) => (GROUPS, 3),
+            (_, _, true) => (GROUPS, 2),
         }
     }
 
+    /// Blocks of so many steps: along the channels, along the time of a row, rows.
     fn grid(&self, steps: u32, batch: u32, time: u32, channels: u32) -> Option<[u32; 3]> {
-        let blocks = u64::from(batch) * u64::from(time.div_ceil(steps.checked_mul(GROUPS)?));
-        (blocks <= 65_535).then_some([channels.div_ceil(ACROSS * self.lanes()), blocks as u32, 1])
+        let grid = [channels.div_ceil(ACROSS * self.lanes()), time.div_ceil(steps), batch];
+        grid[1..].iter().all(|&blocks| blocks <= 65_535).then_some(grid)
     }
 
     /// Channels of a thread.
@@ -189,6 +193,8 @@ impl Convolution {
 struct Thread<'a> {
     k: &'a Assembler,
     form: Convolution,
+    /// Threads of a block that follow each other in time.
+    groups: u32,
     input: Global<'a>,
     initial_state: Option<Global<'a>>,
     document_start: Option<Global<'a>>,
@@ -216,7 +222,7 @@ struct Weights<'a> {
 
 impl<'a> Thread<'a> {
     /// Declares the inputs; `steps` then gives the steps of a thread.
-    fn new(k: &'a Assembler, form: Convolution, steps: impl FnOnce() -> Value<'a, U32>) -> Self {
+    fn new(k: &'a Assembler, form: Convolution, groups: u32, steps: impl FnOnce() -> Value<'a, U32>) -> Self {
         let input = k.read("input", form.element);
         let weight = k.read("weight", Element::F32);
         let bias = form.bias.then(|| k.read("bias", Element::F32));
@@ -228,15 +234,14 @@ impl<'a> Thread<'a> {
         let across = k.thread() & (ACROSS - 1);
         let group = k.thread() >> ACROSS.ilog2();
         let channel = (k.block().mad(ACROSS, across) * form.lanes()).named("channel");
-        let block_steps = steps * GROUPS;
-        let blocks = (time + (block_steps - 1)).div(block_steps);
-        let row = k.block_y().div(blocks).named("row");
-        let first = ((k.block_y() - row * blocks).mad(GROUPS, group) * steps).named("first");
+        let row = k.block_z().named("row");
+        let first = (k.block_y().mad(groups, group) * steps).named("first");
         let end = (first + steps).min(time).named("end");
         let active = channel.lt(channels) & first.lt(time);
         Self {
             k,
             form,
+            groups,
             input,
             initial_state,
             document_start,
@@ -276,6 +281,11 @@ impl<'a> Thread<'a> {
     /// The thread's first step, counted over all rows.
     fn token(&self) -> Value<'a, U32> {
         self.row.mad(self.time, self.first)
+    }
+
+    /// Bytes from one step to the next.
+    fn step_bytes(&self) -> Value<'a, U64> {
+        self.channels.mul_wide(self.form.element.bytes() as u32)
     }
 
     /// The place of the thread's channels in step `step`.
@@ -362,7 +372,7 @@ impl<'a> Places<'a> {
     /// `token` is the thread's first step, counted over all rows.
     fn new(thread: &Thread<'a>, memory: Global<'a>, token: Value<'a, U32>) -> Self {
         let first = memory.from_row(token, thread.channels).at(thread.channel).global_address();
-        Self { memory, first, stride: thread.channels.mul_wide(memory.element().bytes() as u32) }
+        Self { memory, first, stride: thread.step_bytes() }
     }
 
     /// The place `offset` steps after the first.
@@ -376,8 +386,10 @@ impl<'a> Places<'a> {
 /// for that, go to registers.
 struct Stream<'a> {
     k: &'a Assembler,
-    /// From the thread's first step on.
     memory: Global<'a>,
+    /// The address of the step that is sent for next, and the bytes from one step to the next.
+    next: Variable<'a, U64>,
+    stride: Value<'a, U64>,
     way: Way<'a>,
 }
 
@@ -387,38 +399,87 @@ enum Way<'a> {
     Shared {
         /// The thread's part of the first step in the first slot.
         own: Address<'a>,
-        /// Words of a step.
-        words: usize,
-        /// The slots that are filled and taken next, as bytes.
-        fill: Variable<'a, U32>,
-        take: Variable<'a, U32>,
+        slots: Rc<Slots<'a>>,
     },
 }
 
+impl<'a> Way<'a> {
+    fn registers(k: &'a Assembler) -> Self {
+        Self::Registers((0..AHEAD).map(|_| k.variable(0.0f32)).collect())
+    }
+
+    fn shared(slots: &Rc<Slots<'a>>, memory: Shared<'a>) -> Self {
+        Self::Shared { own: slots.own(memory), slots: slots.clone() }
+    }
+}
+
+/// Which part of their shared memory streams fill and take: slots of [`AHEAD`] steps, one in hand or free, the others on
+/// their way.
+struct Slots<'a> {
+    k: &'a Assembler,
+    count: u32,
+    /// Threads of the block.
+    threads: u32,
+    /// Words of a thread and step.
+    words: usize,
+    /// Where the slot begins that is taken next, and the one that was taken last, which is filled next; in bytes.
+    take: Variable<'a, U32>,
+    free: Variable<'a, U32>,
+}
+
+impl<'a> Slots<'a> {
+    fn new(thread: &Thread<'a>, words: usize) -> Rc<Self> {
+        let (k, threads) = (thread.k, ACROSS * thread.groups);
+        let count = Stream::depth(&thread.form) + 1;
+        let slots = Self { k, count, threads, words, take: k.variable(0u32), free: k.variable(0u32) };
+        slots.free.set((count - 1) * slots.bytes());
+        Rc::new(slots)
+    }
+
+    /// Bytes of a slot.
+    fn bytes(&self) -> u32 {
+        AHEAD * self.threads * 4 * self.words as u32
+    }
+
+    /// Words from the first step of a slot to this one.
+    fn within(&self, offset: u32) -> i64 {
+        i64::from(offset) * i64::from(self.threads) * self.words as i64
+    }
+
+    /// Goes on, when a slot has been taken and the free one filled.
+    fn advance(&self) {
+        self.free.set(self.take.get());
+        let next = self.take.get() + self.bytes();
+        self.take.set(next.lt(self.count * self.bytes()).select(next, 0u32));
+    }
+
+    /// Words of a stream's memory.
+    fn memory_words(&self) -> u32 {
+        self.count * self.bytes() / 4
+    }
+
+    /// The thread's part of a stream's memory.
+    fn own(&self, memory: Shared<'a>) -> Address<'a> {
+        memory.first().cast(Element::U32).moved(self.k.thread() * (4 * self.words as u32))
+    }
+}
+
 impl<'a> Stream<'a> {
-    /// The thread's channels.
-    fn of_channels(thread: &Thread<'a>, memory: Global<'a>) -> Self {
-        let words = thread.form.vector.then_some(VECTOR as usize * memory.element().bytes() / 4);
-        Self::new(thread, memory.from_row(thread.token(), thread.channels), words)
+    /// The thread's channels of every step.
+    fn of_channels(thread: &Thread<'a>, memory: Global<'a>, way: Way<'a>) -> Self {
+        let first = memory.from_row(thread.token(), thread.channels).at(thread.channel);
+        Self::new(thread.k, memory, first, thread.step_bytes(), way)
     }
 
     /// The start of every step's document.
-    fn of_documents(thread: &Thread<'a>) -> Option<Self> {
-        Some(Self::new(thread, thread.document_start?.from_row(thread.token(), 1), Some(1)))
+    fn of_documents(thread: &Thread<'a>, slots: &Rc<Slots<'a>>) -> Option<Self> {
+        let memory = thread.document_start?;
+        let way = Way::shared(slots, thread.k.shared(Element::U32, slots.memory_words()));
+        Some(Self::new(thread.k, memory, memory.at(thread.token()), thread.k.constant(4u64), way))
     }
 
-    /// A stream of so many words per step, or of single elements.
-    fn new(thread: &Thread<'a>, memory: Global<'a>, words: Option<usize>) -> Self {
-        let k = thread.k;
-        let way = match words {
-            None => Way::Registers((0..AHEAD).map(|_| k.variable(0.0f32)).collect()),
-            Some(words) => {
-                let shared = k.shared(Element::U32, SLOTS * AHEAD * THREADS * words as u32);
-                let own = shared.at(k.thread() * words as u32);
-                Way::Shared { own, words, fill: k.variable(0u32), take: k.variable(0u32) }
-            }
-        };
-        Self { k, memory, way }
+    fn new(k: &'a Assembler, memory: Global<'a>, first: Address<'a>, stride: Value<'a, U64>, way: Way<'a>) -> Self {
+        Self { k, memory, next: k.variable(first.global_address()), stride, way }
     }
 
     /// How many times [`AHEAD`] steps are on their way.
@@ -426,29 +487,33 @@ impl<'a> Stream<'a> {
         if form.vector { SLOTS - 1 } else { 1 }
     }
 
-    /// Sends for the next [`AHEAD`] steps, which lie at these places: all, or those that exist, and zeros for others.
-    fn fetch(&self, places: &[Value<'a, U32>], exist: Option<&[Value<'a, Pred>]>) {
-        for (offset, &place) in places.iter().enumerate() {
-            let (place, exists) = (self.memory.at(place), exist.map(|exist| exist[offset]));
+    /// Sends for the next [`AHEAD`] steps, all or those that exist, and zeros for others; to the slot that begins at this
+    /// byte, or the free one.
+    fn fetch(&self, slot: Option<u32>, exist: Option<&[Value<'a, Pred>]>) {
+        for offset in 0..AHEAD {
+            let place = self.memory.from_address(self.next.get()).first();
+            let exists = exist.map(|exist| exist[offset as usize]);
             match &self.way {
-                Way::Registers(elements) => elements[offset].set(match exists {
+                Way::Registers(elements) => elements[offset as usize].set(match exists {
                     Some(exists) => place.load_if(exists, 0.0),
                     None => place.load(),
                 }),
-                Way::Shared { own, words, fill, .. } => {
-                    let target = own.moved(fill.get()).plus(Self::within(offset, *words));
+                Way::Shared { own, slots } => {
+                    let target = match slot {
+                        Some(slot) => own.plus(i64::from(slot / 4)),
+                        None => own.moved(slots.free.get()),
+                    };
+                    let (target, bytes) = (target.plus(slots.within(offset)), 4 * slots.words as u32);
                     match exists {
                         Some(exists) => {
-                            let bytes = exists.select::<U32>(4 * *words as u32, 0);
-                            self.k.copy_bytes(target, place, 4 * words, bytes);
+                            let there = exists.select::<U32>(bytes, 0);
+                            self.k.copy_bytes(target, place, bytes as usize, there);
                         }
-                        None => self.k.copy_bytes(target, place, 4 * words, 4 * *words as u32),
+                        None => self.k.copy_bytes(target, place, bytes as usize, bytes),
                     }
                 }
             }
-        }
-        if let Way::Shared { words, fill, .. } = &self.way {
-            self.advance(fill, *words);
+            self.next.set(self.next.get() + self.stride);
         }
     }
 
@@ -456,26 +521,11 @@ impl<'a> Stream<'a> {
     fn take(&self) -> Vec<Vec<Value<'a, U32>>> {
         match &self.way {
             Way::Registers(elements) => elements.iter().map(|element| vec![self.k.constant(element.get()).bits()]).collect(),
-            Way::Shared { own, words, take, .. } => {
-                let place = own.moved(take.get());
-                let step = |offset| place.plus(Self::within(offset, *words)).load_words(*words);
-                let taken = (0..AHEAD as usize).map(step).collect();
-                self.advance(take, *words);
-                taken
+            Way::Shared { own, slots } => {
+                let place = own.moved(slots.take.get());
+                (0..AHEAD).map(|offset| place.plus(slots.within(offset)).load_words(slots.words)).collect()
             }
         }
-    }
-
-    /// Words from the first step of a slot to this one.
-    fn within(offset: usize, words: usize) -> i64 {
-        (offset * THREADS as usize * words) as i64
-    }
-
-    /// Goes on to the next slot.
-    fn advance(&self, slot: &Variable<'a, U32>, words: usize) {
-        let bytes = AHEAD * THREADS * 4 * words as u32;
-        let next = slot.get() + bytes;
-        slot.set(next.lt(SLOTS * bytes).select(next, 0u32));
     }
 }
 
@@ -489,10 +539,8 @@ fn load_words_if<'a>(form: &Convolution, place: Address<'a>, condition: Value<'a
 
 /// The elements in the words of one step.
 fn values<'a>(form: &Convolution, words: &[Value<'a, U32>]) -> Vec<Value<'a, F32>> {
-    match form.element {
-        Element::Bf16 if form.vector => words.iter().flat_map(|word| word.unpack_bf16()).collect(),
-        _ => words.iter().map(|word| word.as_f32()).collect(),
-    }
+    // Single elements are held as f32.
+    super::unpack(if form.vector { form.element } else { Element::F32 }, words)
 }
 
 /// The values of `history` from the oldest on.
@@ -539,7 +587,7 @@ impl KernelSource for ConvolutionForward {
                 k.resident_blocks(FORWARD_RESIDENT);
             }
             let output = k.write("output", form.element);
-            let thread = Thread::new(k, form, || k.constant(FORWARD_STEPS));
+            let thread = Thread::new(k, form, GROUPS, || k.constant(FORWARD_STEPS));
             k.return_if(!thread.active);
             k.comment("all that is read");
             let history = thread.history();
@@ -593,7 +641,7 @@ impl KernelSource for ConvolutionBackward {
                 form.width,
                 form.lanes()
             ),
-            block: [THREADS, 1, 1],
+            block: [ACROSS * form.backward_share().0, 1, 1],
             target: Target::Sm80,
             sizes: &["batch", "time", "channels"],
             work: move |sizes: &[u64]| {
@@ -612,10 +660,21 @@ impl KernelSource for ConvolutionBackward {
     }
 }
 
+/// [`AHEAD`] steps of the backward pass.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Round {
+    /// Of any of them it is asked whether it exists, is the thread's own, and completes one.
+    Any,
+    /// All are the thread's own and complete one, and those to be fetched exist.
+    Whole,
+    /// The same, but no round is left to be fetched.
+    Draining,
+}
+
 fn backward<'a>(k: &'a Assembler, form: Convolution) {
     let (width, lanes) = (form.width as usize, form.lanes() as usize);
     if !form.initial && width <= 4 {
-        k.resident_blocks(form.backward_resident());
+        k.resident_blocks(form.backward_share().1);
     }
     let input_gradient = k.write("input_gradient", form.element);
     let weight_gradient = k.write("weight_gradient", Element::F32);
@@ -623,53 +682,73 @@ fn backward<'a>(k: &'a Assembler, form: Convolution) {
     let state_gradient = form.initial.then(|| k.write("state_gradient", form.element));
     let sums_of_blocks = k.write("sums", Element::U32);
     let gradient = k.read("gradient", form.element);
-    let thread = Thread::new(k, form, || k.u32("steps"));
+    let thread = Thread::new(k, form, form.backward_share().0, || k.u32("steps"));
     // Per tap and then for the bias, the sums of the thread's channels.
     let sums: Vec<Vec<_>> = (0..=width).map(|_| (0..lanes).map(|_| k.variable(0.0f32)).collect()).collect();
     // dx of the steps before the one in hand, as far as it is known.
     let pending: Vec<Vec<_>> = (1..width).map(|_| (0..lanes).map(|_| k.variable(0.0f32)).collect()).collect();
     let handed = Handed::new(&thread);
-    // From the row that is complete with the thread's first step on.
-    let done_rows = {
-        let first = input_gradient.from_row(thread.token(), thread.channels).first().global_address();
-        let before = thread.channels.mul_wide(form.element.bytes() as u32) * u64::from(form.width - 1);
-        input_gradient.from_address(first - before)
+    // The place of the thread's channels in the row that is complete with its first step.
+    let first_done = {
+        let first = input_gradient.from_row(thread.token(), thread.channels).at(thread.channel).global_address();
+        first - thread.step_bytes() * u64::from(form.width - 1)
     };
     let store = |place: Address<'a>, values: &[Value<'a, F32>]| {
         if form.vector { place.store_vector(values) } else { place.store(values[0]) }
+    };
+    let slots = form.vector.then(|| Slots::new(&thread, VECTOR as usize * form.element.bytes() / 4));
+    // What is on its way, and in the end the threads' sums.
+    let memory = {
+        let words = slots.as_ref().map_or(0, |slots| slots.memory_words());
+        k.shared(Element::F32, words.max(BlockSums::words(&thread)))
     };
     k.if_(thread.active, || {
         let last = handed.receives.select(thread.end, thread.end + (form.width - 1)).named("last");
         // Zeros beyond the row's end: nothing comes from there.
         let limit = last.min(thread.time).named("limit");
-        let [input_steps, gradient_steps] = [thread.input, gradient].map(|memory| Stream::of_channels(&thread, memory));
-        let starts = Stream::of_documents(&thread);
-        let next_fetched = k.variable(thread.channel);
-        let fetch = |step: Value<'a, U32>, all: bool| {
-            let steps: Vec<_> = (0..AHEAD).map(|offset| step + offset).collect();
-            let exist: Option<Vec<_>> = (!all).then(|| steps.iter().map(|step| step.lt(limit)).collect());
-            let places: Vec<_> = (0..AHEAD).map(|offset| next_fetched.get() + thread.channels * offset).collect();
-            input_steps.fetch(&places, exist.as_deref());
-            gradient_steps.fetch(&places, exist.as_deref());
-            if let Some(starts) = &starts {
-                let places: Vec<_> = steps.iter().map(|&step| step - thread.first).collect();
-                starts.fetch(&places, exist.as_deref());
+        let ways = match &slots {
+            Some(slots) => {
+                let other = k.shared(Element::F32, slots.memory_words());
+                [memory, other].map(|memory| Way::shared(slots, memory))
             }
-            next_fetched.set(next_fetched.get() + thread.channels * AHEAD);
-            k.commit_copies();
+            None => [Way::registers(k), Way::registers(k)],
+        };
+        let [input_way, gradient_way] = ways;
+        let input_steps = Stream::of_channels(&thread, thread.input, input_way);
+        let gradient_steps = Stream::of_channels(&thread, gradient, gradient_way);
+        let start_slots = form.documents.then(|| Slots::new(&thread, 1));
+        let starts = start_slots.as_ref().and_then(|slots| Stream::of_documents(&thread, slots));
+        let fetch = |round: Option<u32>, step: Value<'a, U32>, all: bool| {
+            let exist: Option<Vec<_>> =
+                (!all).then(|| (0..AHEAD).map(|offset| (step + offset).lt(limit)).collect());
+            for stream in [&input_steps, &gradient_steps].into_iter().chain(&starts) {
+                let slot = |slots: &Slots<'a>| round.map(|round| round * slots.bytes());
+                let slot = match &stream.way {
+                    Way::Shared { slots, .. } => slot(slots),
+                    Way::Registers(_) => None,
+                };
+                stream.fetch(slot, exist.as_deref());
+            }
         };
         let depth = Stream::depth(&form);
-        (0..depth).for_each(|round| fetch(thread.first + round * AHEAD, false));
+        for round in 0..depth {
+            fetch(Some(round), thread.first + round * AHEAD, false);
+            k.commit_copies();
+        }
         let history = thread.history();
         let weights = thread.weights();
-        let next_done = k.variable(thread.channel);
+        let next_done = k.variable(first_done);
 
-        // [`AHEAD`] steps. `whole`: all of them are the thread's own and complete one, and those to be fetched exist.
-        let round = |first: Value<'a, U32>, whole: bool| {
+        let round = |first: Value<'a, U32>, kind: Round| {
+            let whole = kind != Round::Any;
             k.wait_copies(depth - 1);
             let (fresh_inputs, fresh_gradients) = (input_steps.take(), gradient_steps.take());
             let fresh_starts = starts.as_ref().map(Stream::take);
-            fetch(first + depth * AHEAD, whole);
+            if kind != Round::Draining {
+                fetch(None, first + depth * AHEAD, whole);
+            }
+            k.commit_copies();
+            slots.iter().chain(&start_slots).for_each(|slots| slots.advance());
             let mut inputs = window(&history);
             // Every dx under way, from that of the oldest step on.
             let mut open = window(&pending);
@@ -723,7 +802,7 @@ fn backward<'a>(k: &'a Assembler, form: Convolution) {
                         .collect();
                 }
                 let done = &open[newest + 1 - width];
-                let place = done_rows.at(next_done.get());
+                let place = input_gradient.from_address(next_done.get()).first();
                 if whole {
                     store(place, done);
                 } else {
@@ -737,29 +816,32 @@ fn backward<'a>(k: &'a Assembler, form: Convolution) {
                     let wanted = step.ge(thread.first + (form.width - 1)) & step.lt(thread.end + (form.width - 1));
                     k.if_(wanted, || store(place, done));
                 }
-                next_done.set(next_done.get() + thread.channels);
+                next_done.set(next_done.get() + thread.step_bytes());
             }
             remember(&history, &inputs);
             remember(&pending, &open);
         };
         let begin = thread.first + (form.width - 1).next_multiple_of(AHEAD);
         let first = k.variable(thread.first);
-        let next = |whole| {
-            round(first.get(), whole);
+        let next = |kind| {
+            round(first.get(), kind);
             first.set(first.get() + AHEAD);
         };
-        let whole = || first.get().ge(begin) & (first.get() + (depth + 1) * AHEAD).le(thread.end);
+        let own = || first.get().ge(begin) & (first.get() + AHEAD).le(thread.end);
         k.while_(
             || first.get().lt(last),
             || {
-                next(false);
-                k.while_(whole, || next(true));
+                next(Round::Any);
+                k.while_(|| own() & (first.get() + (depth + 1) * AHEAD).le(limit), || next(Round::Whole));
+                k.while_(|| own() & (first.get() + depth * AHEAD).ge(last), || next(Round::Draining));
             },
         );
         k.wait_copies(0);
     });
 
-    let block = BlockSums::new(k, &form);
+    // Whose threads are done with it.
+    k.barrier();
+    let block = BlockSums::new(&thread, memory);
     block.put(&thread, &sums);
     k.barrier();
     k.if_(handed.receives, || {
@@ -768,7 +850,7 @@ fn backward<'a>(k: &'a Assembler, form: Convolution) {
         for (row, known) in window(&pending).iter().enumerate() {
             let given = handed.take(&thread, row);
             let done: Vec<_> = known.iter().zip(given).map(|(&known, given)| known + given).collect();
-            store(done_rows.at((steps + row as u32).mad(thread.channels, thread.channel)), &done);
+            store(input_gradient.from_address(first_done + thread.step_bytes() * (steps + row as u32).wide()).first(), &done);
         }
     });
     block.finish(&thread, sums_of_blocks, |channel, totals| {
@@ -783,7 +865,7 @@ fn backward<'a>(k: &'a Assembler, form: Convolution) {
 /// What the first steps of stretches give to the inputs before them, on its way through shared memory to the threads
 /// before.
 struct Handed<'a> {
-    /// f32 `[GROUPS, width - 1, ACROSS, lanes]`; none of one tap.
+    /// f32 `[groups, width - 1, ACROSS, lanes]`; none of one tap.
     place: Option<Shared<'a>>,
     lanes: u32,
     width: u32,
@@ -794,8 +876,8 @@ struct Handed<'a> {
 impl<'a> Handed<'a> {
     fn new(thread: &Thread<'a>) -> Self {
         let (width, lanes) = (thread.form.width, thread.form.lanes());
-        let place = (width > 1).then(|| thread.k.shared(Element::F32, GROUPS * (width - 1) * ACROSS * lanes));
-        let receives = thread.active & thread.group.lt(GROUPS - 1) & thread.end.lt(thread.time);
+        let place = (width > 1).then(|| thread.k.shared(Element::F32, thread.groups * (width - 1) * ACROSS * lanes));
+        let receives = thread.active & thread.group.lt(thread.groups - 1) & thread.end.lt(thread.time);
         Self { place, lanes, width, receives }
     }
 
@@ -821,7 +903,7 @@ impl<'a> Handed<'a> {
 /// The gradients of weight and bias: sums of a block's threads, and then of all blocks.
 struct BlockSums<'a> {
     k: &'a Assembler,
-    /// f32 `[GROUPS, width + 1, channels]`.
+    /// f32 `[groups, width + 1, channels]`.
     of_threads: Shared<'a>,
     /// Channels of a block.
     channels: u32,
@@ -830,9 +912,15 @@ struct BlockSums<'a> {
 }
 
 impl<'a> BlockSums<'a> {
-    fn new(k: &'a Assembler, form: &Convolution) -> Self {
-        let (channels, count) = (ACROSS * form.lanes(), form.width + 1);
-        Self { k, of_threads: k.shared(Element::F32, GROUPS * count * channels), channels, count }
+    /// In memory of at least [`BlockSums::words`] words, which nobody else uses any more.
+    fn new(thread: &Thread<'a>, memory: Shared<'a>) -> Self {
+        let (channels, count) = (ACROSS * thread.form.lanes(), thread.form.width + 1);
+        Self { k: thread.k, of_threads: memory, channels, count }
+    }
+
+    /// Words of the threads' sums.
+    fn words(thread: &Thread<'a>) -> u32 {
+        thread.groups * (thread.form.width + 1) * ACROSS * thread.form.lanes()
     }
 
     /// Leaves a thread's sums for the others.
@@ -862,21 +950,21 @@ impl<'a> BlockSums<'a> {
                 self.of_threads.at(k.thread()).plus(at.into()).load()
             };
             let totals: Vec<_> =
-                (0..self.count).map(|row| (1..GROUPS).fold(of(0, row), |sum, group| sum + of(group, row))).collect();
+                (0..self.count).map(|row| (1..thread.groups).fold(of(0, row), |sum, group| sum + of(group, row))).collect();
             // The place of the channel's first sum of a block; the others follow `channels` further each.
             let place = |block: Value<'a, U32>| {
                 let row = block.mad(k.blocks(), k.block());
                 sums_of_blocks.from_row(row, self.count * self.channels).at(k.thread())
             };
             let row_of = |place: Address<'a>, row: usize| place.plus(row as i64 * i64::from(self.channels));
-            let before = k.blocks_y() - 1;
+            let own = k.block_z().mad(k.blocks_y(), k.block_y()).named("block_of_column");
+            let before = k.blocks_z() * k.blocks_y() - 1;
             k.if_else(
-                k.block_y().lt(before),
+                own.lt(before),
                 || {
-                    let place = place(k.block_y());
+                    let place = place(own);
                     for (row, &total) in totals.iter().enumerate() {
-                        let there = total.eq(0.0).select(-0.0, total);
-                        row_of(place, row).store_flag(there.bits());
+                        block_sums::tell(row_of(place, row), total);
                     }
                 },
                 || {
@@ -885,29 +973,18 @@ impl<'a> BlockSums<'a> {
                     k.for_(0u32, before, SUMS_AT_A_TIME, |first| {
                         let blocks: Vec<_> = (0..SUMS_AT_A_TIME).map(|block| first + block).collect();
                         // Those that do not exist are the last one once more, which does not count then.
-                        let places: Vec<Vec<_>> = blocks
+                        let places: Vec<_> = blocks
                             .iter()
-                            .map(|&block| {
+                            .flat_map(|&block| {
                                 let place = place(block.min(before - 1));
-                                (0..totals.len()).map(|row| row_of(place, row)).collect()
+                                (0..totals.len()).map(move |row| row_of(place, row))
                             })
                             .collect();
-                        let words: Vec<Vec<_>> =
-                            places.iter().map(|row| row.iter().map(|_| k.variable(0u32)).collect()).collect();
-                        let missing = || {
-                            for (place, word) in places.iter().flatten().zip(words.iter().flatten()) {
-                                word.set(place.load_flag());
-                            }
-                            let all = words.iter().flatten().map(|word| word.get()).reduce(|least, word| least.min(word));
-                            all.unwrap_or(k.constant(0u32)).eq(0)
-                        };
-                        k.while_(missing, || ());
-                        for ((block, places), words) in blocks.iter().zip(&places).zip(&words) {
+                        let taken = block_sums::take(k, &places);
+                        for (block, taken) in blocks.iter().zip(taken.chunks_exact(totals.len())) {
                             let exists = block.lt(before);
-                            for ((place, word), sum) in places.iter().zip(words).zip(&all) {
-                                let added = sum.get() + word.get().as_f32();
-                                sum.set(exists.select(added, sum.get()));
-                                place.store_flag(0u32);
+                            for (sum, &taken) in all.iter().zip(taken) {
+                                sum.set(exists.select(sum.get() + taken, sum.get()));
                             }
                         }
                     });
@@ -1002,17 +1079,19 @@ mod tests {
             initial: false,
             vector: true,
         };
-        // 16 blocks of 4 stretches for each of 32 columns: 512 of 528.
-        let large = Stretches { steps: 256, grid: [32, 16, 1], sums: 32 * 15 * 5 * 128 };
+        // 8 blocks of 8 stretches for each of 32 columns: 256 of 264.
+        let large = Stretches { steps: 256, grid: [32, 8, 1], sums: 32 * 7 * 5 * 128 };
         assert_eq!(form.stretches(1, 16_384, 4096), Some(large));
-        // SmolLM2: 13 blocks a row, 520 of 528.
-        assert_eq!(form.stretches(8, 2048, 576).map(|stretches| (stretches.steps, stretches.grid)), Some((40, [5, 104, 1])));
+        // SmolLM2: 6 blocks a row, 240 of 264; with documents 9 blocks of 4 stretches, 360 of 396.
+        let of_smollm2 = |form: Convolution| form.stretches(8, 2048, 576).map(|stretches| (stretches.steps, stretches.grid));
+        assert_eq!(of_smollm2(form), Some((44, [5, 6, 8])));
+        assert_eq!(of_smollm2(Convolution { documents: true, ..form }), Some((60, [5, 9, 8])));
         // Never short, and never shorter than the taps before; more rows than room.
         assert_eq!(form.stretches(1, 3, 8), Some(Stretches { steps: 16, grid: [1, 1, 1], sums: 0 }));
         assert_eq!(Convolution { width: 22, ..form }.stretches(1, 3, 8).map(|stretches| stretches.steps), Some(24));
-        assert_eq!(form.stretches(600, 2048, 576).map(|stretches| stretches.grid), Some([5, 600, 1]));
+        assert_eq!(form.stretches(600, 2048, 576).map(|stretches| stretches.grid), Some([5, 1, 600]));
         // Nothing, and more than a launch covers.
-        assert_eq!(form.stretches(0, 0, 0), Some(Stretches { steps: 16, grid: [0, 0, 1], sums: 0 }));
+        assert_eq!(form.stretches(0, 0, 0), Some(Stretches { steps: 16, grid: [0, 0, 0], sums: 0 }));
         assert_eq!(form.stretches(70_000, 1, 8), None);
         assert_eq!(form.stretches(1, u32::MAX, 8192), None);
     }

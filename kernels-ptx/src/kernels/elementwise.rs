@@ -1,10 +1,10 @@
 //! Functions of each element by itself: sums, products and activations, and the gradients of these.
 //!
-//! - Layout: each thread takes 8 neighbouring elements, 16 bytes of bf16, with one access per operand; the last thread
-//!   takes what is left one by one.
+//! - Layout: each thread takes 16 bytes of neighbouring elements with one access per operand; the last thread takes what is
+//!   left one by one.
 //! - Traffic: each operand is read once, the result written once. Bound by memory.
 
-use super::VECTOR;
+use super::lanes_of;
 use crate::asm::{Assembler, Description, F32, Value};
 use crate::{Element, Kernel, KernelSource, Target, Work};
 
@@ -139,7 +139,7 @@ impl KernelSource for Elementwise {
         let (suffix, target) = if in_place { ("_in_place", "a") } else { ("", "output") };
         let description = Description {
             name: format!("{}_{element}{suffix}", operation.name()),
-            summary: format!("{target}[i] = {}; {VECTOR} elements per thread", operation.formula()),
+            summary: format!("{target}[i] = {}; {} elements per thread", operation.formula(), lanes_of(element)),
             block: [THREADS, 1, 1],
             target: Target::Sm80,
             sizes: &["count"],
@@ -178,7 +178,7 @@ impl KernelSource for Elementwise {
 
 impl Elementwise {
     /// Blocks for `count` elements; `None` when one launch cannot cover them.
-    pub fn grid(count: u64) -> Option<[u32; 3]> {
-        super::vectors_grid(count, THREADS)
+    pub fn grid(&self, count: u64) -> Option<[u32; 3]> {
+        super::vectors_grid(count, THREADS, self.element)
     }
 }

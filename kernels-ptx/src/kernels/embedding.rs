@@ -9,20 +9,22 @@
 //!   no difference how often an id occurs. [`EmbeddingBackward`] writes the whole gradient but the rows of ids that occur
 //!   more than 64 times, which [`EmbeddingRepeated`] sums by whole blocks: thousands of tokens of padding take little
 //!   longer than as many others.
-//! - Layout, forward: one warp per token; rows of a multiple of 8 elements are read 8 at a time, others one by one
-//!   (`vector`). Backward: one warp per id and 1024 columns, each lane 8 groups of 4 neighbouring columns (of one, where
+//! - Layout, forward: one warp per token and 4 groups of columns for each of its lanes, 1024 columns of bf16; rows of a
+//!   multiple of 8 elements are read 16 bytes at a time, others one by one (`vector`). Backward: one warp per id and 1024 columns, each lane 8 groups of 4 neighbouring columns (of one, where
 //!   the width is no multiple of 4), so that accesses of the f32 gradient are whole; neighbouring blocks take neighbouring
 //!   columns of the same rows, so that the gradient is written from its beginning to its end. The sort: one block per 512
 //!   ids, one thread per id where counts are added up.
 //! - Traffic: forward, every token's row is read once and written once. Backward, every token's row is read once, every
 //!   row of the weight's gradient written once. Bound by memory.
 
-use super::{VECTOR, load_part, store_part};
+use super::{VECTOR, lanes_of, store_part, unpack};
 use crate::asm::{Assembler, Description, F32, Global, LANES, Pred, U32, Value};
 use crate::{Element, Kernel, KernelSource, Target, Work};
 
 const THREADS: u32 = 256;
 const WARPS: u32 = THREADS / LANES;
+/// Groups of neighbouring columns of a lane of the forward pass, all of them on their way at a time.
+const GROUPS: u32 = 4;
 /// Neighbouring columns that a lane of the backward pass takes at a time.
 const COLUMNS: u32 = 4;
 /// Groups of columns of a lane of the backward pass.
@@ -94,9 +96,18 @@ impl EmbeddingForward {
         Self { weight, output, vector: width.is_multiple_of(VECTOR) }
     }
 
-    /// Blocks for so many tokens.
-    pub fn grid(tokens: u32) -> Option<[u32; 3]> {
-        Some([tokens.div_ceil(WARPS), 1, 1])
+    /// Blocks for so many tokens; `None` when one launch cannot cover them.
+    pub fn grid(&self, tokens: u32, width: u32) -> Option<[u32; 3]> {
+        let parts = width.div_ceil(GROUPS * LANES * self.elements());
+        let blocks = u64::from(tokens).checked_mul(parts.into())?.div_ceil(WARPS.into());
+        // Warps are counted in 32 bits.
+        (blocks <= u64::from(u32::MAX / WARPS)).then_some([blocks as u32, 1, 1])
+    }
+
+    /// Neighbouring columns that a lane takes at a time.
+    fn elements(&self) -> u32 {
+        let widest = if self.weight == Element::F32 { self.weight } else { self.output };
+        if self.vector { lanes_of(widest) } else { 1 }
     }
 }
 
@@ -146,7 +157,7 @@ impl KernelSource for EmbeddingForward {
         let bytes = (weight_element.bytes() + output_element.bytes()) as u64;
         let description = Description {
             name: format!("embedding_forward_{weight_element}_to_{output_element}{}", suffix(vector)),
-            summary: "output[t] = weight[ids[t]], NaN for an id outside the vocabulary; one warp per token".to_owned(),
+            summary: "output[t] = weight[ids[t]], NaN for an id outside the vocabulary; one warp per token and part of its row".to_owned(),
             block: [THREADS, 1, 1],
             target: Target::Sm80,
             sizes: &["tokens", "width"],
@@ -156,26 +167,33 @@ impl KernelSource for EmbeddingForward {
             let (output, ids) = (k.write("output", output_element), k.read("ids", Element::U32));
             let weight = k.read("weight", weight_element);
             let (tokens, vocabulary, width) = (k.u32("tokens"), k.u32("vocabulary"), k.u32("width"));
-            let token = k.block().mad(WARPS, k.warp()).named("token");
+            let elements = self.elements();
+            let part_columns = GROUPS * LANES * elements;
+            let parts = (width + (part_columns - 1)) >> part_columns.ilog2();
+            let index = k.block().mad(WARPS, k.warp());
+            let token = index.div(parts).named("token");
             k.return_if(token.ge(tokens));
             let id = ids.at(token).load_u32().named("id");
+            let known = id.lt(vocabulary);
             let (row, output) = (weight.from_row(id, width), output.from_row(token, width));
-            let elements = lane_elements(vector);
-            let first = (k.lane() * elements).named("first");
-            k.if_else(
-                id.lt(vocabulary),
-                || {
-                    k.for_(first, width, LANES * elements, |column| {
-                        store_part(output.at(column), &load_part(row.at(column), vector));
-                    });
-                },
-                || {
-                    let nothing = k.constant(f32::NAN);
-                    k.for_(first, width, LANES * elements, |column| {
-                        store_part(output.at(column), &vec![nothing; elements as usize]);
-                    });
-                },
-            );
+            let first = (index - token * parts).mad(part_columns, k.lane() * elements).named("first");
+            let loaded: Vec<_> = (0..GROUPS)
+                .map(|group| {
+                    let column = first + group * LANES * elements;
+                    let (inside, place) = (column.lt(width), row.at(column));
+                    let values = if vector {
+                        let words = elements as usize * weight_element.bytes() / 4;
+                        unpack(weight_element, &place.load_words_if(inside & known, words))
+                    } else {
+                        vec![place.load_if(inside & known, 0.0)]
+                    };
+                    (column, inside, values)
+                })
+                .collect();
+            for (column, inside, values) in loaded {
+                let values: Vec<_> = values.into_iter().map(|value| known.select(value, f32::NAN)).collect();
+                k.if_(inside, || store_part(output.at(column), &values));
+            }
         })
     }
 
@@ -430,11 +448,6 @@ impl KernelSource for EmbeddingRepeated {
     fn configurations() -> Vec<Self> {
         super::float_elements(|gradient| [true, false].map(|vector| Self { gradient, vector })).concat()
     }
-}
-
-/// Elements that a lane of the forward pass takes at a time.
-fn lane_elements(vector: bool) -> u32 {
-    if vector { VECTOR } else { 1 }
 }
 
 /// Columns that a lane of the backward pass takes at a time.

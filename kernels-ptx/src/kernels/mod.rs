@@ -3,6 +3,8 @@
 use crate::Element;
 use crate::asm::{Address, Assembler, F32, Global, U32, Value};
 
+mod block_sums;
+
 /// Declares the files and collects every configuration that models use.
 macro_rules! kernels {
     ($($file:ident: $($kernel:ident),+;)*) => {
@@ -59,19 +61,26 @@ pub fn one_thread_per_element(count: u64, threads: u32) -> Option<[u32; 3]> {
     (blocks <= i32::MAX as u64).then_some([blocks as u32, 1, 1])
 }
 
-/// Neighbouring elements that one thread of an elementwise kernel takes: 16 bytes of bf16.
+/// Neighbouring elements of bf16 that lie in 16 bytes.
 pub const VECTOR: u32 = 8;
 
+/// Neighbouring elements that one thread of an elementwise kernel takes: 16 bytes of its widest operands. What the threads of
+/// a warp write together then has no gaps: with two accesses of 16 bytes for each, writing took a tenth longer.
+pub(crate) fn lanes_of(widest: Element) -> u32 {
+    16 / widest.bytes() as u32
+}
+
 /// The blocks of an elementwise kernel whose body is `vectors`; `None` when one launch cannot cover the elements.
-pub fn vectors_grid(count: u64, threads: u32) -> Option<[u32; 3]> {
+fn vectors_grid(count: u64, threads: u32, widest: Element) -> Option<[u32; 3]> {
+    let lanes = lanes_of(widest);
     // Indices are 32 bits wide.
-    (count <= u64::from(u32::MAX) - u64::from(VECTOR * threads))
-        .then(|| one_thread_per_element(count.div_ceil(u64::from(VECTOR)), threads))
+    (count <= u64::from(u32::MAX) - u64::from(lanes * threads))
+        .then(|| one_thread_per_element(count.div_ceil(u64::from(lanes)), threads))
         .flatten()
 }
 
 /// The body of an elementwise kernel: `outputs[i] = function(inputs[i])` for `0 ≤ i < count`. A thread takes
-/// [`VECTOR`] neighbouring elements; the last one takes what is left one by one.
+/// [`lanes_of`] neighbouring elements; the last one takes what is left one by one.
 pub(crate) fn vectors<'a, const I: usize, const O: usize>(
     k: &'a Assembler,
     threads: u32,
@@ -80,15 +89,17 @@ pub(crate) fn vectors<'a, const I: usize, const O: usize>(
     outputs: &[Global<'a>; O],
     function: impl Fn([Value<'a, F32>; I]) -> [Value<'a, F32>; O],
 ) {
-    let first = (k.global_thread(threads) * VECTOR).named("first");
-    let whole = (first + VECTOR).le(count);
+    let f32s = inputs.iter().chain(outputs).any(|memory| memory.element() == Element::F32);
+    let lanes = lanes_of(if f32s { Element::F32 } else { Element::Bf16 });
+    let first = (k.global_thread(threads) * lanes).named("first");
+    let whole = (first + lanes).le(count);
     k.if_else(
         whole,
         || {
-            let values = inputs.map(|input| input.at(first).load_vector::<{ VECTOR as usize }>());
+            let values = inputs.map(|input| input.at(first).load_values(lanes as usize));
             let mut results: [Vec<Value<'a, F32>>; O] = std::array::from_fn(|_| Vec::new());
-            for lane in 0..VECTOR as usize {
-                let computed = function(values.map(|vector| vector[lane]));
+            for lane in 0..lanes as usize {
+                let computed = function(values.each_ref().map(|vector| vector[lane]));
                 for (result, value) in results.iter_mut().zip(computed) {
                     result.push(value);
                 }
@@ -111,6 +122,14 @@ pub(crate) fn vectors<'a, const I: usize, const O: usize>(
 /// The elements that a thread takes at a time where rows are vectors: [`VECTOR`] neighbours by wide accesses, or else one.
 pub(crate) fn load_part<'a>(place: Address<'a>, vector: bool) -> Vec<Value<'a, F32>> {
     if vector { place.load_vector::<{ VECTOR as usize }>().to_vec() } else { vec![place.load()] }
+}
+
+/// The values of neighbouring elements, from the words that hold them.
+pub(crate) fn unpack<'a>(element: Element, words: &[Value<'a, U32>]) -> Vec<Value<'a, F32>> {
+    match element {
+        Element::Bf16 => words.iter().flat_map(|word| word.unpack_bf16()).collect(),
+        _ => words.iter().map(|word| word.as_f32()).collect(),
+    }
 }
 
 /// Writes what [`load_part`] reads.

@@ -8,13 +8,13 @@
 //! - Backward: with `m = mean(g · weight · x)`, `dx = r (g · weight − x r² m)` and `d weight = Σ_rows g · x · r`.
 //! - Layout: 1 or 8 warps take a row; it is read once, 8 elements per lane at a time, and stays in registers
 //!   ([`Layout`]). Backward, a block stays for many rows: those after the one in hand are on their way to shared memory
-//!   meanwhile (`Ring`), and its sums of the weight's gradient stay in registers.
-//!   [`ColumnSums`](super::column_sums::ColumnSums) adds the blocks' sums in order.
+//!   meanwhile (`Ring`), and its sums of the weight's gradient stay in registers. Blocks that come after those with rows add
+//!   up their sums, in order and 32 columns each ([`block_sums`]).
 //! - Traffic: forward reads and writes each element once, backward reads two and writes one; with `residual` one more is
 //!   read each way, and forward one more is written. Bound by memory.
 //! - Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
 
-use super::VECTOR;
+use super::{VECTOR, block_sums, unpack};
 use crate::asm::{Address, Assembler, Description, F32, Global, LANES, Operand, Pred, Shared, U32, Value};
 use crate::{Element, Kernel, KernelSource, Target, Work};
 
@@ -22,9 +22,8 @@ const THREADS: u32 = 256;
 const WARPS: u32 = THREADS / LANES;
 /// Vectors of a row that a lane holds at most.
 const MOST_VECTORS: u32 = 4;
-/// Blocks of the backward pass, at most: nearly two for each of an H100's 132 multiprocessors. A power of two, so that they
-/// have as many rows each, and that as few rounds add up their sums.
-const BLOCKS: u32 = 256;
+/// Blocks of the backward pass that take rows, at most: [`RESIDENT`] for each of an H100's 132 multiprocessors.
+const BLOCKS: u32 = 264;
 /// Bytes of shared memory that rows on their way to a block of the backward pass may take: two blocks share an H100's
 /// multiprocessor.
 const RING_BYTES: u32 = 108 << 10;
@@ -34,6 +33,8 @@ const MOST_SLOTS: u32 = 4;
 /// With `residual`, NVIDIA's assembler takes just as many registers as that allows; the driver's compiler is not held to it
 /// unless asked.
 const RESIDENT: u32 = 2;
+/// Blocks' sums that a thread takes at a time.
+const SUMS_AT_A_TIME: u32 = 16;
 /// Rows that each warp or block of the backward pass is given before there are more blocks.
 const LEAST_ROWS: u32 = 4;
 
@@ -63,11 +64,12 @@ pub struct RmsNormForward {
     pub residual: bool,
 }
 
-/// The gradients of input and weight, the latter summed over the rows of each block.
+/// The gradients of input and weight.
 ///
-/// Parameters: `input_gradient` (`[rows, width]`), `sums` (f32 `[blocks, width]`; both written), `gradient`, `sum_gradient`
-/// (with `residual`), `input` (what was normalised; all `[rows, width]`), `weight` (`[width]`), `inverse_roots` (f32
-/// `[rows]`), `rows`, `width` (u32).
+/// Parameters: `input_gradient` (`[rows, width]`), `weight_gradient` (f32 `[width]`; both written), `sums` (u32,
+/// [`Layout::sums`] of them, zero before and after), `gradient`, `sum_gradient` (with `residual`), `input` (what was
+/// normalised; all `[rows, width]`), `weight` (`[width]`), `inverse_roots` (f32 `[rows]`), `rows`, `width`, `row_blocks`
+/// ([`Layout::row_blocks`]; u32).
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct RmsNormBackward {
     /// Type of input and gradients.
@@ -104,9 +106,19 @@ impl Layout {
         Some([rows.div_ceil(self.block_rows()), 1, 1])
     }
 
-    /// Blocks of the backward pass.
-    pub fn blocks(self, rows: u32) -> u32 {
+    /// Blocks of the backward pass that take rows.
+    pub fn row_blocks(self, rows: u32) -> u32 {
         rows.div_ceil(self.block_rows() * LEAST_ROWS).clamp(1, BLOCKS)
+    }
+
+    /// Blocks of the backward pass: those that take rows, then those that add up their sums.
+    pub fn backward_grid(self, rows: u32, width: u32) -> Option<[u32; 3]> {
+        Some([self.row_blocks(rows) + width.div_ceil(LANES), 1, 1])
+    }
+
+    /// Words of memory that is zero by which the blocks of the backward pass tell each other their sums.
+    pub fn sums(self, rows: u32, width: u32) -> usize {
+        self.row_blocks(rows) as usize * width as usize
     }
 
     fn name(self) -> String {
@@ -163,12 +175,14 @@ impl KernelSource for RmsNormForward {
                 products(&values, &values)
             });
             let total = place.sum(total(squares), k.constant(0u32));
-            let inverse_root = k.constant(1.0f32).div((total.div(width.to_f32()) + epsilon).root());
-            let inverse_root = inverse_root.named("inverse_root");
+            let mean_square = total.fma(width.to_f32().reciprocal(), epsilon);
+            let inverse_root = inverse_root(mean_square).named("inverse_root");
             inverse_roots.at(row).store_if(place.lane.eq(0), inverse_root);
 
             k.comment("the result");
             let output = output.from_row(row, width);
+            // Weights that set out before the barrier would keep the next rows waiting: a sixth more time on an H200.
+            let weight = weight.between_barriers();
             for (index, vector) in held.iter().enumerate() {
                 let weights = unpack(weight_element, &place.load_one(weight, index, None));
                 let results: Vec<_> = unpack(element, vector)
@@ -202,7 +216,7 @@ impl KernelSource for RmsNormBackward {
                 layout.name()
             ),
             summary: format!(
-                "gradients of weight * x / sqrt(mean(x^2) + epsilon), the weight's as one sum per block; {} warps per row",
+                "gradients of weight * x / sqrt(mean(x^2) + epsilon), blocks' sums for the weight added by later ones; {} warps per row",
                 layout.warps
             ),
             block: [THREADS, 1, 1],
@@ -217,11 +231,15 @@ impl KernelSource for RmsNormBackward {
             if element == Element::Bf16 && layout.vectors < MOST_VECTORS {
                 k.resident_blocks(RESIDENT);
             }
-            let (input_gradient, sums) = (k.write("input_gradient", element), k.write("sums", Element::F32));
+            let (input_gradient, weight_gradient) = (k.write("input_gradient", element), k.write("weight_gradient", Element::F32));
+            let sums = k.write("sums", Element::U32);
             let gradient = k.read("gradient", element);
             let sum_gradient = residual.then(|| k.read("sum_gradient", element));
             let (input, weight) = (k.read("input", element), k.read("weight", weight_element));
             let (inverse_roots, rows, width) = (k.read("inverse_roots", Element::F32), k.u32("rows"), k.u32("width"));
+            let row_blocks = k.u32("row_blocks");
+            k.if_(k.block().ge(row_blocks), || add_sums(k, weight_gradient, sums, row_blocks, width));
+            k.return_if(k.block().ge(row_blocks));
             let place = Place::new(k, layout, width);
             let parts = layout.vectors as usize;
 
@@ -232,7 +250,7 @@ impl KernelSource for RmsNormBackward {
 
             k.comment("the first rows set out");
             let row = k.variable(place.first_row).named("row");
-            let stride = (k.blocks() * layout.block_rows()).named("stride");
+            let stride = (row_blocks * layout.block_rows()).named("stride");
             // In f32 there is no room for a third row.
             let (third, added_late) = match element {
                 Element::Bf16 => (sum_gradient, None),
@@ -252,10 +270,8 @@ impl KernelSource for RmsNormBackward {
                 || row.get().lt(rows),
                 || {
                     k.wait_copies(ring.slots - 2);
-                    let mut held = ring.take(slot.get()).into_iter();
-                    let (gradients, values) = (held.next().unwrap_or_default(), held.next().unwrap_or_default());
-                    let added = held.next();
-                    let added = added.or(added_late.map(|memory| place.load(memory.from_row(row.get(), width), None)));
+                    let here = k.constant(slot.get());
+                    let (gradients, values) = (ring.take(here, 0), ring.take(here, 1));
                     let inverse_root = k.constant(next_root.get()).named("inverse_root");
                     k.comment("another row sets out, to where the one before was");
                     ring.send(free.get(), row.get() + stride * (ring.slots - 1), rows);
@@ -278,12 +294,18 @@ impl KernelSource for RmsNormBackward {
                         }
                         products(&through, &values)
                     });
-                    let mean = place.sum(total(terms), scratch.get()).div(width.to_f32());
+                    let mean = place.sum(total(terms), scratch.get()) * width.to_f32().reciprocal();
                     scratch.set(scratch.get() ^ WARPS);
                     let factor = (inverse_root * inverse_root * mean).named("factor");
 
                     k.comment("the input's gradient");
                     let target = input_gradient.from_row(row.get(), width);
+                    // Taken once more: there are not registers enough to keep it.
+                    let gradients = ring.take(here, 0);
+                    let added = match third {
+                        Some(_) => Some(ring.take(here, 2)),
+                        None => added_late.map(|memory| place.load(memory.from_row(row.get(), width), None)),
+                    };
                     for index in 0..parts {
                         let (gradients, values) = (unpack(element, &gradients[index]), unpack(element, &values[index]));
                         let mut results: Vec<_> = gradients
@@ -306,7 +328,7 @@ impl KernelSource for RmsNormBackward {
             let totals: Vec<Vec<_>> =
                 totals.iter().map(|totals| totals.iter().map(|total| total.get()).collect()).collect();
             k.wait_copies(0);
-            place.store_sums(sums.from_row(k.block(), width), &totals, ring.memory);
+            place.tell_sums(sums.from_row(k.block(), width), &totals, ring.memory);
         })
     }
 
@@ -353,16 +375,19 @@ impl<'a, 'p> Ring<'a, 'p> {
         k.commit_copies();
     }
 
-    /// The words of a row that has arrived, by matrix and vector.
-    fn take(&self, slot: Value<'a, U32>) -> Vec<Vec<Vec<Value<'a, U32>>>> {
+    /// The words of a row of one matrix that has arrived, by vector.
+    fn take(&self, slot: Value<'a, U32>, matrix: usize) -> Vec<Vec<Value<'a, U32>>> {
         let source = self.own().moved(slot);
-        let mut pieces = 0..;
-        let mut take = |words: usize| -> Vec<_> {
-            pieces.by_ref().take(words / 4).flat_map(|piece: i64| source.plus(piece * PIECE).load_words(4)).collect()
-        };
-        let words = |matrix: &Global<'a>| VECTOR as usize * matrix.element().bytes() / 4;
         let vectors = self.place.vectors.len();
-        self.matrices.iter().map(|matrix| (0..vectors).map(|_| take(words(matrix))).collect()).collect()
+        let words = |matrix: &Global<'a>| VECTOR as usize * matrix.element().bytes() / 4;
+        let before: usize = self.matrices[..matrix].iter().map(|matrix| vectors * words(matrix) / 4).sum();
+        let pieces = words(&self.matrices[matrix]) / 4;
+        (0..vectors)
+            .map(|vector| {
+                let first = before + vector * pieces;
+                (first..first + pieces).flat_map(|piece| source.plus(piece as i64 * PIECE).load_words(4)).collect()
+            })
+            .collect()
     }
 
     /// Where the thread's first 16 bytes of the first slot lie; the others follow [`PIECE`] words apart.
@@ -439,37 +464,62 @@ impl<'a> Place<'a> {
         total(parts)
     }
 
-    /// Writes the block's sums for every column: those of its warps in order, where each has sums of all columns.
+    /// Tells the block's sums for every column: those of its warps in order, where each has sums of all columns.
     /// `scratch` may be in use until here, by threads for themselves.
-    fn store_sums(&self, target: Global<'a>, totals: &[Vec<Value<'a, F32>>], scratch: Shared<'a>) {
+    fn tell_sums(&self, target: Global<'a>, totals: &[Vec<Value<'a, F32>>], scratch: Shared<'a>) {
         let k = self.k;
         k.comment("the block's sums of the weight's gradient");
-        if self.layout.warps > 1 {
-            for ((column, inside), totals) in self.vectors.iter().zip(totals) {
-                k.if_(*inside, || target.at(*column).store_vector(totals));
-            }
-            return;
-        }
-        let columns = self.layout.vectors * LANES * VECTOR;
-        assert!(scratch.count() >= WARPS * columns, "the sums of a block's warps do not fit");
+        let columns = self.layout.vectors * self.layout.warps * LANES * VECTOR;
+        let parts = WARPS / self.layout.warps;
+        assert!(scratch.count() >= parts * columns, "the sums of a block do not fit");
         k.barrier();
         for ((column, _), totals) in self.vectors.iter().zip(totals) {
-            scratch.at(k.warp().mad(columns, *column)).store_vector(totals);
+            let part = if parts > 1 { k.warp() } else { k.constant(0u32) };
+            scratch.at(part.mad(columns, *column)).store_vector(totals);
         }
         k.barrier();
         k.for_(k.thread(), self.width, THREADS, |column| {
             let place = scratch.at(column);
-            target.at(column).store(total((0..WARPS).map(|warp| place.plus(i64::from(warp * columns)).load())));
+            let total = total((0..parts).map(|part| place.plus(i64::from(part * columns)).load()));
+            block_sums::tell(target.at(column), total);
         });
     }
 }
 
-/// A vector's values, from the words that hold them.
-fn unpack<'a>(element: Element, words: &[Value<'a, U32>]) -> Vec<Value<'a, F32>> {
-    match element {
-        Element::Bf16 => words.iter().flat_map(|word| word.unpack_bf16()).collect(),
-        _ => words.iter().map(|word| word.as_f32()).collect(),
-    }
+/// The gradient of the weight in a block's 32 columns, from the sums of all `row_blocks`: its warps take these in turn.
+fn add_sums<'a>(
+    k: &'a Assembler,
+    weight_gradient: Global<'a>,
+    sums: Global<'a>,
+    row_blocks: Value<'a, U32>,
+    width: Value<'a, U32>,
+) {
+    k.comment("the weight's gradient in this block's columns");
+    let column = (k.block() - row_blocks).mad(LANES, k.lane()).named("column");
+    let exists = column.lt(width);
+    let sum = k.variable(0.0f32);
+    k.if_(exists, || {
+        k.for_(k.warp(), row_blocks, WARPS * SUMS_AT_A_TIME, |first| {
+            let blocks: Vec<_> = (0..SUMS_AT_A_TIME).map(|index| first + index * WARPS).collect();
+            // Those that do not exist are the first once more, which does not count then.
+            let places: Vec<_> = blocks
+                .iter()
+                .map(|block| sums.from_row(block.lt(row_blocks).select(*block, first), width).at(column))
+                .collect();
+            for (block, taken) in blocks.iter().zip(block_sums::take(k, &places)) {
+                sum.set(block.lt(row_blocks).select(sum.get() + taken, sum.get()));
+            }
+        });
+    });
+
+    k.comment("the warps' sums, in order");
+    let scratch = k.shared(Element::F32, THREADS);
+    scratch.at(k.thread()).store(sum.get());
+    k.barrier();
+    k.if_(exists & k.warp().eq(0), || {
+        let place = scratch.at(k.lane());
+        weight_gradient.at(column).store(total((0..WARPS).map(|warp| place.plus(i64::from(warp * LANES)).load())));
+    });
 }
 
 /// The words that hold a vector's values, rounded to the type.
@@ -478,6 +528,13 @@ fn pack<'a>(element: Element, values: &[Value<'a, F32>]) -> Vec<Value<'a, U32>> 
         Element::Bf16 => values.chunks_exact(2).map(|pair| pair[0].pack_bf16(pair[1])).collect(),
         _ => values.iter().map(|value| value.bits()).collect(),
     }
+}
+
+/// `1 / √x`, nearly as exact as f32 can be: the approximation, and one step of Newton's method.
+fn inverse_root<'a>(x: Value<'a, F32>) -> Value<'a, F32> {
+    let root = x.reciprocal_root();
+    let rest = (x * root).fma(-root, 1.0);
+    (root * 0.5).fma(rest, root)
 }
 
 /// The sum of at least one value, in order.

@@ -6,15 +6,16 @@
 //!   parts (Cody and Waite 1980) and the polynomials of Cephes' `sinf` and `cosf` (Moshier 1989): errors stay below 2⁻²³
 //!   for angles below 2²⁰.
 //! - Layout: one thread takes 8 neighbouring pairs of a token (one, where half the head size is no multiple of 8) in up to
-//!   `HEADS` heads, whose cosines and sines it computes once.
+//!   `HEADS` heads, whose cosines and sines it computes once while all that it reads is on its way. The heads of neighbouring
+//!   threads are neighbours, those of one thread lie apart: what threads have in hand together is one stretch of memory.
 //! - Traffic: every element is read once and written once. Bound by memory.
 //! - Source: Su et al. 2021, "RoFormer".
 
-use super::{VECTOR, load_part, store_part};
+use super::{VECTOR, load_part, store_part, unpack};
 use crate::asm::{Assembler, Description, F32, Value};
 use crate::{Element, Kernel, KernelSource, Target, Work};
 
-const THREADS: u32 = 256;
+const THREADS: u32 = 128;
 /// Heads that one thread rotates.
 const HEADS: u32 = 4;
 
@@ -39,10 +40,10 @@ impl Rope {
 
     /// Blocks for so many tokens; `None` when one launch cannot cover them.
     pub fn grid(&self, tokens: u32, heads: u32, half: u32) -> Option<[u32; 3]> {
-        let threads = u64::from(tokens) * u64::from(half / self.pairs());
-        let parts = heads.div_ceil(HEADS);
-        let [blocks, ..] = super::one_thread_per_element(threads, THREADS)?;
-        (threads <= u64::from(u32::MAX - THREADS) && parts <= 65_535).then_some([blocks, parts, 1])
+        let of_token = u64::from(half / self.pairs()) * u64::from(heads.div_ceil(HEADS));
+        let threads = u64::from(tokens).checked_mul(of_token)?;
+        // Indices are 32 bits wide.
+        (threads <= u64::from(u32::MAX - THREADS)).then(|| super::one_thread_per_element(threads, THREADS)).flatten()
     }
 
     /// Pairs that a thread takes at a time.
@@ -76,9 +77,32 @@ impl KernelSource for Rope {
             let (tokens, heads, half) = (k.u32("tokens"), k.u32("heads"), k.u32("half"));
             let index = k.global_thread(THREADS).named("index");
             let groups = if vector { half >> VECTOR.ilog2() } else { half };
-            let token = index.div(groups).named("token");
+            // Threads of a token: for each group of pairs, one for every `HEADS` heads.
+            let parts = ((heads + (HEADS - 1)) >> HEADS.ilog2()).named("parts");
+            let of_token = groups * parts;
+            let token = index.div(of_token).named("token");
             k.return_if(token.ge(tokens));
-            let pair = ((index - token * groups) * pairs).named("pair");
+            let within = index - token * of_token;
+            let part = within.div(groups);
+            let pair = ((within - part * groups) * pairs).named("pair");
+
+            k.comment("the heads of this thread set out");
+            let width = half + half;
+            let words = pairs as usize * element.bytes() / 4;
+            // Single elements are held as f32.
+            let held_as = if vector { element } else { Element::F32 };
+            let held: Vec<_> = (0..HEADS)
+                .map(|index| {
+                    let head = part + parts * index;
+                    let (exists, row) = (head.lt(heads), token.mad(heads, head));
+                    let source = input.from_row(row, width);
+                    let halves = [pair, pair + half].map(|first| {
+                        let place = source.at(first);
+                        if vector { place.load_words_if(exists, words) } else { vec![place.load_if(exists, 0.0).bits()] }
+                    });
+                    (exists, output.from_row(row, width), halves)
+                })
+                .collect();
 
             k.comment("cosine and sine of every pair");
             let position = positions.at(token).load_u32().to_f32();
@@ -90,23 +114,19 @@ impl KernelSource for Rope {
                 })
                 .collect();
 
-            k.comment("the heads of this part");
-            let first_head = k.block_y() * HEADS;
-            let end = (first_head + HEADS).min(heads);
-            let width = half + half;
-            k.for_(first_head, end, 1, |head| {
-                let row = token.mad(heads, head);
-                let (source, target) = (input.from_row(row, width), output.from_row(row, width));
-                let [a, b] = [pair, pair + half].map(|first| load_part(source.at(first), vector));
-                let rotated: Vec<_> = turns
+            k.comment("the heads turn");
+            for (exists, target, halves) in held {
+                let [a, b] = halves.map(|words| unpack(held_as, &words));
+                let (a, b): (Vec<_>, Vec<_>) = turns
                     .iter()
-                    .zip(a.iter().zip(&b))
-                    .map(|((cosine, sine), (a, b))| (a.fma(*cosine, -(*b * *sine)), b.fma(*cosine, *a * *sine)))
-                    .collect();
-                let (a, b): (Vec<_>, Vec<_>) = rotated.into_iter().unzip();
-                store_part(target.at(pair), &a);
-                store_part(target.at(pair + half), &b);
-            });
+                    .zip(a.into_iter().zip(b))
+                    .map(|((cosine, sine), (a, b))| (a.fma(*cosine, -(b * *sine)), b.fma(*cosine, a * *sine)))
+                    .unzip();
+                k.if_(exists, || {
+                    store_part(target.at(pair), &a);
+                    store_part(target.at(pair + half), &b);
+                });
+            }
         })
     }
 

@@ -4,7 +4,7 @@
 //!   each and add them in a fixed order. A second launch with one block adds the blocks' sums.
 //! - Traffic: every element is read once (or, by [`Broadcast`], written once). Bound by memory.
 
-use super::VECTOR;
+use super::{VECTOR, lanes_of};
 use crate::asm::{Assembler, Description, F32, LANES, Value, Variable};
 use crate::{Element, Kernel, KernelSource, Target, Work};
 
@@ -91,7 +91,7 @@ impl KernelSource for Broadcast {
         let bytes = element.bytes() as u64;
         let description = Description {
             name: format!("broadcast_{element}"),
-            summary: format!("output[i] = value[0]; {VECTOR} elements per thread"),
+            summary: format!("output[i] = value[0]; {} elements per thread", lanes_of(element)),
             block: [THREADS, 1, 1],
             target: Target::Sm80,
             sizes: &["count"],
@@ -112,8 +112,8 @@ impl KernelSource for Broadcast {
 
 impl Broadcast {
     /// Blocks for `count` elements; `None` when one launch cannot cover them.
-    pub fn grid(count: u64) -> Option<[u32; 3]> {
-        super::vectors_grid(count, THREADS)
+    pub fn grid(&self, count: u64) -> Option<[u32; 3]> {
+        super::vectors_grid(count, THREADS, self.element)
     }
 }
 

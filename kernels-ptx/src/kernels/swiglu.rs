@@ -2,20 +2,20 @@
 //!
 //! - Forward: `y = gate · s · up` with `s = sigmoid(gate)`. Backward: `d gate = g · up · s (1 + gate (1 − s))`,
 //!   `d up = g · gate · s`.
-//! - Layout: each thread takes 8 neighbouring elements, 16 bytes of bf16, with one access per operand; the last
-//!   thread takes what is left one by one.
+//! - Layout: each thread takes 16 bytes of neighbouring elements with one access per operand; the last thread takes what is
+//!   left one by one.
 //! - Traffic: forward reads two elements and writes one, backward reads three and writes two. Bound by memory.
 //! - Source: Shazeer 2020, "GLU Variants Improve Transformer".
 
-use super::VECTOR;
+use super::lanes_of;
 use crate::asm::{Assembler, Description};
 use crate::{Element, Kernel, KernelSource, Target, Work};
 
 const THREADS: u32 = 256;
 
-/// Blocks for `count` elements; `None` when one launch cannot cover them.
-pub fn grid(count: u64) -> Option<[u32; 3]> {
-    super::vectors_grid(count, THREADS)
+/// Blocks for `count` elements of a type; `None` when one launch cannot cover them.
+pub fn grid(count: u64, element: Element) -> Option<[u32; 3]> {
+    super::vectors_grid(count, THREADS, element)
 }
 
 /// `output = silu(gate) · up`.
@@ -43,7 +43,7 @@ impl KernelSource for SwigluForward {
         let bytes = element.bytes() as u64;
         let description = Description {
             name: format!("swiglu_forward_{element}"),
-            summary: format!("output = gate * sigmoid(gate) * up; {VECTOR} elements per thread"),
+            summary: format!("output = gate * sigmoid(gate) * up; {} elements per thread", lanes_of(element)),
             block: [THREADS, 1, 1],
             target: Target::Sm80,
             sizes: &["count"],
@@ -67,7 +67,7 @@ impl KernelSource for SwigluBackward {
         let bytes = element.bytes() as u64;
         let description = Description {
             name: format!("swiglu_backward_{element}"),
-            summary: format!("gradients of gate * sigmoid(gate) * up; {VECTOR} elements per thread"),
+            summary: format!("gradients of gate * sigmoid(gate) * up; {} elements per thread", lanes_of(element)),
             block: [THREADS, 1, 1],
             target: Target::Sm80,
             sizes: &["count"],

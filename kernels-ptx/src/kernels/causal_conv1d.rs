@@ -11,7 +11,7 @@
 //!   `W − 1` steps of a stretch give to the inputs before it goes to the thread before through shared memory (`Handed`); the
 //!   last thread of a block walks the `W − 1` steps after its own itself.
 //! - The gradients of weight and bias are summed per block in a fixed order. The last block of each column of blocks waits
-//!   for the sums of all others and adds them in order ([`block_sums`]).
+//!   for the sums of all others and adds them in order (`block_sums`).
 //! - Traffic: forward reads and writes one element, backward reads two and writes one. Bound by memory.
 //! - Documents: tap `w` of step `t` counts when `t − (W − 1) + w ≥ document_start[t]`.
 //! - Source: Gu and Dao 2023, "Mamba", section 3.4.

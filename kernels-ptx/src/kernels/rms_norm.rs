@@ -9,7 +9,7 @@
 //! - Layout: 1 or 8 warps take a row; it is read once, 8 elements per lane at a time, and stays in registers
 //!   ([`Layout`]). Backward, a block stays for many rows: those after the one in hand are on their way to shared memory
 //!   meanwhile (`Ring`), and its sums of the weight's gradient stay in registers. Blocks that come after those with rows add
-//!   up their sums, in order and 32 columns each ([`block_sums`]).
+//!   up their sums, in order and 32 columns each (`block_sums`).
 //! - Traffic: forward reads and writes each element once, backward reads two and writes one; with `residual` one more is
 //!   read each way, and forward one more is written. Bound by memory.
 //! - Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
@@ -534,6 +534,8 @@ fn pack<'a>(element: Element, values: &[Value<'a, F32>]) -> Vec<Value<'a, U32>> 
 fn inverse_root<'a>(x: Value<'a, F32>) -> Value<'a, F32> {
     let root = x.reciprocal_root();
     let rest = (x * root).fma(-root, 1.0);
+    // Of an infinite x, or of none, there is nothing to improve.
+    let rest = rest.abs().lt(1.0).select(rest, 0.0);
     (root * 0.5).fma(rest, root)
 }
 

@@ -100,7 +100,8 @@ proptest! {
     fn embedding(
         tokens in prop_oneof![1 => Just(0usize), 6 => size(), 1 => 255..=257usize, 1 => Just(2100usize)],
         vocabulary in 1..40usize,
-        width in prop_oneof![6 => size(), 1 => Just(1028usize)],
+        // The last two are several warps of a token.
+        width in prop_oneof![6 => size(), 1 => Just(1028usize), 1 => Just(1032usize), 1 => Just(2056usize)],
         // Thirds of the tokens whose id is that of padding.
         padding in 0..3usize,
         seed: u64,
@@ -212,6 +213,23 @@ fn weight_gradients_of_many_rows() {
     }
 }
 
+/// Squares whose mean is beyond f32, and below it where no epsilon is added.
+#[test]
+fn extreme_rows_give_the_limits() {
+    for width in [8, 7, 1056] {
+        let norm = |value: f64, epsilon| {
+            let row = tensor(DType::F32, &[1, width], &vec![value; width]);
+            let weight = tensor(DType::F32, &[width], &vec![1.0; width]);
+            let tape = Tape::inference();
+            widened(ops::rms_norm(&tape, &Var::constant(&row), &Var::constant(&weight), epsilon).unwrap().tensor())
+                .unwrap()
+        };
+        assert!(norm(1e25, 1e-5).iter().all(|&value| value == 0.0), "{width}");
+        assert!(norm(1e-25, 0.0).iter().all(|&value| value == f64::INFINITY), "{width}");
+        assert!(norm(f64::NAN, 1e-5).iter().all(|value| value.is_nan()), "{width}");
+    }
+}
+
 /// Finite differences have a step of 1e-5, which must be small against the root; and without an epsilon that counts, a
 /// row of one or two elements has hardly any gradient, only rounding errors.
 fn norm_epsilon(width: usize, spread: f64) -> f32 {
@@ -268,7 +286,7 @@ fn gradients_of_an_id_are_added_in_order() {
     // More of the others than are added at a time, and tokens of another id between them.
     let ids = [1, 0, 1, 1, 0, 1, 1, 1, 1, 1];
     let values = [1.0, 5.0, 1e8, -1e8, 5.0, 1.0, 1e8, -1e8, 1.0, 0.5];
-    // Of the last one, a token has three warps.
+    // Of the last one, a token has five warps forward, an id three backward.
     for width in [1, 8, 2056] {
         let weight = tensor(DType::F32, &[2, width], &vec![0.0; 2 * width]);
         let tape = Tape::new();

@@ -774,16 +774,18 @@ fn sums_of_many_blocks() {
         let sizes = Convolution { batch, time, channels, width: 4, silu: true, document_start: None };
         let case = ConvolutionCase { sizes, bias: true, initial: false, seed: 3 };
         let inputs = case.inputs();
-        check_operator(
-            Precision::F32,
-            case.seed,
-            CONVOLUTION,
-            &inputs,
-            &[&inputs[0].shape],
-            |tape, inputs| Ok(vec![case.operator(tape, inputs, None)?]),
-            |values| vec![case.reference(values)],
-        )
-        .unwrap();
+        for precision in [Precision::F32, Precision::Bf16] {
+            check_operator(
+                precision,
+                case.seed,
+                CONVOLUTION,
+                &inputs,
+                &[&inputs[0].shape],
+                |tape, inputs| Ok(vec![case.operator(tape, inputs, None)?]),
+                |values| vec![case.reference(values)],
+            )
+            .unwrap();
+        }
         let inputs = tensors(&inputs);
         let gradients = |seed: &Tensor| {
             let tape = Tape::new();

@@ -194,8 +194,8 @@ impl<'a> Global<'a> {
         Self { base: address, ..self }
     }
 
-    /// The same memory, read by accesses that stay between the barriers around them: those of memory that is only read may
-    /// otherwise be sent out early or late.
+    /// The same memory, read as if others wrote it: the compiler does not move such reads over a barrier, as it may those of
+    /// memory that is only read.
     pub fn between_barriers(self) -> Self {
         Self { read_only: false, ..self }
     }

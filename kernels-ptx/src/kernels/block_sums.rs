@@ -20,7 +20,7 @@ pub(crate) fn take<'a>(k: &'a Assembler, places: &[Address<'a>]) -> Vec<Value<'a
             word.set(place.load_flag());
         }
         let least = words.iter().map(|word| word.get()).reduce(|least, word| least.min(word));
-        least.unwrap_or(k.constant(1u32)).eq(0)
+        least.unwrap_or_else(|| k.constant(1u32)).eq(0)
     };
     k.while_(missing, || ());
     places.iter().for_each(|place| place.store_flag(0u32));

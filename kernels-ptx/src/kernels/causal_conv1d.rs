@@ -26,8 +26,10 @@ use crate::{Element, Kernel, KernelSource, Target, Work};
 pub const VECTOR: u32 = 4;
 /// Threads that lie side by side along the channels: rows of 256 bytes of bf16 for a block.
 const ACROSS: u32 = 32;
-/// Threads that follow each other in time.
+/// Threads that follow each other in time: of the forward pass, and of most forms of the backward pass
+/// ([`Convolution::backward_share`]).
 const GROUPS: u32 = 4;
+/// Threads of a block of the forward pass.
 const THREADS: u32 = ACROSS * GROUPS;
 /// Steps of a thread of the forward pass.
 const FORWARD_STEPS: u32 = 8;
@@ -111,15 +113,14 @@ pub struct ConvolutionStep {
 }
 
 impl Convolution {
-    /// Blocks of the forward pass; `None` when one launch cannot cover them.
+    /// Blocks of the forward pass; `None` when one launch cannot cover them: rows of 65,535 · 32 steps and 65,535 of them at
+    /// most.
     pub fn forward_grid(&self, batch: u32, time: u32, channels: u32) -> Option<[u32; 3]> {
         self.grid(FORWARD_STEPS * GROUPS, batch, time, channels)
     }
 
     /// How the backward pass is shared out; `None` when one launch cannot cover it.
     pub fn stretches(&self, batch: u32, time: u32, channels: u32) -> Option<Stretches> {
-        // Steps of all rows are counted in 32 bits.
-        batch.checked_mul(time)?;
         let columns = channels.div_ceil(ACROSS * self.lanes()).max(1);
         let (groups, resident) = self.backward_share();
         let blocks = resident * MULTIPROCESSORS / columns.saturating_mul(batch.max(1)).max(1);
@@ -148,6 +149,8 @@ impl Convolution {
 
     /// Blocks of so many steps: along the channels, along the time of a row, rows.
     fn grid(&self, steps: u32, batch: u32, time: u32, channels: u32) -> Option<[u32; 3]> {
+        // Steps of all rows are counted in 32 bits.
+        batch.checked_mul(time)?;
         let grid = [channels.div_ceil(ACROSS * self.lanes()), time.div_ceil(steps), batch];
         grid[1..].iter().all(|&blocks| blocks <= 65_535).then_some(grid)
     }
@@ -1094,5 +1097,9 @@ mod tests {
         assert_eq!(form.stretches(0, 0, 0), Some(Stretches { steps: 16, grid: [0, 0, 0], sums: 0 }));
         assert_eq!(form.stretches(70_000, 1, 8), None);
         assert_eq!(form.stretches(1, u32::MAX, 8192), None);
+        assert_eq!(form.stretches(65_535, 70_000, 1), None);
+        assert_eq!(form.forward_grid(65_535, 70_000, 1), None);
+        assert_eq!(form.forward_grid(1, 65_535 * 32, 1), Some([1, 65_535, 1]));
+        assert_eq!(form.forward_grid(1, 65_535 * 32 + 1, 1), None);
     }
 }

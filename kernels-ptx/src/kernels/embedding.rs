@@ -10,10 +10,11 @@
 //!   more than 64 times, which [`EmbeddingRepeated`] sums by whole blocks: thousands of tokens of padding take little
 //!   longer than as many others.
 //! - Layout, forward: one warp per token and 4 groups of columns for each of its lanes, 1024 columns of bf16; rows of a
-//!   multiple of 8 elements are read 16 bytes at a time, others one by one (`vector`). Backward: one warp per id and 1024 columns, each lane 8 groups of 4 neighbouring columns (of one, where
-//!   the width is no multiple of 4), so that accesses of the f32 gradient are whole; neighbouring blocks take neighbouring
-//!   columns of the same rows, so that the gradient is written from its beginning to its end. The sort: one block per 512
-//!   ids, one thread per id where counts are added up.
+//!   multiple of 8 elements are taken 16 bytes of the wider type at a time, others one by one (`vector`). Backward: one warp
+//!   per id and 1024 columns, each lane 8 groups of 4 neighbouring columns (of one, where the width is no multiple of 4), so
+//!   that accesses of the f32 gradient are whole; neighbouring blocks take neighbouring columns of the same rows, so that the
+//!   gradient is written from its beginning to its end. The sort: one block per 512 ids, one thread per id where counts are
+//!   added up.
 //! - Traffic: forward, every token's row is read once and written once. Backward, every token's row is read once, every
 //!   row of the weight's gradient written once. Bound by memory.
 
@@ -99,7 +100,7 @@ impl EmbeddingForward {
     /// Blocks for so many tokens; `None` when one launch cannot cover them.
     pub fn grid(&self, tokens: u32, width: u32) -> Option<[u32; 3]> {
         let parts = width.div_ceil(GROUPS * LANES * self.elements());
-        let blocks = u64::from(tokens).checked_mul(parts.into())?.div_ceil(WARPS.into());
+        let blocks = (u64::from(tokens) * u64::from(parts)).div_ceil(WARPS.into());
         // Warps are counted in 32 bits.
         (blocks <= u64::from(u32::MAX / WARPS)).then_some([blocks as u32, 1, 1])
     }

@@ -24,7 +24,7 @@ const LANE_STATES: u32 = 8;
 const MOST_STATES: u32 = 256;
 /// The most taps.
 const MOST_TAPS: u32 = 8;
-/// Blocks that share a multiprocessor. With fewer registers the driver's compiler sends for the states last.
+/// Blocks that share a multiprocessor; more taps than 4 were not looked at. With fewer registers the driver's compiler sends for the states last.
 const RESIDENT: u32 = 7;
 
 /// One step of the mixer.
@@ -91,7 +91,9 @@ impl KernelSource for MambaStep {
             },
         };
         Assembler::assemble(description, |k| {
-            k.resident_blocks(RESIDENT);
+            if taps <= VECTOR {
+                k.resident_blocks(RESIDENT);
+            }
             let step = Step::new(k, form);
             let lanes = (states / LANE_STATES).max(1);
             let parts: Vec<u32> = (0..states / (lanes * VECTOR)).map(|part| part * lanes * VECTOR).collect();

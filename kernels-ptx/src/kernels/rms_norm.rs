@@ -534,9 +534,8 @@ fn pack<'a>(element: Element, values: &[Value<'a, F32>]) -> Vec<Value<'a, U32>> 
 fn inverse_root<'a>(x: Value<'a, F32>) -> Value<'a, F32> {
     let root = x.reciprocal_root();
     let rest = (x * root).fma(-root, 1.0);
-    // Of an infinite x, or of none, there is nothing to improve.
-    let rest = rest.abs().lt(1.0).select(rest, 0.0);
-    (root * 0.5).fma(rest, root)
+    // Of a root that is infinite or zero there is nothing to improve.
+    rest.abs().lt(1.0).select((root * 0.5).fma(rest, root), root)
 }
 
 /// The sum of at least one value, in order.

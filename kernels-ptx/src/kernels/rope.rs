@@ -42,7 +42,8 @@ impl Rope {
     pub fn grid(&self, tokens: u32, heads: u32, half: u32) -> Option<[u32; 3]> {
         let of_token = u64::from(half / self.pairs()) * u64::from(heads.div_ceil(HEADS));
         let threads = u64::from(tokens).checked_mul(of_token)?;
-        // Indices are 32 bits wide.
+        // Indices of threads and of rows are 32 bits wide.
+        tokens.checked_mul(heads)?;
         (threads <= u64::from(u32::MAX - THREADS)).then(|| super::one_thread_per_element(threads, THREADS)).flatten()
     }
 

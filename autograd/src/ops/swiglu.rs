@@ -40,14 +40,8 @@ fn forward_gpu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     let kernel = SwigluForward { element: gpu::element(gate.dtype()) };
     let mut output = Output::like(gate)?;
     let arguments = [output.write(), gpu::read(gate), gpu::read(&up), Argument::U32(count)];
-    gpu::launch(
-        OPERATOR,
-        gate.device(),
-        &kernel,
-        kernels::swiglu::grid(count.into(), kernel.element),
-        &[count.into()],
-        &arguments,
-    )?;
+    let grid = kernels::swiglu::grid(count.into(), kernel.element);
+    gpu::launch(OPERATOR, gate.device(), &kernel, grid, &[count.into()], &arguments)?;
     Ok(output.tensor())
 }
 
@@ -64,14 +58,8 @@ fn backward_gpu(gradient: &Tensor, gate: &Tensor, up: &Tensor) -> Result<(Tensor
         gpu::read(&same_up),
         Argument::U32(count),
     ];
-    gpu::launch(
-        OPERATOR,
-        gate.device(),
-        &kernel,
-        kernels::swiglu::grid(count.into(), kernel.element),
-        &[count.into()],
-        &arguments,
-    )?;
+    let grid = kernels::swiglu::grid(count.into(), kernel.element);
+    gpu::launch(OPERATOR, gate.device(), &kernel, grid, &[count.into()], &arguments)?;
     Ok((gate_gradient.tensor(), up_gradient.tensor().cast(up.dtype())?))
 }
 

@@ -332,14 +332,9 @@ impl<'a> Address<'a> {
         exactly(self.load_values(N))
     }
 
-    /// As [`Address::load_vector`].
+    /// `count` neighbouring elements as f32; aligned as for [`Address::load_vector`].
     pub fn load_values(self, count: usize) -> Vec<Value<'a, F32>> {
-        let words = self.load_words(count * self.element.bytes() / 4);
-        match self.element {
-            Element::F32 => words.into_iter().map(Value::as_f32).collect(),
-            Element::Bf16 => words.into_iter().flat_map(Value::unpack_bf16).collect(),
-            Element::U32 => panic!("u32 elements are read by load_words"),
-        }
+        unpack(self.element, &self.load_words(count * self.element.bytes() / 4))
     }
 
     /// `count` neighbouring 32-bit words, in as few accesses as possible; aligned as for [`Address::load_vector`].
@@ -485,6 +480,18 @@ fn words_piece(words: &[Value<'_, U32>]) -> Piece {
     match words {
         [word] => word.piece(),
         _ => Piece::Vector(words.iter().map(|word| word.id).collect()),
+    }
+}
+
+/// The values of neighbouring elements of a floating-point type, from the words that hold them.
+///
+/// # Panics
+/// For u32, whose elements are the words.
+pub fn unpack<'a>(element: Element, words: &[Value<'a, U32>]) -> Vec<Value<'a, F32>> {
+    match element {
+        Element::F32 => words.iter().map(|word| word.as_f32()).collect(),
+        Element::Bf16 => words.iter().flat_map(|word| word.unpack_bf16()).collect(),
+        Element::U32 => panic!("u32 elements are read by load_words"),
     }
 }
 

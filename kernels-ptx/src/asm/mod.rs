@@ -22,7 +22,7 @@ mod warp;
 
 use std::cell::RefCell;
 
-pub use memory::{Address, Global, Shared, Table};
+pub use memory::{Address, Global, Shared, Table, unpack};
 pub use value::{F32, Operand, Pred, Type, U16, U32, U64, Value, Variable};
 pub use warp::LANES;
 

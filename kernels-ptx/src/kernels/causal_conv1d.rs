@@ -19,7 +19,7 @@
 use std::rc::Rc;
 
 use super::block_sums;
-use crate::asm::{Address, Assembler, Description, F32, Global, Pred, Shared, U32, U64, Value, Variable};
+use crate::asm::{Address, Assembler, Description, F32, Global, Pred, Shared, U32, U64, Value, Variable, unpack};
 use crate::{Element, Kernel, KernelSource, Target, Work};
 
 /// Neighbouring channels of a thread.
@@ -490,8 +490,7 @@ impl<'a> Stream<'a> {
         if form.vector { SLOTS - 1 } else { 1 }
     }
 
-    /// Sends for the next [`AHEAD`] steps, all or those that exist, and zeros for others; to the slot that begins at this
-    /// byte, or the free one.
+    /// Sends for the next [`AHEAD`] steps, all or those that exist, and zeros for others; to this slot, or the free one.
     fn fetch(&self, slot: Option<u32>, exist: Option<&[Value<'a, Pred>]>) {
         for offset in 0..AHEAD {
             let place = self.memory.from_address(self.next.get()).first();
@@ -503,7 +502,7 @@ impl<'a> Stream<'a> {
                 }),
                 Way::Shared { own, slots } => {
                     let target = match slot {
-                        Some(slot) => own.plus(i64::from(slot / 4)),
+                        Some(slot) => own.plus(i64::from(slot * slots.bytes() / 4)),
                         None => own.moved(slots.free.get()),
                     };
                     let (target, bytes) = (target.plus(slots.within(offset)), 4 * slots.words as u32);
@@ -543,7 +542,7 @@ fn load_words_if<'a>(form: &Convolution, place: Address<'a>, condition: Value<'a
 /// The elements in the words of one step.
 fn values<'a>(form: &Convolution, words: &[Value<'a, U32>]) -> Vec<Value<'a, F32>> {
     // Single elements are held as f32.
-    super::unpack(if form.vector { form.element } else { Element::F32 }, words)
+    unpack(if form.vector { form.element } else { Element::F32 }, words)
 }
 
 /// The values of `history` from the oldest on.
@@ -721,21 +720,16 @@ fn backward<'a>(k: &'a Assembler, form: Convolution) {
         let gradient_steps = Stream::of_channels(&thread, gradient, gradient_way);
         let start_slots = form.documents.then(|| Slots::new(&thread, 1));
         let starts = start_slots.as_ref().and_then(|slots| Stream::of_documents(&thread, slots));
-        let fetch = |round: Option<u32>, step: Value<'a, U32>, all: bool| {
+        let fetch = |slot: Option<u32>, step: Value<'a, U32>, all: bool| {
             let exist: Option<Vec<_>> =
                 (!all).then(|| (0..AHEAD).map(|offset| (step + offset).lt(limit)).collect());
             for stream in [&input_steps, &gradient_steps].into_iter().chain(&starts) {
-                let slot = |slots: &Slots<'a>| round.map(|round| round * slots.bytes());
-                let slot = match &stream.way {
-                    Way::Shared { slots, .. } => slot(slots),
-                    Way::Registers(_) => None,
-                };
                 stream.fetch(slot, exist.as_deref());
             }
         };
         let depth = Stream::depth(&form);
-        for round in 0..depth {
-            fetch(Some(round), thread.first + round * AHEAD, false);
+        for slot in 0..depth {
+            fetch(Some(slot), thread.first + slot * AHEAD, false);
             k.commit_copies();
         }
         let history = thread.history();
@@ -842,7 +836,7 @@ fn backward<'a>(k: &'a Assembler, form: Convolution) {
         k.wait_copies(0);
     });
 
-    // Whose threads are done with it.
+    // No thread's steps are on their way any more: the sums take their place.
     k.barrier();
     let block = BlockSums::new(&thread, memory);
     block.put(&thread, &sums);

@@ -18,8 +18,8 @@
 //! - Traffic: forward, every token's row is read once and written once. Backward, every token's row is read once, every
 //!   row of the weight's gradient written once. Bound by memory.
 
-use super::{VECTOR, lanes_of, store_part, unpack};
-use crate::asm::{Assembler, Description, F32, Global, LANES, Pred, U32, Value};
+use super::{VECTOR, lanes_of, store_part};
+use crate::asm::{Assembler, Description, F32, Global, LANES, Pred, U32, Value, unpack};
 use crate::{Element, Kernel, KernelSource, Target, Work};
 
 const THREADS: u32 = 256;

@@ -124,14 +124,6 @@ pub(crate) fn load_part<'a>(place: Address<'a>, vector: bool) -> Vec<Value<'a, F
     if vector { place.load_vector::<{ VECTOR as usize }>().to_vec() } else { vec![place.load()] }
 }
 
-/// The values of neighbouring elements, from the words that hold them.
-pub(crate) fn unpack<'a>(element: Element, words: &[Value<'a, U32>]) -> Vec<Value<'a, F32>> {
-    match element {
-        Element::Bf16 => words.iter().flat_map(|word| word.unpack_bf16()).collect(),
-        _ => words.iter().map(|word| word.as_f32()).collect(),
-    }
-}
-
 /// Writes what [`load_part`] reads.
 pub(crate) fn store_part<'a>(place: Address<'a>, values: &[Value<'a, F32>]) {
     match values {

@@ -14,8 +14,8 @@
 //!   read each way, and forward one more is written. Bound by memory.
 //! - Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
 
-use super::{VECTOR, block_sums, unpack};
-use crate::asm::{Address, Assembler, Description, F32, Global, LANES, Operand, Pred, Shared, U32, Value};
+use super::{VECTOR, block_sums};
+use crate::asm::{Address, Assembler, Description, F32, Global, LANES, Operand, Pred, Shared, U32, Value, unpack};
 use crate::{Element, Kernel, KernelSource, Target, Work};
 
 const THREADS: u32 = 256;
@@ -181,7 +181,8 @@ impl KernelSource for RmsNormForward {
 
             k.comment("the result");
             let output = output.from_row(row, width);
-            // Weights that set out before the barrier would keep the next rows waiting: a sixth more time on an H200.
+            // Weights that set out before the barrier would keep the next rows waiting: a sixth more time on an H200. (Where a
+            // warp has a row, there is no barrier.)
             let weight = weight.between_barriers();
             for (index, vector) in held.iter().enumerate() {
                 let weights = unpack(weight_element, &place.load_one(weight, index, None));

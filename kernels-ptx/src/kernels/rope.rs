@@ -11,8 +11,8 @@
 //! - Traffic: every element is read once and written once. Bound by memory.
 //! - Source: Su et al. 2021, "RoFormer".
 
-use super::{VECTOR, load_part, store_part, unpack};
-use crate::asm::{Assembler, Description, F32, Value};
+use super::{VECTOR, load_part, store_part};
+use crate::asm::{Assembler, Description, F32, Value, unpack};
 use crate::{Element, Kernel, KernelSource, Target, Work};
 
 const THREADS: u32 = 128;

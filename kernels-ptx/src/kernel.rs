@@ -127,6 +127,22 @@ impl Kernel {
         (sizes.len() == self.sizes.len()).then(|| (self.work)(sizes))
     }
 
+    /// The text for devices of compute capability 9.0 and newer on which the launch may begin while the one before it on the
+    /// stream still runs (programmatic dependent launch). Every block first allows the launch that follows to begin, which it
+    /// does when all blocks have, and then waits until the launch before has ended and what it wrote can be seen. So launches
+    /// do what they do one after the other, but the blocks of the next are in place when the last of this one are through.
+    ///
+    /// `None` for a text that was written for one such device alone or is not of the usual form.
+    ///
+    /// Source: PTX ISA 7.8, `griddepcontrol`.
+    pub fn overlapping_text(&self) -> Option<String> {
+        const WAIT: &str = "    griddepcontrol.launch_dependents;\n    griddepcontrol.wait;\n";
+        let header = |version: &str, target: &str| format!("\n.version {version}\n.target {target}\n");
+        let (before, after) = self.text.split_once(&header(Target::Sm80.version(), Target::Sm80.name()))?;
+        let (declaration, body) = after.split_once("\n{\n")?;
+        Some(format!("{before}{}{declaration}\n{{\n{WAIT}{body}", header("7.8", "sm_90")))
+    }
+
     /// Threads per block.
     pub fn threads_per_block(&self) -> u64 {
         self.block.iter().map(|&extent| u64::from(extent)).product()
@@ -269,6 +285,18 @@ mod tests {
         let all = names.len();
         names.dedup();
         assert_eq!(names.len(), all);
+    }
+
+    #[test]
+    fn every_overlapping_text_waits_before_anything_else() {
+        for kernel in crate::catalogue() {
+            let text = kernel.overlapping_text().unwrap();
+            assert!(text.contains("\n.version 7.8\n.target sm_90\n") && !text.contains("sm_80"), "{text}");
+            let body = text.split_once("\n{\n").unwrap().1;
+            let beginning: Vec<&str> = body.lines().take(2).map(str::trim).collect();
+            assert_eq!(beginning, ["griddepcontrol.launch_dependents;", "griddepcontrol.wait;"], "{text}");
+            assert!(kernel.text.ends_with(body.split_once("wait;\n").unwrap().1), "{text}");
+        }
     }
 
     #[test]

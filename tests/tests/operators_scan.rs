@@ -770,7 +770,7 @@ fn rows_of_a_tile(batch: usize, time: usize) -> ScanCase {
 /// launch left behind would count in the next one, whose sums are zero.
 #[test]
 fn sums_of_many_blocks() {
-    for (batch, time, channels) in [(2, 64 * 9 + 21, 132), (264, 150, 4)] {
+    for (batch, time, channels) in [(2, 64 * 9 + 21, 132), (264, 150, 4), (270, 301, 4)] {
         let sizes = Convolution { batch, time, channels, width: 4, silu: true, document_start: None };
         let case = ConvolutionCase { sizes, bias: true, initial: false, seed: 3 };
         let inputs = case.inputs();

@@ -1,17 +1,18 @@
 //! Causal depthwise convolution along time, with optional SiLU: `y[t] = activation(bias + Σ_w weight[w] x[t − (W − 1) + w])`
 //! per channel, its gradients, and its decoding step. Tensors are `[batch, time, channels]`.
 //!
-//! - Layout: a block takes 32 neighbouring groups of [`VECTOR`] channels in 4 or 8 stretches of one row's time, one group and
+//! - Layout: a block takes 32 neighbouring groups of [`VECTOR`] channels in 4 stretches of one row's time, one group and
 //!   stretch per thread (one access of 8 or 16 bytes per step; a warp lies along the channels). Channels that are no
 //!   multiple of [`VECTOR`] are taken one by one.
 //! - Forward: a stretch has 8 steps; all that it reads is on its way before anything is computed.
-//! - Backward: the blocks of one launch are at most as many as an H100 has room for at a time, unless the rows alone are more
-//!   ([`Stretches`]). A thread walks a stretch, 4 steps in hand and 12 on their way to shared memory (`Stream`), computes the gradient
-//!   `dq` of the convolution's sum again from x, and keeps the `W − 1` sums `dx` under way in registers. What the first
-//!   `W − 1` steps of a stretch give to the inputs before it goes to the thread before through shared memory (`Handed`); the
-//!   last thread of a block walks the `W − 1` steps after its own itself.
-//! - The gradients of weight and bias are summed per block in a fixed order. The last block of each column of blocks waits
-//!   for the sums of all others and adds them in order (`block_sums`).
+//! - Backward: as many blocks of long stretches as an H100 has room for at a time are followed by blocks of short ones, which
+//!   even out that some multiprocessors are faster ([`Stretches`]). A thread walks a stretch, 4 steps in hand and 12 on their
+//!   way to shared memory (`Stream`), computes the gradient `dq` of the convolution's sum again from x, and keeps the `W − 1`
+//!   sums `dx` under way in registers. What the first `W − 1` steps of a stretch give to the inputs before it goes to the
+//!   thread before through shared memory (`Handed`); the last thread of a block walks the `W − 1` steps after its own itself,
+//!   and so has fewer of its own.
+//! - The gradients of weight and bias are summed per block in a fixed order. A block that comes after all others of its
+//!   channels adds their sums in order (`block_sums`).
 //! - Traffic: forward reads and writes one element, backward reads two and writes one. Bound by memory.
 //! - Documents: tap `w` of step `t` counts when `t − (W − 1) + w ≥ document_start[t]`.
 //! - Source: Gu and Dao 2023, "Mamba", section 3.4.
@@ -26,10 +27,8 @@ use crate::{Element, Kernel, KernelSource, Target, Work};
 pub const VECTOR: u32 = 4;
 /// Threads that lie side by side along the channels: rows of 256 bytes of bf16 for a block.
 const ACROSS: u32 = 32;
-/// Threads that follow each other in time: of the forward pass, and of most forms of the backward pass
-/// ([`Convolution::backward_share`]).
+/// Threads that follow each other in time.
 const GROUPS: u32 = 4;
-/// Threads of a block of the forward pass.
 const THREADS: u32 = ACROSS * GROUPS;
 /// Steps of a thread of the forward pass.
 const FORWARD_STEPS: u32 = 8;
@@ -42,18 +41,26 @@ const MULTIPROCESSORS: u32 = 132;
 const AHEAD: u32 = 4;
 /// The fewest steps of a stretch: with fewer, the steps between stretches and the blocks' sums cost more than they bring.
 const LEAST_STEPS: u32 = 16;
+/// With fewer steps for each thread of a launch, and with more rows than room, all stretches have the same length.
+const LEAST_SHARE: u32 = 64;
+/// Blocks of a launch in the second and third dimension, at most.
+const MOST_BLOCKS: u32 = 65_535;
 /// So many times [`AHEAD`] steps have room in shared memory: all but one are on their way. More bring nothing.
 const SLOTS: u32 = 4;
 /// So many blocks' sums are read at a time.
 const SUMS_AT_A_TIME: u32 = 8;
 const STEP_THREADS: u32 = 128;
 
-/// How the backward pass cuts the time of every row: four or eight stretches to a block.
+/// How the backward pass cuts the time of every row: four stretches to a block.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Stretches {
-    /// Steps of a stretch, the kernel's parameter `steps`.
-    pub steps: u32,
-    /// Blocks: along the channels, along the time of a row, rows.
+    /// Blocks of every row that have long stretches; those after them have short ones.
+    pub long_blocks: u32,
+    /// Steps of a long stretch.
+    pub long_steps: u32,
+    /// Steps of a short stretch.
+    pub short_steps: u32,
+    /// Blocks: along the channels, rows, along the time of a row; of the latter one more, which adds up the sums.
     pub grid: [u32; 3],
     /// Words of memory that is zero by which blocks tell each other their sums.
     pub sums: usize,
@@ -91,7 +98,7 @@ pub struct ConvolutionForward(pub Convolution);
 /// Parameters: `input_gradient` (of the type, written), `weight_gradient` (f32 `[channels, width]`, written),
 /// `bias_gradient` (f32 `[channels]`, written, with a bias), `state_gradient` (like the initial state, written, with one),
 /// `sums` (u32, [`Stretches::sums`] of them, zero before and after), `gradient` (like the output), the inputs of
-/// [`ConvolutionForward`] in its order, `steps` ([`Stretches::steps`]).
+/// [`ConvolutionForward`] in its order, `long_blocks`, `long_steps`, `short_steps` (u32, of [`Stretches`]).
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct ConvolutionBackward(pub Convolution);
 
@@ -121,30 +128,42 @@ impl Convolution {
 
     /// How the backward pass is shared out; `None` when one launch cannot cover it.
     pub fn stretches(&self, batch: u32, time: u32, channels: u32) -> Option<Stretches> {
-        let columns = channels.div_ceil(ACROSS * self.lanes()).max(1);
-        let (groups, resident) = self.backward_share();
-        let blocks = resident * MULTIPROCESSORS / columns.saturating_mul(batch.max(1)).max(1);
+        let columns = channels.div_ceil(ACROSS * self.lanes());
+        let room = self.resident() * MULTIPROCESSORS / columns.max(1).saturating_mul(batch.max(1));
         // What a stretch gives to the inputs before it must fit in the stretch before.
-        let least = LEAST_STEPS.max(self.width - 1);
-        let steps = time.div_ceil(blocks.max(1) * groups).max(least).checked_next_multiple_of(AHEAD)?;
-        time.checked_add(steps.checked_mul(groups)?)?;
-        let grid = self.grid(steps * groups, batch, time, channels)?;
+        let least = LEAST_STEPS.max(self.width - 1).checked_next_multiple_of(AHEAD)?;
+        let of_room = time.div_ceil(room.max(1)).checked_add(self.after())?;
+        let share = of_room.div_ceil(GROUPS).max(least).checked_next_multiple_of(AHEAD)?;
+        let (long_blocks, long_steps, short_steps) = match room > 0 && share >= LEAST_SHARE.max(4 * least) {
+            true => (room, share / 16 * 13 / AHEAD * AHEAD, (share / 32 * 3).max(least).next_multiple_of(AHEAD)),
+            false => (0, share, share),
+        };
+        let steps_of_block = |steps: u32| (steps * GROUPS) - self.after();
+        let rest = time.saturating_sub(long_blocks * steps_of_block(long_steps));
+        let blocks = long_blocks + rest.div_ceil(steps_of_block(short_steps));
+        // The last block begins behind the end.
+        time.checked_add(2 * GROUPS * short_steps)?;
+        batch.checked_mul(time)?;
+        let grid = [columns, batch, if blocks == 0 { 0 } else { blocks + 1 }];
         let sums_of_block = (self.width as usize + 1) * (ACROSS * self.lanes()) as usize;
-        let blocks_before_last = (grid[1] as usize * grid[2] as usize).saturating_sub(1);
-        Some(Stretches { steps, grid, sums: grid[0] as usize * blocks_before_last * sums_of_block })
+        let fits = grid[1..].iter().all(|&blocks| blocks <= MOST_BLOCKS);
+        let sums = grid[0] as usize * blocks as usize * batch as usize * sums_of_block;
+        fits.then_some(Stretches { long_blocks, long_steps, short_steps, grid, sums })
     }
 
-    /// Threads of a block of the backward pass that follow each other in time, and how many blocks share a multiprocessor: as
-    /// many as it has registers for. The driver's compiler is held to it but for more than four taps and inputs before the
-    /// first, which were not looked at.
-    fn backward_share(&self) -> (u32, u32) {
+    /// Blocks of the backward pass that share a multiprocessor: as many as it has registers for. The driver's compiler is held
+    /// to it but for more than four taps and inputs before the first, which were not looked at.
+    fn resident(&self) -> u32 {
         match (self.vector, self.element, self.documents) {
-            // Half as many blocks of twice the threads take a hundredth less time.
-            (true, Element::Bf16, false) if !self.initial && self.width <= 4 => (2 * GROUPS, 2),
-            (false, ..) | (_, Element::Bf16, false) => (GROUPS, 4),
-            (_, Element::Bf16, true) | (_, _, false) => (GROUPS, 3),
-            (_, _, true) => (GROUPS, 2),
+            (false, ..) | (_, Element::Bf16, false) => 4,
+            (_, Element::Bf16, true) | (_, _, false) => 3,
+            (_, _, true) => 2,
         }
+    }
+
+    /// Steps after its own that the last thread of a block of the backward pass walks; it has as many fewer of its own.
+    fn after(&self) -> u32 {
+        (self.width - 1).next_multiple_of(AHEAD)
     }
 
     /// Blocks of so many steps: along the channels, along the time of a row, rows.
@@ -152,7 +171,7 @@ impl Convolution {
         // Steps of all rows are counted in 32 bits.
         batch.checked_mul(time)?;
         let grid = [channels.div_ceil(ACROSS * self.lanes()), time.div_ceil(steps), batch];
-        grid[1..].iter().all(|&blocks| blocks <= 65_535).then_some(grid)
+        grid[1..].iter().all(|&blocks| blocks <= MOST_BLOCKS).then_some(grid)
     }
 
     /// Channels of a thread.
@@ -196,8 +215,6 @@ impl Convolution {
 struct Thread<'a> {
     k: &'a Assembler,
     form: Convolution,
-    /// Threads of a block that follow each other in time.
-    groups: u32,
     input: Global<'a>,
     initial_state: Option<Global<'a>>,
     document_start: Option<Global<'a>>,
@@ -224,27 +241,29 @@ struct Weights<'a> {
 }
 
 impl<'a> Thread<'a> {
-    /// Declares the inputs; `steps` then gives the steps of a thread.
-    fn new(k: &'a Assembler, form: Convolution, groups: u32, steps: impl FnOnce() -> Value<'a, U32>) -> Self {
+    /// Declares the inputs. `steps` then says, for a thread's place among those after each other, its row, first step and the
+    /// one after its last.
+    fn new(
+        k: &'a Assembler,
+        form: Convolution,
+        steps: impl FnOnce(Value<'a, U32>) -> [Value<'a, U32>; 3],
+    ) -> Self {
         let input = k.read("input", form.element);
         let weight = k.read("weight", Element::F32);
         let bias = form.bias.then(|| k.read("bias", Element::F32));
         let document_start = form.documents.then(|| k.read("document_start", Element::U32));
         let initial_state = form.initial.then(|| k.read("initial_state", form.element));
         let (time, channels) = (k.u32("time"), k.u32("channels"));
-        let steps = steps();
         k.comment("this thread's channels and steps");
         let across = k.thread() & (ACROSS - 1);
         let group = k.thread() >> ACROSS.ilog2();
         let channel = (k.block().mad(ACROSS, across) * form.lanes()).named("channel");
-        let row = k.block_z().named("row");
-        let first = (k.block_y().mad(groups, group) * steps).named("first");
-        let end = (first + steps).min(time).named("end");
+        let [row, first, end] = steps(group);
+        let (row, first, end) = (row.named("row"), first.named("first"), end.min(time).named("end"));
         let active = channel.lt(channels) & first.lt(time);
         Self {
             k,
             form,
-            groups,
             input,
             initial_state,
             document_start,
@@ -432,7 +451,7 @@ struct Slots<'a> {
 
 impl<'a> Slots<'a> {
     fn new(thread: &Thread<'a>, words: usize) -> Rc<Self> {
-        let (k, threads) = (thread.k, ACROSS * thread.groups);
+        let (k, threads) = (thread.k, THREADS);
         let count = Stream::depth(&thread.form) + 1;
         let slots = Self { k, count, threads, words, take: k.variable(0u32), free: k.variable(0u32) };
         slots.free.set((count - 1) * slots.bytes());
@@ -589,7 +608,10 @@ impl KernelSource for ConvolutionForward {
                 k.resident_blocks(FORWARD_RESIDENT);
             }
             let output = k.write("output", form.element);
-            let thread = Thread::new(k, form, GROUPS, || k.constant(FORWARD_STEPS));
+            let thread = Thread::new(k, form, |group| {
+                let first = k.block_y().mad(GROUPS, group) * FORWARD_STEPS;
+                [k.block_z(), first, first + FORWARD_STEPS]
+            });
             k.return_if(!thread.active);
             k.comment("all that is read");
             let history = thread.history();
@@ -639,11 +661,11 @@ impl KernelSource for ConvolutionBackward {
             name: form.name("backward"),
             summary: format!(
                 "gradients of a causal convolution along time of {} taps per channel; {} channels and a stretch of time \
-                 per thread, blocks' sums for weight and bias added by the last",
+                 per thread, blocks' sums for weight and bias added by later blocks",
                 form.width,
                 form.lanes()
             ),
-            block: [ACROSS * form.backward_share().0, 1, 1],
+            block: [THREADS, 1, 1],
             target: Target::Sm80,
             sizes: &["batch", "time", "channels"],
             work: move |sizes: &[u64]| {
@@ -676,7 +698,7 @@ enum Round {
 fn backward<'a>(k: &'a Assembler, form: Convolution) {
     let (width, lanes) = (form.width as usize, form.lanes() as usize);
     if !form.initial && width <= 4 {
-        k.resident_blocks(form.backward_share().1);
+        k.resident_blocks(form.resident());
     }
     let input_gradient = k.write("input_gradient", form.element);
     let weight_gradient = k.write("weight_gradient", Element::F32);
@@ -684,7 +706,16 @@ fn backward<'a>(k: &'a Assembler, form: Convolution) {
     let state_gradient = form.initial.then(|| k.write("state_gradient", form.element));
     let sums_of_blocks = k.write("sums", Element::U32);
     let gradient = k.read("gradient", form.element);
-    let thread = Thread::new(k, form, form.backward_share().0, || k.u32("steps"));
+    let thread = Thread::new(k, form, |group| {
+        let [long_blocks, long_steps, short_steps] = ["long_blocks", "long_steps", "short_steps"].map(|name| k.u32(name));
+        let of_block = |steps: Value<'a, U32>| steps * GROUPS - form.after();
+        let (block, long) = (k.block_z(), k.block_z().lt(long_blocks));
+        let steps = long.select(long_steps, short_steps);
+        let before = long_blocks * of_block(long_steps);
+        let of_short = before + (block - long_blocks) * of_block(short_steps);
+        let first = group.mad(steps, long.select(block * of_block(long_steps), of_short));
+        [k.block_y(), first, first + steps - group.eq(GROUPS - 1).select(form.after(), 0u32)]
+    });
     // Per tap and then for the bias, the sums of the thread's channels.
     let sums: Vec<Vec<_>> = (0..=width).map(|_| (0..lanes).map(|_| k.variable(0.0f32)).collect()).collect();
     // dx of the steps before the one in hand, as far as it is known.
@@ -873,8 +904,8 @@ struct Handed<'a> {
 impl<'a> Handed<'a> {
     fn new(thread: &Thread<'a>) -> Self {
         let (width, lanes) = (thread.form.width, thread.form.lanes());
-        let place = (width > 1).then(|| thread.k.shared(Element::F32, thread.groups * (width - 1) * ACROSS * lanes));
-        let receives = thread.active & thread.group.lt(thread.groups - 1) & thread.end.lt(thread.time);
+        let place = (width > 1).then(|| thread.k.shared(Element::F32, GROUPS * (width - 1) * ACROSS * lanes));
+        let receives = thread.active & thread.group.lt(GROUPS - 1) & thread.end.lt(thread.time);
         Self { place, lanes, width, receives }
     }
 
@@ -917,7 +948,7 @@ impl<'a> BlockSums<'a> {
 
     /// Words of the threads' sums.
     fn words(thread: &Thread<'a>) -> u32 {
-        thread.groups * (thread.form.width + 1) * ACROSS * thread.form.lanes()
+        GROUPS * (thread.form.width + 1) * ACROSS * thread.form.lanes()
     }
 
     /// Leaves a thread's sums for the others.
@@ -930,8 +961,8 @@ impl<'a> BlockSums<'a> {
         }
     }
 
-    /// After a barrier: adds up the threads' sums of each channel, and in the column's last block those of all blocks before,
-    /// and has them written.
+    /// After a barrier: adds up the threads' sums of each channel and tells them; the last block along the time of the first row
+    /// adds up what all others tell, and has it written.
     fn finish(
         &self,
         thread: &Thread<'a>,
@@ -940,33 +971,21 @@ impl<'a> BlockSums<'a> {
     ) {
         let k = self.k;
         let channel = (k.block() * self.channels + k.thread()).named("own_channel");
-        k.if_(k.thread().lt(self.channels) & channel.lt(thread.channels), || {
-            k.comment("weight and bias gradients of the block: those of its threads in the order of their steps");
-            let of = |group: u32, row: u32| {
-                let at = (group * self.count + row) * self.channels;
-                self.of_threads.at(k.thread()).plus(at.into()).load()
-            };
-            let totals: Vec<_> =
-                (0..self.count).map(|row| (1..thread.groups).fold(of(0, row), |sum, group| sum + of(group, row))).collect();
+        let is_last = k.block_z().eq(k.blocks_z() - 1);
+        let adds = is_last & k.block_y().eq(0);
+        k.if_(k.thread().lt(self.channels) & channel.lt(thread.channels) & (adds | !is_last), || {
             // The place of the channel's first sum of a block; the others follow `channels` further each.
             let place = |block: Value<'a, U32>| {
                 let row = block.mad(k.blocks(), k.block());
                 sums_of_blocks.from_row(row, self.count * self.channels).at(k.thread())
             };
-            let row_of = |place: Address<'a>, row: usize| place.plus(row as i64 * i64::from(self.channels));
-            let own = k.block_z().mad(k.blocks_y(), k.block_y()).named("block_of_column");
-            let before = k.blocks_z() * k.blocks_y() - 1;
+            let row_of = |place: Address<'a>, row: u32| place.plus(i64::from(row) * i64::from(self.channels));
+            let before = (k.blocks_z() - 1) * k.blocks_y();
             k.if_else(
-                own.lt(before),
+                adds,
                 || {
-                    let place = place(own);
-                    for (row, &total) in totals.iter().enumerate() {
-                        block_sums::tell(row_of(place, row), total);
-                    }
-                },
-                || {
-                    k.comment("and those of all blocks, in their order");
-                    let all: Vec<_> = totals.iter().map(|_| k.variable(0.0f32)).collect();
+                    k.comment("those of all blocks, in their order");
+                    let all: Vec<_> = (0..self.count).map(|_| k.variable(0.0f32)).collect();
                     k.for_(0u32, before, SUMS_AT_A_TIME, |first| {
                         let blocks: Vec<_> = (0..SUMS_AT_A_TIME).map(|block| first + block).collect();
                         // Those that do not exist are the last one once more, which does not count then.
@@ -974,19 +993,29 @@ impl<'a> BlockSums<'a> {
                             .iter()
                             .flat_map(|&block| {
                                 let place = place(block.min(before - 1));
-                                (0..totals.len()).map(move |row| row_of(place, row))
+                                (0..self.count).map(move |row| row_of(place, row))
                             })
                             .collect();
                         let taken = block_sums::take(k, &places);
-                        for (block, taken) in blocks.iter().zip(taken.chunks_exact(totals.len())) {
+                        for (block, taken) in blocks.iter().zip(taken.chunks_exact(all.len())) {
                             let exists = block.lt(before);
                             for (sum, &taken) in all.iter().zip(taken) {
                                 sum.set(exists.select(sum.get() + taken, sum.get()));
                             }
                         }
                     });
-                    let sums: Vec<_> = all.iter().zip(&totals).map(|(sum, &own)| sum.get() + own).collect();
-                    write(channel, &sums);
+                    write(channel, &all.iter().map(|sum| sum.get()).collect::<Vec<_>>());
+                },
+                || {
+                    k.comment("those of the block's threads in the order of their steps");
+                    let place = place(k.block_z().mad(k.blocks_y(), k.block_y()));
+                    for row in 0..self.count {
+                        let of = |group: u32| {
+                            let at = (group * self.count + row) * self.channels;
+                            self.of_threads.at(k.thread()).plus(at.into()).load()
+                        };
+                        block_sums::tell(row_of(place, row), (1..GROUPS).fold(of(0), |sum, group| sum + of(group)));
+                    }
                 },
             );
         });
@@ -1076,19 +1105,21 @@ mod tests {
             initial: false,
             vector: true,
         };
-        // 8 blocks of 8 stretches for each of 32 columns: 256 of 264.
-        let large = Stretches { steps: 256, grid: [32, 8, 1], sums: 32 * 7 * 5 * 128 };
-        assert_eq!(form.stretches(1, 16_384, 4096), Some(large));
-        // SmolLM2: 6 blocks a row, 240 of 264; with documents 9 blocks of 4 stretches, 360 of 396.
-        let of_smollm2 = |form: Convolution| form.stretches(8, 2048, 576).map(|stretches| (stretches.steps, stretches.grid));
-        assert_eq!(of_smollm2(form), Some((44, [5, 6, 8])));
-        assert_eq!(of_smollm2(Convolution { documents: true, ..form }), Some((60, [5, 9, 8])));
+        let cut = |form: Convolution, [batch, time, channels]: [u32; 3]| form.stretches(batch, time, channels).unwrap();
+        let of = |long_blocks, long_steps, short_steps, grid, sums| Stretches { long_blocks, long_steps, short_steps, grid, sums };
+        // 16 blocks of long stretches for each of 32 columns, 512 for room of 528; 16 · 828 steps and 35 · 92 for the rest.
+        let large = of(16, 208, 24, [32, 1, 52], 32 * 51 * 5 * 128);
+        assert_eq!(cut(form, [1, 16_384, 4096]), large);
+        // SmolLM2: 12 blocks a row, 480 of 528; with documents 9, 360 of 396. They are too short to be of two kinds.
+        let smollm2 = [8, 2048, 576];
+        assert_eq!(cut(form, smollm2), of(0, 44, 44, [5, 8, 13], 5 * 8 * 12 * 5 * 128));
+        assert_eq!(cut(Convolution { documents: true, ..form }, smollm2), of(0, 60, 60, [5, 8, 10], 5 * 8 * 9 * 5 * 128));
         // Never short, and never shorter than the taps before; more rows than room.
-        assert_eq!(form.stretches(1, 3, 8), Some(Stretches { steps: 16, grid: [1, 1, 1], sums: 0 }));
-        assert_eq!(Convolution { width: 22, ..form }.stretches(1, 3, 8).map(|stretches| stretches.steps), Some(24));
-        assert_eq!(form.stretches(600, 2048, 576).map(|stretches| stretches.grid), Some([5, 1, 600]));
+        assert_eq!(cut(form, [1, 3, 8]), of(0, 16, 16, [1, 1, 2], 5 * 128));
+        assert_eq!(cut(Convolution { width: 22, ..form }, [1, 3, 8]), of(0, 24, 24, [1, 1, 2], 23 * 128));
+        assert_eq!(cut(form, [600, 2048, 576]).grid, [5, 600, 2]);
         // Nothing, and more than a launch covers.
-        assert_eq!(form.stretches(0, 0, 0), Some(Stretches { steps: 16, grid: [0, 0, 0], sums: 0 }));
+        assert_eq!(cut(form, [0, 0, 0]), of(0, 16, 16, [0, 0, 0], 0));
         assert_eq!(form.stretches(70_000, 1, 8), None);
         assert_eq!(form.stretches(1, u32::MAX, 8192), None);
         assert_eq!(form.stretches(65_535, 70_000, 1), None);

@@ -24,23 +24,23 @@ pub(super) struct Module {
 }
 
 impl Module {
-    /// A kernel's text on the device: from the cache, or else compiled and put there.
+    /// This text of a kernel on the device: from the cache, or else compiled and put there.
     ///
     /// # Errors
     /// [`Error::Module`] with the compiler's log, or [`Error::DeviceLost`].
-    pub(super) fn of(device: &'static CudaDevice, kernel: &Kernel) -> Result<Self> {
+    pub(super) fn of(device: &'static CudaDevice, kernel: &Kernel, text: &str) -> Result<Self> {
         device.activate()?;
-        if let Some(code) = device.cache().get(&kernel.text) {
+        if let Some(code) = device.cache().get(text) {
             match Self::load(device, &code) {
                 Ok(module) => return Ok(module),
                 Err(lost @ Error::DeviceLost { .. }) => return Err(lost),
                 // Whatever it is, this driver does not take it.
-                Err(_) => device.cache().discard(&kernel.text),
+                Err(_) => device.cache().discard(text),
             }
         }
-        let code = compile(device, kernel)?;
+        let code = compile(device, kernel, text)?;
         let module = Self::load(device, &code).map_err(|error| refused(kernel, error, String::new()))?;
-        device.cache().put(&kernel.text, &code);
+        device.cache().put(text, &code);
         Ok(module)
     }
 
@@ -83,14 +83,14 @@ pub(super) fn refused(kernel: &Kernel, error: Error, log: String) -> Error {
     }
 }
 
-/// Machine code for the device, whose context is current.
-fn compile(device: &'static CudaDevice, kernel: &Kernel) -> Result<Vec<u8>> {
+/// Machine code of this text for the device, whose context is current.
+fn compile(device: &'static CudaDevice, kernel: &Kernel, text: &str) -> Result<Vec<u8>> {
     let nul = |_| Error::Module {
         kernel: kernel.name.clone(),
         cause: "its text contains a nul character".to_owned(),
         log: String::new(),
     };
-    let text = CString::new(kernel.text.as_str()).map_err(nul)?;
+    let text = CString::new(text).map_err(nul)?;
     let mut log = vec![0_u8; LOG_BYTES];
     let linked = link(device, &text, kernel.target, &mut log);
     linked.map_err(|error| {

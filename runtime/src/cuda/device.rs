@@ -21,6 +21,9 @@ use super::uploads::Uploads;
 use super::{Block, Handle, Stream, graph, information};
 use crate::{Device, Error, Limits, MemoryUsage, Result, zeroed};
 
+/// The first CUDA whose graphs hold launches that overlap.
+const OVERLAPS_IN_GRAPHS: (u32, u32) = (12, 3);
+
 /// An opened GPU. There is one per ordinal and process, and it lives as long as the process: so does everything that its
 /// context holds.
 pub(crate) struct CudaDevice {
@@ -28,6 +31,7 @@ pub(crate) struct CudaDevice {
     context: Context,
     health: Health,
     limits: Limits,
+    overlaps_launches: bool,
     /// The stream on which everything queues that names no other.
     home: Handle<sys::CUstream_st>,
     home_stream: OnceLock<Stream>,
@@ -91,6 +95,7 @@ impl CudaDevice {
             context,
             health: Health::default(),
             limits,
+            overlaps_launches: capability >= (9, 0) && cuda >= OVERLAPS_IN_GRAPHS,
             home: Handle(home),
             home_stream: OnceLock::new(),
             pool: Mutex::default(),
@@ -111,6 +116,11 @@ impl CudaDevice {
 
     pub(crate) fn limits(&self) -> &Limits {
         &self.limits
+    }
+
+    /// Whether a launch may begin while the one before it still runs ([`kernels_ptx::Kernel::overlapping_text`]).
+    pub(super) fn overlaps_launches(&self) -> bool {
+        self.overlaps_launches
     }
 
     /// Makes the device's context the calling thread's, as every driver call below needs it.

@@ -4,7 +4,8 @@
 //! installed and start where no driver is. So the linker is given an empty `libcuda.so` (`runtime/cuda-stub`), and this
 //! module itself defines every `cu*` symbol that `cust_raw` declares: a jump through one slot of a table. Until the driver
 //! is loaded, every slot leads to a function that returns `CUDA_ERROR_NO_DEVICE`. [`load`] opens `libcuda.so.1` and fills
-//! the slots by name. No signature is written twice: the arguments pass through registers and stack untouched.
+//! the slots by name. No signature is written twice: the arguments pass through registers and stack untouched. What the
+//! bindings are too old for is declared in [`later`] and reached in the same way.
 //!
 //! Calls go through [`call!`], which reads the return code as a number (a driver newer than the bindings returns codes
 //! that their enumeration does not have) and turns it into an error that names the call, the code and what to do. With
@@ -39,20 +40,69 @@ pub(super) const NOT_READY: u32 = CUresult::CUDA_ERROR_NOT_READY as u32;
 static LIBRARY_OPENED: Mutex<Option<std::result::Result<(), String>>> = Mutex::new(None);
 
 /// Calls a driver function, `call!(cuMemFree_v2(address))`, and checks its return code. `call!(on device, ...)` is for
-/// every call that a [`super::CudaDevice`]'s context takes.
+/// every call that a [`super::CudaDevice`]'s context takes, `call!(later ...)` for functions that the bindings lack ([`later`]).
 macro_rules! call {
     (@placeholder $argument:expr) => { _ };
     (on $device:expr, $name:ident($($argument:expr),* $(,)?)) => {
         $device.checked($crate::cuda::driver::call!($name($($argument),*)))
     };
-    ($name:ident($($argument:expr),* $(,)?)) => {{
+    (later $name:ident($($argument:expr),* $(,)?)) => {
+        $crate::cuda::driver::call!(@of ($crate::cuda::driver::later) $name($($argument),*))
+    };
+    ($name:ident($($argument:expr),* $(,)?)) => {
+        $crate::cuda::driver::call!(@of (cust::sys) $name($($argument),*))
+    };
+    (@of ($($module:tt)*) $name:ident($($argument:expr),*)) => {{
         let function: unsafe extern "C" fn($($crate::cuda::driver::call!(@placeholder $argument)),*) -> cust::sys::CUresult =
-            cust::sys::$name;
+            $($module)*::$name;
         let code = $crate::cuda::driver::NumericResult::numeric(function)($($argument),*);
         $crate::cuda::driver::check(stringify!($name), code)
     }};
 }
 pub(super) use call;
+
+/// What drivers newer than the bindings have, as CUDA's header `cuda.h` declares it.
+pub(super) mod later {
+    use std::ffi::c_void;
+
+    use cust::sys::{CUfunction, CUresult, CUstream};
+
+    /// `CUlaunchConfig` (CUDA 12.0).
+    #[repr(C)]
+    pub(in crate::cuda) struct LaunchConfiguration {
+        pub(in crate::cuda) grid: [u32; 3],
+        pub(in crate::cuda) block: [u32; 3],
+        pub(in crate::cuda) shared_bytes: u32,
+        pub(in crate::cuda) stream: CUstream,
+        pub(in crate::cuda) attributes: *const LaunchAttribute,
+        pub(in crate::cuda) attribute_count: u32,
+    }
+
+    /// `CUlaunchAttribute` (CUDA 12.0): a number that says which, and a value of 64 bytes.
+    #[repr(C)]
+    pub(in crate::cuda) struct LaunchAttribute {
+        pub(in crate::cuda) id: u32,
+        padding: u32,
+        pub(in crate::cuda) value: [u64; 8],
+    }
+
+    impl LaunchAttribute {
+        /// `CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION`: the launch may begin as soon as all blocks of the one before
+        /// it on the stream allow it.
+        pub(in crate::cuda) const MAY_OVERLAP: Self = Self { id: 6, padding: 0, value: [1, 0, 0, 0, 0, 0, 0, 0] };
+    }
+
+    unsafe extern "C" {
+        pub(in crate::cuda) fn cuLaunchKernelEx(
+            configuration: *const LaunchConfiguration,
+            function: CUfunction,
+            parameters: *mut *mut c_void,
+            extra: *mut *mut c_void,
+        ) -> CUresult;
+    }
+
+    const _: () = assert!(size_of::<LaunchConfiguration>() == 56 && size_of::<LaunchAttribute>() == 72);
+}
 
 /// Opens the driver's library, once per process, and initialises it.
 ///
@@ -190,6 +240,9 @@ numeric_result!(A B C D E F G H I J K);
 
 macro_rules! trampolines {
     ($($name:ident)*) => {
+        trampolines!(@all $($name)* cuLaunchKernelEx);
+    };
+    (@all $($name:ident)*) => {
         /// The names in the order of the table.
         const NAMES: &[&CStr] = &[$(symbol_name(concat!(stringify!($name), "\0"))),*];
 
@@ -340,7 +393,8 @@ mod tests {
         let mut addresses = for_each_symbol!(addresses).to_vec();
         addresses.sort();
         addresses.dedup();
-        assert_eq!(addresses.len(), NAMES.len());
+        assert_eq!(addresses.len() + 1, NAMES.len());
+        assert!(!addresses.contains(&(later::cuLaunchKernelEx as *const c_void)));
     }
 
     #[test]

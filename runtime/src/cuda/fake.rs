@@ -26,6 +26,7 @@ use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 
 use cust::sys::{self, CUdevice_attribute as Attribute, CUjit_option as Option_};
 
+use super::driver::later::LaunchConfiguration;
 use super::{CudaDevice, driver};
 use crate::Device;
 
@@ -92,6 +93,13 @@ impl Fake {
         };
         let mut fake = Self::of(ordinal);
         fake.owner = true;
+        fake
+    }
+
+    /// A new GPU of another compute capability than 9.0.
+    pub(super) fn with_capability(compute_capability: (c_int, c_int)) -> Self {
+        let fake = Self::attach();
+        fake.with(|gpu| gpu.compute_capability = compute_capability);
         fake
     }
 
@@ -223,6 +231,7 @@ fn install() {
 struct Gpu {
     ordinal: u32,
     name: &'static str,
+    compute_capability: (c_int, c_int),
     capacity: usize,
     retained: usize,
     /// The code that the next call returns, once the context is lost.
@@ -234,8 +243,7 @@ struct Gpu {
     events: BTreeMap<u64, Event>,
     links: BTreeMap<u64, Link>,
     modules: BTreeMap<u64, String>,
-    /// Entry and number of parameters.
-    functions: BTreeMap<u64, (String, usize)>,
+    functions: BTreeMap<u64, Function>,
     graphs: BTreeMap<u64, Vec<Work>>,
     executables: BTreeMap<u64, Vec<Work>>,
     violations: Vec<String>,
@@ -246,6 +254,15 @@ struct Gpu {
     handles: u64,
     /// Microseconds: every piece of work takes one.
     clock: u64,
+}
+
+#[derive(Clone)]
+struct Function {
+    entry: String,
+    /// How many there are.
+    parameters: usize,
+    /// It waits for the launch before.
+    waits: bool,
 }
 
 #[derive(Default)]
@@ -288,6 +305,7 @@ impl Gpu {
         Self {
             ordinal,
             name: "Made-up GPU",
+            compute_capability: (9, 0),
             capacity: 1 << 30,
             retained: 0,
             lost: None,
@@ -347,6 +365,22 @@ impl Gpu {
             (Some(captured), _) => captured.push(work),
         }
         Ok(())
+    }
+
+    fn launch(
+        &mut self,
+        call: &str,
+        function: sys::CUfunction,
+        stream: sys::CUstream,
+        parameters: *mut *mut c_void,
+    ) -> Done {
+        let Some(Function { entry, parameters: count, .. }) = self.functions.get(&(function as u64)).cloned() else {
+            return self.violation(format!("{call} of a function that is not there"));
+        };
+        // SAFETY: the runtime passes one pointer per parameter, each to eight bytes.
+        let value = |index: usize| unsafe { (*parameters.add(index)).cast::<u64>().read() };
+        let values = (0..count).map(value).collect();
+        self.queue(stream as u64, Work::Kernel { name: entry, values }, call)
     }
 
     fn wait_for_stream(&mut self, stream: u64, call: &str) -> Done {
@@ -625,13 +659,13 @@ driver_functions! {
     }
 
     fn cuDeviceGetAttribute(call, value: *mut c_int, attribute: u32, device: sys::CUdevice) {
-        call.gpu(device)?;
+        let (major, minor) = call.gpu(device)?.compute_capability;
         const MAJOR: u32 = Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as u32;
         const MINOR: u32 = Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as u32;
         const SHARED: u32 = Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN as u32;
         put(value, match attribute {
-            MAJOR => 9,
-            MINOR => 0,
+            MAJOR => major,
+            MINOR => minor,
             SHARED => 232_448,
             // Threads and blocks.
             _ => 1024,
@@ -964,8 +998,9 @@ driver_functions! {
         let name = String::from_utf8(text(name.cast())).map_err(|_| NOT_FOUND)?;
         let (_, entry) = source.split_once(&format!(".entry {name}(")).ok_or(NOT_FOUND)?;
         let parameters = entry.split(')').next().unwrap_or_default().matches(".param").count();
+        let waits = entry.contains("griddepcontrol.wait;");
         let handle = gpu.handle();
-        gpu.functions.insert(handle, (name, parameters));
+        gpu.functions.insert(handle, Function { entry: name, parameters, waits });
         put(function, pointer(handle));
         Ok(())
     }
@@ -1002,14 +1037,34 @@ driver_functions! {
         _extra: *mut *mut c_void,
     ) {
         let name = call.name;
-        let gpu = call.current()?;
-        let Some((kernel, count)) = gpu.functions.get(&(function as u64)).cloned() else {
-            return gpu.violation("cuLaunchKernel of a function that is not there".to_owned());
+        call.current()?.launch(name, function, stream, parameters)
+    }
+
+    fn cuLaunchKernelEx(
+        call,
+        configuration: *const LaunchConfiguration,
+        function: sys::CUfunction,
+        parameters: *mut *mut c_void,
+        _extra: *mut *mut c_void,
+    ) {
+        let name = call.name;
+        // SAFETY: the runtime passes a configuration, and as many attributes as it says.
+        let (configuration, attributes) = unsafe {
+            let configuration = &*configuration;
+            (configuration, std::slice::from_raw_parts(configuration.attributes, configuration.attribute_count as usize))
         };
-        // SAFETY: the runtime passes one pointer per parameter, each to eight bytes.
-        let value = |index: usize| unsafe { (*parameters.add(index)).cast::<u64>().read() };
-        let values = (0..count).map(value).collect();
-        gpu.queue(stream as u64, Work::Kernel { name: kernel, values }, name)
+        let gpu = call.current()?;
+        if !attributes.iter().any(|attribute| attribute.id == 6 && attribute.value[0] == 1) {
+            return gpu.violation("a launch that may not overlap".to_owned());
+        }
+        if configuration.grid.contains(&0) || configuration.block.contains(&0) {
+            return Err(INVALID_VALUE);
+        }
+        let waits = gpu.functions.get(&(function as u64)).is_some_and(|function| function.waits);
+        if !waits {
+            return gpu.violation("a launch that may overlap, of a text that does not wait".to_owned());
+        }
+        gpu.launch(name, function, configuration.stream, parameters)
     }
 
     fn cuGraphInstantiateWithFlags(

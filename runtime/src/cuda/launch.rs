@@ -7,6 +7,7 @@ use std::sync::Arc;
 use kernels_ptx::Kernel;
 
 use super::driver::call;
+use super::driver::later::{LaunchAttribute, LaunchConfiguration};
 use super::graph;
 use super::module::Loaded;
 use super::recorder::Description;
@@ -103,23 +104,41 @@ fn queue_kernel(loaded: &Loaded, queue: &Queue, grid: [u32; 3], values: &mut [u6
     let [block_x, block_y, block_z] = kernel.block;
     // Profilers show the kernel's name around its launch, within the ranges that are open.
     nvtx::push(&kernel.name);
-    // SAFETY: the function is loaded; there is one pointer per parameter of the entry (`launch` has checked), each to a
-    // value of its kind, which the driver copies before it returns. What the kernel does with its buffers stays on the
-    // device, where no Rust reference points; the borrows of the arguments end before anything else can be queued.
-    let launched = unsafe {
-        call!(cuLaunchKernel(
-            loaded.raw(),
-            grid_x,
-            grid_y,
-            grid_z,
-            block_x,
-            block_y,
-            block_z,
-            kernel.shared_bytes,
-            queue.raw(),
-            pointers.as_mut_ptr(),
-            ptr::null_mut()
-        ))
+    let launched = match loaded.overlaps() {
+        true => {
+            let may_overlap = LaunchAttribute::MAY_OVERLAP;
+            let configuration = LaunchConfiguration {
+                grid,
+                block: kernel.block,
+                shared_bytes: kernel.shared_bytes,
+                stream: queue.raw(),
+                attributes: &raw const may_overlap,
+                attribute_count: 1,
+            };
+            // SAFETY: as below. Configuration and attribute outlive the call. The launch may begin before the one that is queued
+            // before it has ended: the text of a function that overlaps waits for that end before it does anything.
+            unsafe {
+                call!(later cuLaunchKernelEx(&configuration, loaded.raw(), pointers.as_mut_ptr(), ptr::null_mut()))
+            }
+        }
+        // SAFETY: the function is loaded; there is one pointer per parameter of the entry (`launch` has checked), each to a
+        // value of its kind, which the driver copies before it returns. What the kernel does with its buffers stays on the
+        // device, where no Rust reference points; the borrows of the arguments end before anything else can be queued.
+        false => unsafe {
+            call!(cuLaunchKernel(
+                loaded.raw(),
+                grid_x,
+                grid_y,
+                grid_z,
+                block_x,
+                block_y,
+                block_z,
+                kernel.shared_bytes,
+                queue.raw(),
+                pointers.as_mut_ptr(),
+                ptr::null_mut()
+            ))
+        },
     };
     nvtx::pop();
     queue.device().health().judge(queue.device(), launched, Some(&kernel.name))

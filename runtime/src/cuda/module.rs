@@ -34,6 +34,8 @@ pub(super) struct Loaded {
     /// The kernel's name, as the device's notes of unfinished work share it.
     name: Arc<str>,
     raw: Handle<sys::CUfunc_st>,
+    /// Its launches may begin while those before them still run: its text waits for them.
+    overlaps: bool,
     /// What the function is part of.
     _module: Module,
 }
@@ -49,6 +51,10 @@ impl Loaded {
 
     pub(super) fn raw(&self) -> sys::CUfunction {
         self.raw.0
+    }
+
+    pub(super) fn overlaps(&self) -> bool {
+        self.overlaps
     }
 
     /// Whether a launch of `kernel`, whose text is the same, is a launch of this.
@@ -74,9 +80,11 @@ impl Function {
             return Ok(Self { device, loaded: Arc::clone(loaded) });
         }
         check_kernel(kernel, device.limits())?;
-        let (module, raw) = load(device, kernel)?;
+        let overlapping = if device.overlaps_launches() { kernel.overlapping_text() } else { None };
+        let (module, raw) = load(device, kernel, overlapping.as_ref().unwrap_or(&kernel.text))?;
         let name = Arc::from(kernel.name.as_str());
-        let loaded = Arc::new(Loaded { kernel: kernel.clone(), name, raw, _module: module });
+        let overlaps = overlapping.is_some();
+        let loaded = Arc::new(Loaded { kernel: kernel.clone(), name, raw, overlaps, _module: module });
         functions.entry(kernel.text.clone()).or_default().push(Arc::clone(&loaded));
         Ok(Self { device, loaded })
     }
@@ -110,12 +118,12 @@ impl Function {
     }
 }
 
-/// A kernel's function, with what it needs to be launched as it is described.
-fn load(device: &'static CudaDevice, kernel: &Kernel) -> Result<(Module, Handle<sys::CUfunc_st>)> {
+/// A kernel's function from this text of it, with what it needs to be launched as it is described.
+fn load(device: &'static CudaDevice, kernel: &Kernel, text: &str) -> Result<(Module, Handle<sys::CUfunc_st>)> {
     let invalid = |cause: String| Error::Module { kernel: kernel.name.clone(), cause, log: String::new() };
     let name =
         CString::new(kernel.name.as_str()).map_err(|_| invalid("its name contains a nul character".to_owned()))?;
-    let module = Module::of(device, kernel)?;
+    let module = Module::of(device, kernel, text)?;
     let function = module.function(&name).map_err(|error| match error {
         Error::DeviceLost { .. } => error,
         error => invalid(format!("its text has no entry of this name: {error}")),

@@ -346,7 +346,7 @@ fn a_second_start_compiles_nothing_and_another_gpu_or_a_damaged_file_compiles_ag
     }
     let fake = Fake::attach();
     let device = CudaDevice::open_with(fake.ordinal(), || Some(folder.clone())).unwrap();
-    device.cache().put(&Fill.build().text, b"not what this driver calls machine code\0");
+    device.cache().put(&Fill.build().overlapping_text().unwrap(), b"not what this driver calls machine code\0");
     assert_eq!(start("Made-up GPU"), 1);
     assert!(fs::read(file()).unwrap().windows(fake::MACHINE_CODE.len()).any(|part| part == fake::MACHINE_CODE));
     assert_eq!(start("Made-up GPU"), 0);
@@ -403,10 +403,32 @@ fn a_kernel_that_faults_is_named_when_something_waits_for_it() {
     let device = fake.open().unwrap();
     let good = device.load(&Fill.build()).unwrap();
     let mut buffer = device.allocate(400).unwrap();
-    fake.fail_next("cuLaunchKernel", fake::LAUNCH_FAILED);
+    fake.fail_next("cuLaunchKernelEx", fake::LAUNCH_FAILED);
     let first = fill(&good, None, &mut buffer, 1).unwrap_err().to_string();
-    assert!(first.contains("launching kernel fill_u32: CUDA driver call cuLaunchKernel"), "{first}");
+    assert!(first.contains("launching kernel fill_u32: CUDA driver call cuLaunchKernelEx"), "{first}");
     assert_eq!(device.synchronize().unwrap_err().to_string(), first);
+}
+
+#[test]
+fn launches_overlap_where_the_gpu_and_its_driver_can() {
+    for (capability, launch) in [((8, 0), "cuLaunchKernel"), ((8, 9), "cuLaunchKernel"), ((9, 0), "cuLaunchKernelEx")] {
+        let fake = Fake::with_capability(capability);
+        let device = fake.open().unwrap();
+        let function = device.load(&Fill.build()).unwrap();
+        let mut buffer = device.allocate(400).unwrap();
+        fill(&function, None, &mut buffer, 7).unwrap();
+        assert_same(&download(&buffer).unwrap(), &words(7, 100));
+        assert_eq!(
+            fake.calls().iter().filter(|call| call.starts_with("cuLaunchKernel")).collect::<Vec<_>>(),
+            [&launch]
+        );
+        // A text that would not wait never overlaps.
+        let mut kernel = Fill.build();
+        kernel.text = kernel.text.replace(".target sm_80", ".target sm_86");
+        fill(&device.load(&kernel).unwrap(), None, &mut buffer, 8).unwrap();
+        assert_eq!(fake.calls().last(), Some(&"cuLaunchKernel"));
+        assert_eq!(fake.violations(), [] as [&str; 0]);
+    }
 }
 
 #[test]

@@ -80,6 +80,7 @@ pub(super) fn backward(convolution: &Convolution, gradient: &Tensor) -> Result<C
         let outputs = [Some(&mut weight_gradient), bias_gradient.as_mut(), state_gradient.as_mut()];
         outputs.into_iter().flatten().try_for_each(Output::set_zero)?;
     }
+    let cuts = stretches.map_or([0; 3], |cut| [cut.long_blocks, cut.long_steps, cut.short_steps]);
     let mut sums = device.zeroed(stretches.map_or(0, |stretches| stretches.sums) * DType::U32.size())?;
     let mut arguments = vec![input_gradient.write(), weight_gradient.write()];
     arguments.extend(bias_gradient.as_mut().map(Output::write));
@@ -87,7 +88,7 @@ pub(super) fn backward(convolution: &Convolution, gradient: &Tensor) -> Result<C
     arguments.push(Argument::Write(sums.buffer(), kernels_ptx::Element::U32));
     arguments.push(gpu::read(&gradient));
     arguments.extend(launch.inputs(convolution));
-    arguments.push(Argument::U32(stretches.map_or(0, |stretches| stretches.steps)));
+    arguments.extend(cuts.map(Argument::U32));
     let (kernel, grid) = (ConvolutionBackward(launch.form), stretches.map(|stretches| stretches.grid));
     gpu::launch(OPERATOR, device, &kernel, grid, &launch.sizes.map(u64::from), &arguments)?;
     drop(arguments);

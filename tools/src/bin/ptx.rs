@@ -32,6 +32,9 @@ enum Command {
     Dump {
         /// The kernel's name as `ptx list` prints it.
         kernel: String,
+        /// The text for GPUs on which launches overlap, compute capability 9.0 and newer.
+        #[arg(long)]
+        overlapping: bool,
     },
     /// Runs a PTX file on the simulator, as the directives in it say, and prints what is in memory afterwards.
     ///
@@ -45,7 +48,7 @@ enum Command {
         #[arg(long)]
         instructions: bool,
     },
-    /// Writes the PTX text of every kernel, each to a file of its own, `KERNEL.ptx`.
+    /// Writes the PTX texts of every kernel, `KERNEL.ptx` and, for GPUs on which launches overlap, `KERNEL.overlapping.ptx`.
     Write {
         /// Where to; it is made if it is not there.
         folder: PathBuf,
@@ -78,17 +81,25 @@ fn main() -> Result<ExitCode> {
                 )?;
             }
         }
-        Command::Dump { kernel: wanted } => {
+        Command::Dump { kernel: wanted, overlapping } => {
             let Some(kernel) = kernels.into_iter().find(|kernel| kernel.name == wanted) else {
                 bail!("no kernel is named \"{wanted}\": `ptx list` prints the names");
             };
-            output.write_all(kernel.text.as_bytes()).context("writing to standard output")?;
+            let text = if overlapping { kernel.overlapping_text() } else { Some(kernel.text) };
+            let Some(text) = text else { bail!("launches of \"{wanted}\" never overlap") };
+            output.write_all(text.as_bytes()).context("writing to standard output")?;
         }
         Command::Write { folder } => {
             fs::create_dir_all(&folder).with_context(|| format!("creating {}", folder.display()))?;
             for kernel in kernels {
-                let path = folder.join(format!("{}.ptx", kernel.name));
-                fs::write(&path, &kernel.text).with_context(|| format!("writing {}", path.display()))?;
+                let write = |ending: &str, text: &str| {
+                    let path = folder.join(format!("{}{ending}", kernel.name));
+                    fs::write(&path, text).with_context(|| format!("writing {}", path.display()))
+                };
+                write(".ptx", &kernel.text)?;
+                if let Some(text) = kernel.overlapping_text() {
+                    write(".overlapping.ptx", &text)?;
+                }
             }
         }
         Command::Run { file, instructions } => return run(&file, instructions, &mut output),

@@ -132,7 +132,10 @@ impl Kernel {
     /// does when all blocks have, and then waits until the launch before has ended and what it wrote can be seen. So launches
     /// do what they do one after the other, but the blocks of the next are in place when the last of this one are through.
     ///
-    /// `None` for a text that was written for one such device alone or is not of the usual form.
+    /// Until that wait is over, a block may be in place while memory that it will read is still written; nothing is read before
+    /// (loads through the non-coherent path among them: what is constant for the rest of the block's life is so from there on).
+    ///
+    /// `None` for a text that was written for one such device alone or is not of the usual form: one entry and no other function.
     ///
     /// Source: PTX ISA 7.8, `griddepcontrol`.
     pub fn overlapping_text(&self) -> Option<String> {
@@ -140,6 +143,10 @@ impl Kernel {
         let header = |version: &str, target: &str| format!("\n.version {version}\n.target {target}\n");
         let (before, after) = self.text.split_once(&header(Target::Sm80.version(), Target::Sm80.name()))?;
         let (declaration, body) = after.split_once("\n{\n")?;
+        let entries = self.text.matches(".entry").count();
+        if entries != 1 || !declaration.contains(&format!(".entry {}(", self.name)) || self.text.contains(".func") {
+            return None;
+        }
         Some(format!("{before}{}{declaration}\n{{\n{WAIT}{body}", header("7.8", "sm_90")))
     }
 

@@ -765,14 +765,25 @@ fn rows_of_a_tile(batch: usize, time: usize) -> ScanCase {
     }
 }
 
-/// The convolution's gradient where its last blocks add up the sums of many: of several blocks a row, the last not a full one, and of
-/// stretches long enough to have rounds of steps without conditions. The same bits every time; words that a
-/// launch left behind would count in the next one, whose sums are zero.
+/// The convolution's gradient where its last blocks add up the sums of many: of several blocks a row, the last not a full one, of
+/// stretches long enough to have rounds of steps without conditions, and of long and then short ones; with as many taps that the
+/// last stretch of a block has no steps of its own. The same bits every time; words that a launch left behind would count in the
+/// next one, whose sums are zero.
 #[test]
 fn sums_of_many_blocks() {
-    for (batch, time, channels) in [(2, 64 * 9 + 21, 132), (264, 150, 4), (270, 301, 4)] {
-        let sizes = Convolution { batch, time, channels, width: 4, silu: true, document_start: None };
-        let case = ConvolutionCase { sizes, bias: true, initial: false, seed: 3 };
+    for (batch, time, channels, width, [documents, initial]) in [
+        (2, 64 * 9 + 21, 132, 4, [false, false]),
+        (264, 150, 4, 4, [false, false]),
+        (270, 301, 4, 4, [false, false]),
+        (270, 301, 3, 3, [false, false]),
+        (250, 290, 4, 4, [true, false]),
+        (270, 260, 4, 5, [false, true]),
+        (1, 230, 8, 22, [false, false]),
+    ] {
+        let mut random = Random::new(5);
+        let starts = documents.then(|| (0..batch).flat_map(|_| random.document_starts(time)).collect());
+        let sizes = Convolution { batch, time, channels, width, silu: true, document_start: starts };
+        let case = ConvolutionCase { sizes, bias: true, initial, seed: 3 };
         let inputs = case.inputs();
         for precision in [Precision::F32, Precision::Bf16] {
             check_operator(
@@ -781,7 +792,7 @@ fn sums_of_many_blocks() {
                 CONVOLUTION,
                 &inputs,
                 &[&inputs[0].shape],
-                |tape, inputs| Ok(vec![case.operator(tape, inputs, None)?]),
+                |tape, inputs| Ok(vec![case.operator(tape, inputs, case.starts().as_ref())?]),
                 |values| vec![case.reference(values)],
             )
             .unwrap();
@@ -790,7 +801,7 @@ fn sums_of_many_blocks() {
         let gradients = |seed: &Tensor| {
             let tape = Tape::new();
             let leaves: Vec<Var> = inputs.iter().map(|input| tape.leaf(input)).collect();
-            let output = case.operator(&tape, &leaves, None).unwrap();
+            let output = case.operator(&tape, &leaves, case.starts().as_ref()).unwrap();
             let gradients = tape.backward_from(vec![(output, seed.clone())]).unwrap();
             inputs.iter().map(|input| widened(gradients.get(input).unwrap()).unwrap()).collect::<Vec<_>>()
         };

@@ -3,7 +3,8 @@
 //! - A sum is its own flag: memory that is zero holds none yet (a sum of zero is written as −0), and is zero again when the
 //!   sum has been taken. No order of accesses is needed beyond each word's own.
 //! - Who waits comes after whom it waits for. This needs blocks to begin in the order of their numbers, as GPUs are seen to
-//!   do, and as the simulator does.
+//!   do, and as the simulator does. Blocks of the launch that follows take no room from any of these: they begin when all of these
+//!   have begun ([`Kernel::overlapping_text`](crate::Kernel::overlapping_text)).
 
 use crate::asm::{Address, Assembler, F32, Value};
 

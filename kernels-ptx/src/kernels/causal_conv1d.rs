@@ -5,8 +5,8 @@
 //!   stretch per thread (one access of 8 or 16 bytes per step; a warp lies along the channels). Channels that are no
 //!   multiple of [`VECTOR`] are taken one by one.
 //! - Forward: a stretch has 8 steps; all that it reads is on its way before anything is computed.
-//! - Backward: as many blocks of long stretches as an H100 has room for at a time are followed by blocks of short ones, which
-//!   even out that some multiprocessors are faster ([`Stretches`]). A thread walks a stretch, 4 steps in hand and 12 on their
+//! - Backward: where rows are long, as many blocks of long stretches as an H100 has room for at a time are followed by blocks of
+//!   short ones, which even out that some multiprocessors are faster ([`Stretches`]). A thread walks a stretch, 4 steps in hand and 12 on their
 //!   way to shared memory (`Stream`), computes the gradient `dq` of the convolution's sum again from x, and keeps the `W − 1`
 //!   sums `dx` under way in registers. What the first `W − 1` steps of a stretch give to the inputs before it goes to the
 //!   thread before through shared memory (`Handed`); the last thread of a block walks the `W − 1` steps after its own itself,
@@ -135,7 +135,7 @@ impl Convolution {
         let of_room = time.div_ceil(room.max(1)).checked_add(self.after())?;
         let share = of_room.div_ceil(GROUPS).max(least).checked_next_multiple_of(AHEAD)?;
         // The parts are the best of 72 pairs on an H200 at 16,384 steps of 4096 channels; more short blocks have more sums to tell.
-        let (long_blocks, long_steps, short_steps) = match room > 0 && share >= LEAST_SHARE.max(4 * least) {
+        let (long_blocks, long_steps, short_steps) = match room > 0 && share >= LEAST_SHARE.max(least.checked_mul(4)?) {
             true => (room, share / 8 * 5 / AHEAD * AHEAD, (share / 6).max(least).next_multiple_of(AHEAD)),
             false => (0, share, share),
         };
@@ -147,9 +147,11 @@ impl Convolution {
         batch.checked_mul(time)?;
         let grid = [columns, batch, if blocks == 0 { 0 } else { blocks + 1 }];
         let sums_of_block = (self.width as usize + 1) * (ACROSS * self.lanes()) as usize;
-        let fits = grid[1..].iter().all(|&blocks| blocks <= MOST_BLOCKS);
-        let sums = grid[0] as usize * blocks as usize * batch as usize * sums_of_block;
-        fits.then_some(Stretches { long_blocks, long_steps, short_steps, grid, sums })
+        if grid[1..].iter().any(|&blocks| blocks > MOST_BLOCKS) {
+            return None;
+        }
+        let sums = (grid[0] as usize * blocks as usize * batch as usize).checked_mul(sums_of_block)?;
+        Some(Stretches { long_blocks, long_steps, short_steps, grid, sums })
     }
 
     /// Blocks of the backward pass that share a multiprocessor: as many as it has registers for. The driver's compiler is held
@@ -441,8 +443,6 @@ impl<'a> Way<'a> {
 struct Slots<'a> {
     k: &'a Assembler,
     count: u32,
-    /// Threads of the block.
-    threads: u32,
     /// Words of a thread and step.
     words: usize,
     /// Where the slot begins that is taken next, and the one that was taken last, which is filled next; in bytes.
@@ -452,21 +452,21 @@ struct Slots<'a> {
 
 impl<'a> Slots<'a> {
     fn new(thread: &Thread<'a>, words: usize) -> Rc<Self> {
-        let (k, threads) = (thread.k, THREADS);
+        let k = thread.k;
         let count = Stream::depth(&thread.form) + 1;
-        let slots = Self { k, count, threads, words, take: k.variable(0u32), free: k.variable(0u32) };
+        let slots = Self { k, count, words, take: k.variable(0u32), free: k.variable(0u32) };
         slots.free.set((count - 1) * slots.bytes());
         Rc::new(slots)
     }
 
     /// Bytes of a slot.
     fn bytes(&self) -> u32 {
-        AHEAD * self.threads * 4 * self.words as u32
+        AHEAD * THREADS * 4 * self.words as u32
     }
 
     /// Words from the first step of a slot to this one.
     fn within(&self, offset: u32) -> i64 {
-        i64::from(offset) * i64::from(self.threads) * self.words as i64
+        i64::from(offset) * i64::from(THREADS) * self.words as i64
     }
 
     /// Goes on, when a slot has been taken and the free one filled.
@@ -715,6 +715,8 @@ fn backward<'a>(k: &'a Assembler, form: Convolution) {
         let first = group.mad(steps, long.select(block * of_block(long_steps), of_short));
         [k.block_y(), first, first + steps - group.eq(GROUPS - 1).select(form.after(), 0u32)]
     });
+    // One row's block adds up the sums of all rows.
+    k.return_if(adds(k) & k.block_y().gt(0));
     // Per tap and then for the bias, the sums of the thread's channels.
     let sums: Vec<Vec<_>> = (0..=width).map(|_| (0..lanes).map(|_| k.variable(0.0f32)).collect()).collect();
     // dx of the steps before the one in hand, as far as it is known.
@@ -929,6 +931,11 @@ impl<'a> Handed<'a> {
     }
 }
 
+/// Whether the block has no steps but adds up sums: the last along the time of its row.
+fn adds(k: &Assembler) -> Value<'_, Pred> {
+    k.block_z().eq(k.blocks_z() - 1)
+}
+
 /// The gradients of weight and bias: sums of a block's threads, and then of all blocks.
 struct BlockSums<'a> {
     k: &'a Assembler,
@@ -972,9 +979,7 @@ impl<'a> BlockSums<'a> {
     ) {
         let k = self.k;
         let channel = (k.block() * self.channels + k.thread()).named("own_channel");
-        let is_last = k.block_z().eq(k.blocks_z() - 1);
-        let adds = is_last & k.block_y().eq(0);
-        k.if_(k.thread().lt(self.channels) & channel.lt(thread.channels) & (adds | !is_last), || {
+        k.if_(k.thread().lt(self.channels) & channel.lt(thread.channels), || {
             // The place of the channel's first sum of a block; the others follow `channels` further each.
             let place = |block: Value<'a, U32>| {
                 let row = block.mad(k.blocks(), k.block());
@@ -983,7 +988,7 @@ impl<'a> BlockSums<'a> {
             let row_of = |place: Address<'a>, row: u32| place.plus(i64::from(row) * i64::from(self.channels));
             let before = (k.blocks_z() - 1) * k.blocks_y();
             k.if_else(
-                adds,
+                adds(k),
                 || {
                     k.comment("those of all blocks, in their order");
                     let all: Vec<_> = (0..self.count).map(|_| k.variable(0.0f32)).collect();

@@ -64,10 +64,11 @@ pub(super) use call;
 /// What drivers newer than the bindings have, as CUDA's header `cuda.h` declares it.
 pub(super) mod later {
     use std::ffi::c_void;
+    use std::mem::offset_of;
 
     use cust::sys::{CUfunction, CUresult, CUstream};
 
-    /// `CUlaunchConfig` (CUDA 12.0).
+    /// `CUlaunchConfig` (CUDA 11.8).
     #[repr(C)]
     pub(in crate::cuda) struct LaunchConfiguration {
         pub(in crate::cuda) grid: [u32; 3],
@@ -78,7 +79,7 @@ pub(super) mod later {
         pub(in crate::cuda) attribute_count: u32,
     }
 
-    /// `CUlaunchAttribute` (CUDA 12.0): a number that says which, and a value of 64 bytes.
+    /// `CUlaunchAttribute` (CUDA 11.8): a number that says which, and a value of 64 bytes.
     #[repr(C)]
     pub(in crate::cuda) struct LaunchAttribute {
         pub(in crate::cuda) id: u32,
@@ -102,6 +103,10 @@ pub(super) mod later {
     }
 
     const _: () = assert!(size_of::<LaunchConfiguration>() == 56 && size_of::<LaunchAttribute>() == 72);
+    const _: () =
+        assert!(offset_of!(LaunchConfiguration, stream) == 32 && offset_of!(LaunchConfiguration, attributes) == 40);
+    const _: () =
+        assert!(offset_of!(LaunchConfiguration, attribute_count) == 48 && offset_of!(LaunchAttribute, value) == 8);
 }
 
 /// Opens the driver's library, once per process, and initialises it.
@@ -185,8 +190,8 @@ fn fill_table() -> std::result::Result<(), String> {
     // SAFETY: loading the driver runs its initialisers, which NVIDIA intends for any process.
     let library = unsafe { libloading::Library::new(LIBRARY) }.map_err(|error| error.to_string())?;
     for (name, slot) in NAMES.iter().zip(table()) {
-        // SAFETY: the symbol is only taken as an address; it is called with the signature that `cust_raw` declares for
-        // this very name.
+        // SAFETY: the symbol is only taken as an address; it is called with the signature that `cust_raw`, or `later`,
+        // declares for this very name.
         let function = unsafe { library.get::<*mut c_void>(name.to_bytes_with_nul()) };
         let address = function.map_or(missing as *mut c_void, |symbol| *symbol);
         slot.store(address, Ordering::Release);

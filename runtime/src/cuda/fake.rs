@@ -75,6 +75,8 @@ struct Thread {
     fail: Option<(usize, u32)>,
     /// Whether that call came while something was dropped, once it came.
     failed_in_drop: Option<bool>,
+    /// CUDA 12.4, unless a test wants another.
+    cuda_version: Option<c_int>,
 }
 
 thread_local! {
@@ -96,10 +98,11 @@ impl Fake {
         fake
     }
 
-    /// A new GPU of another compute capability than 9.0.
-    pub(super) fn with_capability(compute_capability: (c_int, c_int)) -> Self {
+    /// A new GPU of this compute capability, with a driver of this CUDA version (1000 major + 10 minor).
+    pub(super) fn with_versions(compute_capability: (c_int, c_int), cuda_version: c_int) -> Self {
         let fake = Self::attach();
         fake.with(|gpu| gpu.compute_capability = compute_capability);
+        fake.thread.borrow_mut().cuda_version = Some(cuda_version);
         fake
     }
 
@@ -627,8 +630,8 @@ driver_functions! {
         Ok(())
     }
 
-    fn cuDriverGetVersion(_call, version: *mut c_int) {
-        put(version, 12_040);
+    fn cuDriverGetVersion(call, version: *mut c_int) {
+        put(version, call.thread.cuda_version.unwrap_or(12_040));
         Ok(())
     }
 

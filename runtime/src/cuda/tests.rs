@@ -411,8 +411,15 @@ fn a_kernel_that_faults_is_named_when_something_waits_for_it() {
 
 #[test]
 fn launches_overlap_where_the_gpu_and_its_driver_can() {
-    for (capability, launch) in [((8, 0), "cuLaunchKernel"), ((8, 9), "cuLaunchKernel"), ((9, 0), "cuLaunchKernelEx")] {
-        let fake = Fake::with_capability(capability);
+    let (plain, overlapping) = ("cuLaunchKernel", "cuLaunchKernelEx");
+    for (capability, cuda, launch) in [
+        ((8, 0), 12_040, plain),
+        ((8, 9), 12_040, plain),
+        ((9, 0), 12_020, plain),
+        ((9, 0), 12_030, overlapping),
+        ((10, 0), 13_000, overlapping),
+    ] {
+        let fake = Fake::with_versions(capability, cuda);
         let device = fake.open().unwrap();
         let function = device.load(&Fill.build()).unwrap();
         let mut buffer = device.allocate(400).unwrap();

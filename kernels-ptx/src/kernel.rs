@@ -132,8 +132,8 @@ impl Kernel {
     /// does when all blocks have, and then waits until the launch before has ended and what it wrote can be seen. So launches
     /// do what they do one after the other, but the blocks of the next are in place when the last of this one are through.
     ///
-    /// Until that wait is over, a block may be in place while memory that it will read is still written; nothing is read before
-    /// (loads through the non-coherent path among them: what is constant for the rest of the block's life is so from there on).
+    /// Memory that a kernel only reads may still be written while its blocks wait: it is constant from the wait's end on, and
+    /// nothing, not even by `ld.global.nc`, is read before.
     ///
     /// `None` for a text that was written for one such device alone or is not of the usual form: one entry and no other function.
     ///

@@ -77,6 +77,17 @@ fn a_kernel_runs_and_is_counted() {
 }
 
 #[test]
+fn a_text_for_launches_that_overlap_does_what_the_plain_one_does() {
+    let mut kernel = Axpy.build();
+    kernel.text = kernel.overlapping_text().unwrap();
+    let (mut y, x) = (buffer(&[1.0, 2.0, 3.0]), buffer(&[10.0, 20.0, 30.0]));
+    let arguments =
+        [Argument::Write(&mut y, Element::F32), Argument::Read(&x, Element::F32), Argument::F32(0.5), Argument::U64(3)];
+    Device::sim().load(&kernel).unwrap().launch(Axpy::grid(3).unwrap(), &arguments).unwrap();
+    assert_eq!(values(&y), [6.0, 12.0, 18.0]);
+}
+
+#[test]
 fn a_fault_leaves_the_device_usable() {
     let axpy = Device::sim().load(&Axpy.build()).unwrap();
     let x = buffer(&[1.0; 32]);

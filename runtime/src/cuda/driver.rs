@@ -42,7 +42,7 @@ static LIBRARY_OPENED: Mutex<Option<std::result::Result<(), String>>> = Mutex::n
 /// Calls a driver function, `call!(cuMemFree_v2(address))`, and checks its return code. `call!(on device, ...)` is for
 /// every call that a [`super::CudaDevice`]'s context takes, `call!(later ...)` for functions that the bindings lack ([`later`]).
 macro_rules! call {
-    (@placeholder $argument:expr) => { _ };
+    (@inferred $argument:expr) => { _ };
     (on $device:expr, $name:ident($($argument:expr),* $(,)?)) => {
         $device.checked($crate::cuda::driver::call!($name($($argument),*)))
     };
@@ -53,7 +53,7 @@ macro_rules! call {
         $crate::cuda::driver::call!(@of (cust::sys) $name($($argument),*))
     };
     (@of ($($module:tt)*) $name:ident($($argument:expr),*)) => {{
-        let function: unsafe extern "C" fn($($crate::cuda::driver::call!(@placeholder $argument)),*) -> cust::sys::CUresult =
+        let function: unsafe extern "C" fn($($crate::cuda::driver::call!(@inferred $argument)),*) -> cust::sys::CUresult =
             $($module)*::$name;
         let code = $crate::cuda::driver::NumericResult::numeric(function)($($argument),*);
         $crate::cuda::driver::check(stringify!($name), code)

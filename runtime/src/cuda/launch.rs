@@ -115,8 +115,8 @@ fn queue_kernel(loaded: &Loaded, queue: &Queue, grid: [u32; 3], values: &mut [u6
                 attributes: &raw const may_overlap,
                 attribute_count: 1,
             };
-            // SAFETY: as below. Configuration and attribute outlive the call. The launch may begin before the one that is queued
-            // before it has ended: the text of a function that overlaps waits for that end before it does anything.
+            // SAFETY: as for the other way, below; configuration and attribute outlive the call. The launch may begin before
+            // the one queued before it has ended: the text of a function that overlaps waits for that end before anything else.
             unsafe {
                 call!(later cuLaunchKernelEx(&configuration, loaded.raw(), pointers.as_mut_ptr(), ptr::null_mut()))
             }

@@ -361,11 +361,11 @@ fn pairs<'a>(path: &Path, summaries: &'a [Summary]) -> Result<Vec<(Summary, &'a 
     let earlier: Vec<Summary> = serde_json::from_str(&text)
         .with_context(|| format!("{} is not what `profile --json` writes", path.display()))?;
     let mut pairs = Vec::new();
-    for now in summaries {
-        let Some(before) = earlier.iter().find(|before| before.title == now.title) else {
-            bail!("{} has no measurement of \"{}\"", path.display(), now.title);
+    for summary in summaries {
+        let Some(before) = earlier.iter().find(|before| before.title == summary.title) else {
+            bail!("{} has no measurement of \"{}\"", path.display(), summary.title);
         };
-        pairs.push((before.clone(), now));
+        pairs.push((before.clone(), summary));
     }
     Ok(pairs)
 }

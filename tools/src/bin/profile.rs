@@ -11,10 +11,10 @@ use std::time::Instant;
 use anyhow::{Context as _, Result, bail};
 use autograd::DType;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use runtime::{Device, DeviceKind, LaunchRecord};
+use runtime::{Device, DeviceKind};
 use tools::profile::{
-    Ceilings, Inputs, Line, Step, StepOptions, Summary, Table, compare, gap_seconds, launches_of, lines, summarise,
-    write_trace,
+    Ceilings, Inputs, Launches, Line, Step, StepOptions, Summary, Table, compare, event_seconds, gap_seconds,
+    launches_of, lines, summarise, write_trace,
 };
 
 /// Repeats before anything is measured: kernels are compiled, memory is reserved, clocks rise.
@@ -201,7 +201,7 @@ fn operators(names: &[String], limit: usize, markdown: Option<&Path>, common: &C
         table.measure(line, &inputs)?;
         if !names.is_empty() || common.trace.is_some() {
             let launches = launches_of(line, &inputs, repeats)?;
-            if let (Some(path), Some(last)) = (&common.trace, launches.last()) {
+            if let (Some(path), Some(last)) = (&common.trace, launches.of_repeats.last()) {
                 write_trace(path, last)?;
             }
             let title = format!("{} {} in {dtype}", line.name, line.sizes);
@@ -253,15 +253,15 @@ fn measure(
     let repeats = common.repeats.unwrap_or(STEPS).max(1);
     let launched = median_seconds(device, step, repeats)?;
     let recording = device.record_launches()?;
-    let mut launches: Vec<Vec<LaunchRecord>> = Vec::new();
+    let mut launches = Launches { of_repeats: Vec::new(), calls: 1 };
     for _ in 0..repeats {
         step.run()?;
         let mut of_step = recording.take_records()?;
         step.count_visible(&mut of_step);
-        launches.push(of_step);
+        launches.of_repeats.push(of_step);
     }
     drop(recording);
-    if let (Some(path), Some(last)) = (&common.trace, launches.last()) {
+    if let (Some(path), Some(last)) = (&common.trace, launches.of_repeats.last()) {
         write_trace(path, last)?;
     }
     let mut replayed = None;
@@ -291,20 +291,19 @@ fn median_seconds(device: &Device, step: &mut Step, repeats: usize) -> Result<f6
     Ok(times[times.len() / 2])
 }
 
-/// Adds up launches, repeat by repeat.
+/// Adds up launches. `seconds` are those of a call.
 fn summary(
     device: &Device,
     ceilings: Option<Ceilings>,
     title: String,
     tokens: Option<usize>,
     seconds: f64,
-    launches: &[Vec<LaunchRecord>],
+    launches: &Launches,
 ) -> Result<Summary> {
-    let repeats = launches.len();
-    let all = launches.concat();
+    let repeats = launches.of_repeats.len() * launches.calls;
+    let all = launches.of_repeats.concat();
     let (kernels, busy_seconds) = summarise(&all, repeats);
-    let medians = kernels.iter().map(|kernel| kernel.median_seconds);
-    let shortest_seconds = medians.min_by(f64::total_cmp).unwrap_or_default();
+    let event_seconds = event_seconds(device)?;
     Ok(Summary {
         title,
         device: device.to_string(),
@@ -313,8 +312,8 @@ fn summary(
         launched_seconds: None,
         tokens,
         busy_seconds,
-        shortest_seconds,
-        gap_seconds: gap_seconds(&all, repeats, seconds, shortest_seconds),
+        event_seconds,
+        gap_seconds: gap_seconds(&all, repeats, seconds, event_seconds),
         ceilings,
         kernels,
     })

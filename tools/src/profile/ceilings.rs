@@ -11,6 +11,8 @@ const COPIED: usize = 1 << 30;
 /// Rows, columns and depth of the product.
 const SIDE: usize = 8192;
 const REPEATS: usize = 10;
+/// Launches that the host makes while so much is written.
+const LAUNCHES: usize = 10;
 
 /// Measured speeds.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -35,6 +37,25 @@ impl Ceilings {
             matrix_operations_per_second: 2.0 * (SIDE as f64).powi(3) / product_seconds(device)?,
         }))
     }
+}
+
+/// What the events around a recorded launch cost at most: the median seconds between those around launches that fill a single
+/// element. Nothing on the CPU.
+///
+/// # Errors
+/// Driver errors, out of memory.
+pub fn event_seconds(device: &Device) -> Result<f64> {
+    // Launches gather behind it: between the events of one that the GPU waits for lies the host's time.
+    let mut before = device.allocate(if matches!(device.kind(), DeviceKind::Cuda(_)) { COPIED } else { 0 })?;
+    let recording = device.record_launches()?;
+    for _ in 0..REPEATS {
+        before.set_zero()?;
+        for _ in 0..LAUNCHES {
+            Tensor::filled(device, &[1], DType::F32, 1.0)?;
+        }
+    }
+    let mut times: Vec<f64> = recording.take_records()?.iter().map(|launch| launch.duration.as_secs_f64()).collect();
+    Ok(if times.is_empty() { 0.0 } else { super::summary::median(&mut times) })
 }
 
 fn copy_seconds(device: &Device) -> Result<f64> {

@@ -3,8 +3,8 @@
 //! To add a line: add it to [`lines`], with the sizes of the models that need it, and write the function that it names. That function
 //! makes the inputs ([`Inputs`]), counts the bytes that the operator must move (each input read once, each result written
 //! once) and the operations of its matrix products, and gives a closure that runs it once, the timed part within
-//! [`Stopwatch::time`]. [`forward`], [`backward`], [`both_ways`] and [`rotating`] do that for the usual cases. Sizes go through
-//! [`Inputs::size`], so that `every_line_runs_on_the_simulator` can run the line with small ones.
+//! [`Stopwatch::time`]. [`forward`], [`backward`], [`both_ways`], [`in_a_row`] and [`rotating`] do that for the usual cases.
+//! Sizes go through [`Inputs::size`], so that `every_line_runs_on_the_simulator` can run the line with small ones.
 
 use std::cell::{Cell, OnceCell};
 
@@ -15,7 +15,7 @@ use autograd::ops::{
 };
 use autograd::optimizer::{AdamW, AdamWOptions, gradient_square_sum};
 use autograd::{DType, Gradients, Parameter, Parameters, Tape, Tensor, Var};
-use runtime::Device;
+use runtime::{Device, DeviceKind};
 
 use super::table::{Goal, Peer, Stopwatch};
 
@@ -245,11 +245,11 @@ pub struct Prepared {
     /// How often the timed part runs the operator (on other buffers each time), for operators that are too short to be
     /// timed one by one.
     pub calls: usize,
-    /// Runs once.
+    /// Runs that often.
     pub run: Run,
 }
 
-/// Runs something once, the timed part within [`Stopwatch::time`].
+/// Runs a repeat, the timed part within [`Stopwatch::time`].
 type Run = Box<dyn FnMut(&mut Stopwatch) -> Result<()>>;
 
 /// Makes inputs: normally distributed numbers, since a GPU's clocks depend on what it computes with.
@@ -282,6 +282,20 @@ impl<'a> Inputs<'a> {
     /// A size of the problem.
     fn size(&self, wanted: usize) -> usize {
         wanted.min(self.limit)
+    }
+
+    /// How often an operator that moves so much is run in a row.
+    fn calls_in_a_row(&self, cost: Cost) -> usize {
+        /// Bytes that all calls move together, at most; a single call may move more.
+        const TOGETHER: usize = 2 << 30;
+        const MOST: usize = 8;
+        if cost.operations > 0 {
+            // Matrix products take long enough.
+            return 1;
+        }
+        let calls = (TOGETHER / cost.bytes.max(1)).clamp(1, MOST);
+        // Elsewhere no times are of interest.
+        if matches!(self.device.kind(), DeviceKind::Cuda(_)) { calls } else { calls.min(2) }
     }
 
     /// Uniform in 0..1.
@@ -334,8 +348,9 @@ impl<'a> Inputs<'a> {
 
 /// An operator of some inputs.
 type Operator = Box<dyn Fn(&Tape<'_>, &[Var]) -> Result<Var>>;
-/// What of an operator is measured: its inputs, itself, and bytes and operations of its forward and of its backward pass.
-type Way = fn(Vec<Tensor>, Operator, [Cost; 2]) -> Prepared;
+/// What of an operator is measured: what makes a set of its inputs, itself, and bytes and operations of its forward and of its
+/// backward pass.
+type Way = fn(&Inputs<'_>, &dyn Fn() -> Result<Vec<Tensor>>, Operator, [Cost; 2]) -> Result<Prepared>;
 
 /// What a pass must do at least.
 #[derive(Clone, Copy, Default)]
@@ -350,26 +365,61 @@ fn elements(count: usize) -> Cost {
 }
 
 /// The forward pass, with what it saves for the backward pass.
-fn forward(inputs: Vec<Tensor>, operator: Operator, [cost, _]: [Cost; 2]) -> Prepared {
-    prepared(cost, move |watch| {
+fn forward(
+    make: &Inputs<'_>,
+    inputs: &dyn Fn() -> Result<Vec<Tensor>>,
+    operator: Operator,
+    [cost, _]: [Cost; 2],
+) -> Result<Prepared> {
+    in_a_row(make, cost, inputs, move |sets, watch| {
         let tape = Tape::new();
-        let leaves: Vec<Var> = inputs.iter().map(|input| tape.leaf(input)).collect();
-        watch.time(|| operator(&tape, &leaves))?;
+        let sets: Vec<Vec<Var>> = sets.iter().map(|inputs| leaves(&tape, inputs)).collect();
+        watch.time(|| sets.iter().map(|inputs| operator(&tape, inputs)).collect::<Result<Vec<Var>>>())?;
         Ok(())
     })
 }
 
 /// The backward pass.
-fn backward(inputs: Vec<Tensor>, operator: Operator, [_, cost]: [Cost; 2]) -> Prepared {
-    let mut seed = None;
-    prepared(cost, move |watch| {
-        let tape = Tape::new();
-        let leaves: Vec<Var> = inputs.iter().map(|input| tape.leaf(input)).collect();
-        let output = operator(&tape, &leaves)?;
-        let seed = seed_like(&mut seed, &output)?;
-        watch.time(|| Ok(tape.backward_from(vec![(output, seed)])?))?;
+fn backward(
+    make: &Inputs<'_>,
+    inputs: &dyn Fn() -> Result<Vec<Tensor>>,
+    operator: Operator,
+    [_, cost]: [Cost; 2],
+) -> Result<Prepared> {
+    let mut seeds = Vec::new();
+    in_a_row(make, cost, inputs, move |sets, watch| {
+        seeds.resize(sets.len(), None);
+        let mut tapes = Vec::new();
+        for (inputs, seed) in sets.iter().zip(&mut seeds) {
+            let tape = Tape::new();
+            let output = operator(&tape, &leaves(&tape, inputs))?;
+            let seed = seed_like(seed, &output)?;
+            tapes.push((tape, vec![(output, seed)]));
+        }
+        watch.time(|| {
+            tapes.into_iter().map(|(tape, seeds)| Ok(tape.backward_from(seeds)?)).collect::<Result<Vec<_>>>()
+        })?;
         Ok(())
     })
+}
+
+/// Gives `run` as many sets of inputs as an operator that moves so much is to run on, one call after the other. A single call of a
+/// tenth of a millisecond would be timed together with the events around it, and with the lines that what ran before left in the L2
+/// cache to be written: together a few per cent. In a row, each call leaves to the next one what it found itself.
+fn in_a_row<S: 'static>(
+    make: &Inputs<'_>,
+    cost: Cost,
+    set: impl Fn() -> Result<S>,
+    mut run: impl FnMut(&[S], &mut Stopwatch) -> Result<()> + 'static,
+) -> Result<Prepared> {
+    let calls = make.calls_in_a_row(cost);
+    let sets = (0..calls).map(|_| set()).collect::<Result<Vec<S>>>()?;
+    let prepared = prepared(cost, move |watch| run(&sets, watch));
+    Ok(Prepared { calls, ..prepared })
+}
+
+fn leaves(tape: &Tape<'_>, inputs: &[Tensor]) -> Vec<Var> {
+    inputs.iter().map(|input| tape.leaf(input)).collect()
 }
 
 /// Both passes, for operators that compute their gradient with their result.
@@ -378,7 +428,7 @@ fn both_ways(inputs: Vec<Tensor>, operator: Operator, costs: [Cost; 2]) -> Prepa
     let cost = Cost { bytes: costs[0].bytes + costs[1].bytes, operations: costs[0].operations + costs[1].operations };
     prepared(cost, move |watch| {
         let tape = Tape::new();
-        let leaves: Vec<Var> = inputs.iter().map(|input| tape.leaf(input)).collect();
+        let leaves = leaves(&tape, &inputs);
         if seed.is_none() {
             seed_like(&mut seed, &operator(&Tape::inference(), &leaves)?)?;
         }
@@ -450,16 +500,18 @@ fn scan_by(
     let channels = groups * STATES;
     let sequence = [batch, time, channels];
     let grouped = [batch, time, groups, STATES];
-    let inputs = vec![
-        make.tensor(&sequence, 1.0)?,
-        make.tensor(&sequence, 0.5)?,
-        make.filled(&[channels, STATES], -1.0)?,
-        make.tensor(&grouped, 0.5)?,
-        make.tensor(&grouped, 0.5)?,
-        make.filled(&[channels], 1.0)?,
-        make.tensor(&sequence, 1.0)?,
-        make.filled(&[channels], -3.0)?,
-    ];
+    let inputs = || {
+        Ok(vec![
+            make.tensor(&sequence, 1.0)?,
+            make.tensor(&sequence, 0.5)?,
+            make.filled(&[channels, STATES], -1.0)?,
+            make.tensor(&grouped, 0.5)?,
+            make.tensor(&grouped, 0.5)?,
+            make.filled(&[channels], 1.0)?,
+            make.tensor(&sequence, 1.0)?,
+            make.filled(&[channels], -3.0)?,
+        ])
+    };
     let operator: Operator = Box::new(move |tape, inputs| {
         let inputs = ScanInputs {
             input: &inputs[0],
@@ -481,7 +533,7 @@ fn scan_by(
         Ok(scan.output)
     });
     let size = batch * time * channels;
-    Ok(way(inputs, operator, [elements(6 * size), elements(11 * size)]))
+    way(make, &inputs, operator, [elements(6 * size), elements(11 * size)])
 }
 
 /// The decoding step of a 15B hybrid's Mamba mixer: convolution's window and state are read and written.
@@ -519,9 +571,9 @@ fn mamba_step(make: &Inputs<'_>, batch: usize) -> Result<Prepared> {
 
 fn rms_norm(make: &Inputs<'_>, way: Way) -> Result<Prepared> {
     let (rows, width) = (make.size(16_384), make.size(5120));
-    let inputs = vec![make.tensor(&[rows, width], 1.0)?, make.filled(&[width], 1.1)?];
+    let inputs = || Ok(vec![make.tensor(&[rows, width], 1.0)?, make.filled(&[width], 1.1)?]);
     let operator: Operator = Box::new(|tape, inputs| Ok(ops::rms_norm(tape, &inputs[0], &inputs[1], 1e-5)?));
-    Ok(way(inputs, operator, [elements(2 * rows * width), elements(3 * rows * width)]))
+    way(make, &inputs, operator, [elements(2 * rows * width), elements(3 * rows * width)])
 }
 
 /// With the sum of a residual stream and a branch: forward reads both and writes the sum and its norm, backward reads the sum
@@ -529,20 +581,27 @@ fn rms_norm(make: &Inputs<'_>, way: Way) -> Result<Prepared> {
 fn rms_norm_residual(make: &Inputs<'_>, backward: bool) -> Result<Prepared> {
     let (rows, width) = (make.size(16_384), make.size(5120));
     let random = || make.tensor(&[rows, width], 1.0);
-    let inputs = [random()?, random()?, make.filled(&[width], 1.1)?];
-    let seeds = [random()?, random()?];
-    Ok(prepared(elements(4 * rows * width), move |watch| {
-        let tape = Tape::new();
-        let [input, branch, weight] = inputs.each_ref().map(|input| tape.leaf(input));
-        let forward = || Ok(ops::rms_norm_residual(&tape, &input, &branch, &weight, 1e-5)?);
+    let set = || Ok(([random()?, random()?, make.filled(&[width], 1.1)?], [random()?, random()?]));
+    in_a_row(make, elements(4 * rows * width), set, move |sets, watch| {
+        let tapes: Vec<Tape<'_>> = sets.iter().map(|_| Tape::new()).collect();
+        let forward = |(tape, (inputs, _)): (&Tape<'_>, &([Tensor; 3], [Tensor; 2]))| {
+            let [input, branch, weight] = inputs.each_ref().map(|input| tape.leaf(input));
+            Ok(ops::rms_norm_residual(tape, &input, &branch, &weight, 1e-5)?)
+        };
+        let all = || tapes.iter().zip(sets).map(forward).collect::<Result<Vec<(Var, Var)>>>();
         if !backward {
-            return watch.time(forward).map(drop);
+            return watch.time(all).map(drop);
         }
-        let (normed, sum) = forward()?;
-        let pairs = [normed, sum].into_iter().zip(seeds.iter().cloned()).collect();
-        watch.time(|| Ok(tape.backward_from(pairs)?))?;
+        let with_seeds = |((normed, sum), (_, seeds)): ((Var, Var), &(_, [Tensor; 2]))| {
+            [normed, sum].into_iter().zip(seeds.iter().cloned()).collect()
+        };
+        let outputs: Vec<Vec<(Var, Tensor)>> = all()?.into_iter().zip(sets).map(with_seeds).collect();
+        watch.time(|| {
+            let each = tapes.into_iter().zip(outputs);
+            each.map(|(tape, outputs)| Ok(tape.backward_from(outputs)?)).collect::<Result<Vec<_>>>()
+        })?;
         Ok(())
-    }))
+    })
 }
 
 fn rope(make: &Inputs<'_>, way: Way) -> Result<Prepared> {
@@ -550,31 +609,30 @@ fn rope(make: &Inputs<'_>, way: Way) -> Result<Prepared> {
     let positions: Vec<u32> = (0..time as u32).collect();
     let positions = Tensor::from_slice(make.device, &[1, time], &positions)?;
     let table = RotaryTable::new(size, 1e4, RotaryScaling::None)?;
-    let inputs = vec![make.tensor(&[1, time, heads, size], 1.0)?];
+    let inputs = || Ok(vec![make.tensor(&[1, time, heads, size], 1.0)?]);
     let operator: Operator = Box::new(move |tape, inputs| Ok(ops::rope(tape, &inputs[0], &positions, &table)?));
-    Ok(way(inputs, operator, [elements(2 * time * heads * size); 2]))
+    way(make, &inputs, operator, [elements(2 * time * heads * size); 2])
 }
 
 fn swiglu(make: &Inputs<'_>, way: Way) -> Result<Prepared> {
     let shape = [make.size(16_384), make.size(14_336)];
-    let inputs = vec![make.tensor(&shape, 1.0)?, make.tensor(&shape, 1.0)?];
+    let inputs = || Ok(vec![make.tensor(&shape, 1.0)?, make.tensor(&shape, 1.0)?]);
     let operator: Operator = Box::new(|tape, inputs| Ok(ops::swiglu(tape, &inputs[0], &inputs[1])?));
     let count = shape[0] * shape[1];
-    Ok(way(inputs, operator, [elements(3 * count), elements(5 * count)]))
+    way(make, &inputs, operator, [elements(3 * count), elements(5 * count)])
 }
 
 fn conv1d(make: &Inputs<'_>, way: Way) -> Result<Prepared> {
     let (time, channels) = (make.size(16_384), make.size(4096));
-    let inputs = vec![
-        make.tensor(&[1, time, channels], 1.0)?,
-        make.filled(&[channels, 4], 0.3)?,
-        make.filled(&[channels], 0.1)?,
-    ];
+    let inputs = || {
+        let (weight, bias) = (make.filled(&[channels, 4], 0.3)?, make.filled(&[channels], 0.1)?);
+        Ok(vec![make.tensor(&[1, time, channels], 1.0)?, weight, bias])
+    };
     let operator: Operator = Box::new(|tape, inputs| {
         let options = ConvolutionOptions { activation: Activation::Silu, document_start: None, initial_state: None };
         Ok(ops::causal_conv1d(tape, &inputs[0], &inputs[1], Some(&inputs[2]), options)?)
     });
-    Ok(way(inputs, operator, [elements(2 * time * channels), elements(3 * time * channels)]))
+    way(make, &inputs, operator, [elements(2 * time * channels), elements(3 * time * channels)])
 }
 
 /// Backward writes the gradient of the whole table, in f32.
@@ -582,21 +640,21 @@ fn embedding(make: &Inputs<'_>, way: Way) -> Result<Prepared> {
     let (tokens, vocabulary, width) = (make.size(16_384), make.size(131_072), make.size(5120));
     let ids = make.indices(&[1, tokens], vocabulary)?;
     let dtype = make.dtype;
-    let inputs = vec![make.tensor(&[vocabulary, width], 1.0)?];
+    let inputs = || Ok(vec![make.tensor(&[vocabulary, width], 1.0)?]);
     let operator: Operator = Box::new(move |tape, inputs| Ok(ops::embedding(tape, &ids, &inputs[0], dtype)?));
     let rows = elements(tokens * width).bytes;
     let table = 4 * vocabulary * width;
-    Ok(way(inputs, operator, [2 * rows, rows + table].map(|bytes| Cost { bytes, operations: 0 })))
+    way(make, &inputs, operator, [2 * rows, rows + table].map(|bytes| Cost { bytes, operations: 0 }))
 }
 
 fn cast(make: &Inputs<'_>, from: DType, to: DType) -> Result<Prepared> {
     let shape = [make.size(16_384), make.size(5120)];
-    let input = make.random(&shape, from, 1.0)?;
     let bytes = shape[0] * shape[1] * (from.size() + to.size());
-    Ok(prepared(Cost { bytes, operations: 0 }, move |watch| {
-        watch.time(|| Ok(input.cast(to)?))?;
+    let inputs = || make.random(&shape, from, 1.0);
+    in_a_row(make, Cost { bytes, operations: 0 }, inputs, move |inputs, watch| {
+        watch.time(|| inputs.iter().map(|input| Ok(input.cast(to)?)).collect::<Result<Vec<_>>>())?;
         Ok(())
-    }))
+    })
 }
 
 /// Width, width of the MLP, and width of the keys of a transformer.
@@ -745,7 +803,7 @@ fn attention(make: &Inputs<'_>, sizes: [usize; 5], way: Way) -> Result<Prepared>
     let (batch, time) = (make.size(batch), make.size(time));
     let queries = [batch, time, heads, size];
     let keys = [batch, time, key_heads, size];
-    let inputs = vec![make.tensor(&queries, 1.0)?, make.tensor(&keys, 1.0)?, make.tensor(&keys, 1.0)?];
+    let inputs = || Ok(vec![make.tensor(&queries, 1.0)?, make.tensor(&keys, 1.0)?, make.tensor(&keys, 1.0)?]);
     let operator: Operator = Box::new(move |tape, inputs| {
         let options = AttentionOptions { scale: (size as f32).powf(-0.5), document_start: None, window: None };
         Ok(ops::attention(tape, &inputs[0], &inputs[1], &inputs[2], options)?)
@@ -754,19 +812,19 @@ fn attention(make: &Inputs<'_>, sizes: [usize; 5], way: Way) -> Result<Prepared>
     let (query, key) = (2 * batch * time * heads * size, 2 * batch * time * key_heads * size);
     let forward = Cost { bytes: 2 * query + 2 * key, operations: 2 * product };
     let backward = Cost { bytes: 4 * query + 4 * key, operations: 5 * product };
-    Ok(way(inputs, operator, [forward, backward]))
+    way(make, &inputs, operator, [forward, backward])
 }
 
 fn linear(make: &Inputs<'_>, sizes: [usize; 3], way: Way) -> Result<Prepared> {
     let [rows, inner, outer] = sizes.map(|size| make.size(size));
-    let inputs = vec![make.tensor(&[rows, inner], 1.0)?, make.tensor(&[outer, inner], 0.02)?];
+    let inputs = || Ok(vec![make.tensor(&[rows, inner], 1.0)?, make.tensor(&[outer, inner], 0.02)?]);
     let operator: Operator = Box::new(|tape, inputs| Ok(ops::linear(tape, &inputs[0], &inputs[1], None)?));
     let (input, weight, output) = (2 * rows * inner, 2 * outer * inner, 2 * rows * outer);
     // The weight's gradient is in f32.
     let operations = 2 * rows * inner * outer;
     let forward = Cost { bytes: input + weight + output, operations };
     let backward = Cost { bytes: 2 * input + 3 * weight + output, operations: 2 * operations };
-    Ok(way(inputs, operator, [forward, backward]))
+    way(make, &inputs, operator, [forward, backward])
 }
 
 /// A product of few rows as decoding has it: without a way back.
@@ -778,4 +836,28 @@ fn few_rows(make: &Inputs<'_>, rows: usize, inner: usize, outer: usize) -> Resul
         Ok(Box::new(move || Ok(ops::linear(&Tape::inference(), &input, &weight, None)?.tensor().clone())))
     };
     rotating(make, 2 * (rows * inner + outer * inner + rows * outer), set)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_moves_little_runs_in_a_row() {
+        let device = Device::cpu();
+        let make = Inputs::new(&device, DType::F32, 1);
+        let cost = |bytes, operations| Cost { bytes, operations };
+        assert_eq!(make.calls_in_a_row(cost(1 << 30, 0)), 2);
+        assert_eq!(make.calls_in_a_row(cost((1 << 30) + 1, 0)), 1);
+        assert_eq!(make.calls_in_a_row(cost(1 << 20, 1)), 1);
+
+        // Each call has a set of its own.
+        let sets = Cell::new(0);
+        let set = || Ok(sets.replace(sets.get() + 1));
+        let prepared = in_a_row(&make, cost(7, 0), set, |sets, _| Ok(assert_eq!(sets, [0, 1]))).unwrap();
+        assert_eq!((prepared.calls, prepared.bytes), (2, 7));
+        let mut stopwatch = Stopwatch::new(&device).unwrap();
+        let mut run = prepared.run;
+        run(&mut stopwatch).unwrap();
+    }
 }

@@ -25,10 +25,9 @@ pub struct Summary {
     pub tokens: Option<usize>,
     /// Seconds per repeat between the events around launches, all together.
     pub busy_seconds: f64,
-    /// Median seconds between the events around launches of the shortest kernel.
-    pub shortest_seconds: f64,
-    /// The most seconds of `seconds` in which no kernel runs: events cost time too, but no more than the shortest kernel takes
-    /// with them, so that is taken off each launch.
+    /// What the events around a launch cost at most ([`event_seconds`](super::event_seconds)).
+    pub event_seconds: f64,
+    /// The most seconds of `seconds` in which no kernel runs: what the events cost at most is taken off each launch.
     pub gap_seconds: f64,
     /// What the device reaches.
     pub ceilings: Option<Ceilings>,
@@ -116,11 +115,11 @@ impl Summary {
         let _ = writeln!(
             text,
             "; gaps between kernels at most {:.3} ms ({:.1} %); launches with the events around them {:.3} ms, the \
-             shortest {:.1} us",
+             events at most {:.1} us a launch",
             self.gap_seconds * 1e3,
             100.0 * self.gap_seconds / self.seconds,
             self.busy_seconds * 1e3,
-            self.shortest_seconds * 1e6,
+            self.event_seconds * 1e6,
         );
         if let Some(ceilings) = self.ceilings {
             let _ = writeln!(

@@ -2,8 +2,8 @@
 //!
 //! A line's time is the median of CUDA events around the operator, all its kernels and the gaps between them included.
 //! Before each repeat a buffer of [`SCRUBBED`] bytes is overwritten: nothing that the operator reads is left in the L2
-//! cache, which is as full of unwritten lines before as the operator leaves it, and the host has time to queue the operator
-//! while the GPU is still busy, so that launches are not what is timed. A GPU rests before each line.
+//! cache, and the host has time to queue the operator while the GPU is still busy, so that launches are not what is timed. Short
+//! operators run several times in a row ([`Prepared::calls`](super::Prepared::calls)). A GPU rests before each line.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -312,7 +312,7 @@ enum Clock {
 }
 
 impl Stopwatch {
-    fn new(device: &Device) -> Result<Self> {
+    pub(super) fn new(device: &Device) -> Result<Self> {
         let clock = match device.kind() {
             DeviceKind::Cuda(_) => {
                 Clock::Events { stream: device.home_stream()?, scrubbed: device.allocate(SCRUBBED)?, times: Vec::new() }
@@ -406,11 +406,19 @@ fn measure(line: &Line, inputs: &Inputs<'_>, repeats: usize) -> Result<Measured>
     })
 }
 
-/// The launches of the timed part of a line, repeat by repeat.
+/// The launches of the timed part of a line.
+pub struct Launches {
+    /// Repeat by repeat.
+    pub of_repeats: Vec<Vec<LaunchRecord>>,
+    /// How often a repeat runs the operator.
+    pub calls: usize,
+}
+
+/// Records the launches of the timed part of a line.
 ///
 /// # Errors
 /// Those of the operator; out of memory.
-pub fn launches_of(line: &Line, inputs: &Inputs<'_>, repeats: usize) -> Result<Vec<Vec<LaunchRecord>>> {
+pub fn launches_of(line: &Line, inputs: &Inputs<'_>, repeats: usize) -> Result<Launches> {
     let mut prepared = (line.prepare)(inputs)?;
     let recording = inputs.device().record_launches()?;
     let mut stopwatch =
@@ -418,10 +426,11 @@ pub fn launches_of(line: &Line, inputs: &Inputs<'_>, repeats: usize) -> Result<V
     for _ in 0..WARM_UP + repeats.max(1) {
         (prepared.run)(&mut stopwatch)?;
     }
-    match stopwatch.clock {
-        Clock::Launches(_, mut launches) => Ok(launches.split_off(WARM_UP.min(launches.len()))),
-        _ => Ok(Vec::new()),
-    }
+    let of_repeats = match stopwatch.clock {
+        Clock::Launches(_, mut launches) => launches.split_off(WARM_UP.min(launches.len())),
+        _ => Vec::new(),
+    };
+    Ok(Launches { of_repeats, calls: prepared.calls })
 }
 
 /// The product's name and the driver's version of a GPU.

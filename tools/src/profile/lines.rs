@@ -668,63 +668,72 @@ struct LayerSizes {
 const LARGE: LayerSizes = LayerSizes { width: 5120, inner: 14_336, queries: 4096, keys: 1024 };
 const SMOLLM2: LayerSizes = LayerSizes { width: 576, inner: 1536, queries: 576, keys: 192 };
 
-/// The nine weights of each layer of a transformer, with gradients in f32, as the operators make them.
-fn weights(make: &Inputs<'_>, sizes: &LayerSizes, layers: usize) -> Result<(Parameters, Gradients, usize)> {
+/// The shapes of the nine weights of each layer of a transformer.
+fn layer_shapes(make: &Inputs<'_>, sizes: &LayerSizes, layers: usize) -> Vec<Vec<usize>> {
     let LayerSizes { width, inner, queries, keys } = LayerSizes {
         width: make.size(sizes.width),
         inner: make.size(sizes.inner),
         queries: make.size(sizes.queries),
         keys: make.size(sizes.keys),
     };
-    let (mut parameters, mut gradients, mut count) = (Parameters::default(), Gradients::default(), 0);
-    let matrices = [
-        [queries, width],
-        [keys, width],
-        [keys, width],
-        [width, queries],
-        [inner, width],
-        [inner, width],
-        [width, inner],
+    let of_layer = [
+        vec![queries, width],
+        vec![keys, width],
+        vec![keys, width],
+        vec![width, queries],
+        vec![inner, width],
+        vec![inner, width],
+        vec![width, inner],
+        vec![width],
+        vec![width],
     ];
-    let norms = [[width]; 2];
-    let shapes = matrices.iter().map(<[usize; 2]>::as_slice).chain(norms.iter().map(<[usize; 1]>::as_slice));
-    for layer in 0..make.size(layers) {
-        for (index, shape) in shapes.clone().enumerate() {
-            let dtype = if shape.len() == 1 { DType::F32 } else { make.dtype };
-            let value = make.random(shape, dtype, 0.02)?;
-            gradients.add(&value, make.random(shape, DType::F32, 1e-3)?)?;
-            count += value.count();
-            parameters.push(Parameter {
-                name: format!("{layer}.{index}"),
-                value,
-                trainable: true,
-                decay: true,
-                rate: 1.0,
-            });
-        }
+    (0..make.size(layers)).flat_map(|_| of_layer.clone()).collect()
+}
+
+/// How many weights there are together.
+fn count(shapes: &[Vec<usize>]) -> usize {
+    shapes.iter().map(|shape| shape.iter().product::<usize>()).sum()
+}
+
+/// Weights of these shapes, with gradients in f32, as the operators make them.
+fn weights(make: &Inputs<'_>, shapes: &[Vec<usize>]) -> Result<(Parameters, Gradients)> {
+    let (mut parameters, mut gradients) = (Parameters::default(), Gradients::default());
+    for (index, shape) in shapes.iter().enumerate() {
+        let dtype = if shape.len() == 1 { DType::F32 } else { make.dtype };
+        let value = make.random(shape, dtype, 0.02)?;
+        gradients.add(&value, make.random(shape, DType::F32, 1e-3)?)?;
+        parameters.push(Parameter { name: index.to_string(), value, trainable: true, decay: true, rate: 1.0 });
     }
-    Ok((parameters, gradients, count))
+    Ok((parameters, gradients))
 }
 
 /// Per weight: the gradient is read, in f32, and the weight written, in bf16; master and moments are read and written, in f32.
 fn adamw(make: &Inputs<'_>, sizes: &LayerSizes, layers: usize) -> Result<Prepared> {
-    let (mut parameters, gradients, count) = weights(make, sizes, layers)?;
+    let shapes = layer_shapes(make, sizes, layers);
+    let (mut parameters, gradients) = weights(make, &shapes)?;
     let options = AdamWOptions { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.01 };
     let mut optimizer = AdamW::new(options, &parameters);
     // Without a master the weight itself is in f32, read and written.
     let per_weight = if make.dtype == DType::Bf16 { 4 + 2 + 8 + 16 } else { 4 + 8 + 16 };
     // Gradients are found by the identity of their weight, which an update keeps.
-    Ok(prepared(Cost { bytes: per_weight * count, operations: 0 }, move |watch| {
+    Ok(prepared(Cost { bytes: per_weight * count(&shapes), operations: 0 }, move |watch| {
         watch.time(|| Ok(optimizer.update(&mut parameters, &gradients, 1e-5)?))
     }))
 }
 
 fn gradient_norm(make: &Inputs<'_>, sizes: &LayerSizes, layers: usize) -> Result<Prepared> {
-    let (parameters, gradients, count) = weights(make, sizes, layers)?;
-    Ok(prepared(Cost { bytes: 4 * count, operations: 0 }, move |watch| {
-        watch.time(|| Ok(gradient_square_sum(&parameters, &gradients)?))?;
-        Ok(())
-    }))
+    let shapes = layer_shapes(make, sizes, layers);
+    let cost = Cost { bytes: 4 * count(&shapes), operations: 0 };
+    in_a_row(
+        make,
+        cost,
+        || weights(make, &shapes),
+        move |sets, watch| {
+            let each = || sets.iter().map(|(parameters, gradients)| Ok(gradient_square_sum(parameters, gradients)?));
+            watch.time(|| each().collect::<Result<Vec<_>>>())?;
+            Ok(())
+        },
+    )
 }
 
 /// Reads both models' logits, writes the gradient.
@@ -854,7 +863,11 @@ mod tests {
         // Each call has a set of its own.
         let sets = Cell::new(0);
         let set = || Ok(sets.replace(sets.get() + 1));
-        let prepared = in_a_row(&make, cost(7, 0), set, |sets, _| Ok(assert_eq!(sets, [0, 1]))).unwrap();
+        let run = |sets: &[i32], _: &mut Stopwatch| {
+            assert_eq!(sets, [0, 1]);
+            Ok(())
+        };
+        let prepared = in_a_row(&make, cost(7, 0), set, run).unwrap();
         assert_eq!((prepared.calls, prepared.bytes), (2, 7));
         let mut stopwatch = Stopwatch::new(&device).unwrap();
         let mut run = prepared.run;

@@ -286,8 +286,6 @@ impl<'a> Inputs<'a> {
 
     /// How often an operator that moves so much is run in a row.
     fn calls_in_a_row(&self, cost: Cost) -> usize {
-        /// Bytes that all calls move together, at most; a single call may move more.
-        const TOGETHER: usize = 2 << 30;
         const MOST: usize = 8;
         if cost.operations > 0 {
             // Matrix products take long enough.
@@ -403,6 +401,10 @@ fn backward(
     })
 }
 
+/// Bytes that the calls of a repeat move together, unless as many as there may be move less or a single one more: many times what the
+/// L2 cache holds, whose unwritten lines are then a small part of them.
+const TOGETHER: usize = 2 << 30;
+
 /// Gives `run` as many sets of inputs as an operator that moves so much is to run on, one call after the other. A single call of a
 /// tenth of a millisecond would be timed together with the events around it, and with the lines that what ran before left in the L2
 /// cache to be written: together a few per cent. In a row, each call leaves to the next one what it found itself.
@@ -457,8 +459,6 @@ type Call = Box<dyn FnMut() -> Result<Tensor>>;
 /// A short operator, run on one set of buffers after the other: so many that no call finds its own in the L2 cache. On a GPU
 /// the calls are captured in a graph, as decoding does.
 fn rotating(make: &Inputs<'_>, bytes: usize, mut set: impl FnMut() -> Result<Call>) -> Result<Prepared> {
-    /// Bytes that all sets have together, if as few as [`MOST`] do.
-    const TOGETHER: usize = 256 << 20;
     const MOST: usize = 128;
     let calls = make.size(TOGETHER.div_ceil(bytes).clamp(2, MOST)).min(MOST);
     let mut sets = (0..calls).map(|_| set()).collect::<Result<Vec<_>>>()?;

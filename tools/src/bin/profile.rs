@@ -13,8 +13,8 @@ use autograd::DType;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use runtime::{Device, DeviceKind};
 use tools::profile::{
-    Ceilings, Inputs, Launches, Line, Step, StepOptions, Summary, Table, compare, event_seconds, gap_seconds,
-    launches_of, lines, summarise, write_trace,
+    Ceilings, Inputs, Launches, Line, Step, StepOptions, Summary, Table, compare, gap_seconds, launches_of, lines,
+    summarise, write_trace,
 };
 
 /// Repeats before anything is measured: kernels are compiled, memory is reserved, clocks rise.
@@ -104,7 +104,7 @@ struct Common {
     /// Repeats that are measured; 5 of a step and 20 of an operator unless given.
     #[arg(long)]
     repeats: Option<usize>,
-    /// Writes a trace of one repeat, for ui.perfetto.dev or chrome://tracing.
+    /// Writes a trace of one repeat (a step, or all calls in a row of an operator), for ui.perfetto.dev or chrome://tracing.
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
     /// Writes the figures as JSON, for a later --compare.
@@ -300,20 +300,20 @@ fn summary(
     seconds: f64,
     launches: &Launches,
 ) -> Result<Summary> {
-    let repeats = launches.of_repeats.len() * launches.calls;
+    let (repeats, calls) = (launches.of_repeats.len(), launches.calls);
     let all = launches.of_repeats.concat();
-    let (kernels, busy_seconds) = summarise(&all, repeats);
-    let event_seconds = event_seconds(device)?;
+    let (kernels, busy_seconds) = summarise(&all, repeats * calls);
+    let event_seconds = ceilings.map_or(0.0, |ceilings| ceilings.event_seconds);
     Ok(Summary {
         title,
         device: device.to_string(),
         repeats,
+        calls,
         seconds,
         launched_seconds: None,
         tokens,
         busy_seconds,
-        event_seconds,
-        gap_seconds: gap_seconds(&all, repeats, seconds, event_seconds),
+        gap_seconds: gap_seconds(&all, repeats * calls, seconds, event_seconds),
         ceilings,
         kernels,
     })

@@ -1,9 +1,10 @@
-//! What a device reaches: the speed of a copy and of a matrix product, measured before anything is compared with them.
+//! What a device reaches: the speed of a copy and of a matrix product, and what events cost, measured before anything is
+//! compared with them.
 
 use anyhow::Result;
 use autograd::ops;
 use autograd::{DType, Tape, Tensor, Var};
-use runtime::{Device, DeviceKind};
+use runtime::{Device, DeviceKind, Recording};
 use serde::{Deserialize, Serialize};
 
 /// Bytes of the copy: far beyond every cache.
@@ -21,6 +22,10 @@ pub struct Ceilings {
     pub copy_bytes_per_second: f64,
     /// Operations per second of our bf16 matrix product.
     pub matrix_operations_per_second: f64,
+    /// What the events around a recorded launch cost at most: the median seconds between those around launches that fill a
+    /// single element.
+    #[serde(default)]
+    pub event_seconds: f64,
 }
 
 impl Ceilings {
@@ -35,27 +40,9 @@ impl Ceilings {
         Ok(Some(Self {
             copy_bytes_per_second: 2.0 * COPIED as f64 / copy_seconds(device)?,
             matrix_operations_per_second: 2.0 * (SIDE as f64).powi(3) / product_seconds(device)?,
+            event_seconds: event_seconds(device)?,
         }))
     }
-}
-
-/// What the events around a recorded launch cost at most: the median seconds between those around launches that fill a single
-/// element. Nothing on the CPU.
-///
-/// # Errors
-/// Driver errors, out of memory.
-pub fn event_seconds(device: &Device) -> Result<f64> {
-    // Launches gather behind it: between the events of one that the GPU waits for lies the host's time.
-    let mut before = device.allocate(if matches!(device.kind(), DeviceKind::Cuda(_)) { COPIED } else { 0 })?;
-    let recording = device.record_launches()?;
-    for _ in 0..REPEATS {
-        before.set_zero()?;
-        for _ in 0..LAUNCHES {
-            Tensor::filled(device, &[1], DType::F32, 1.0)?;
-        }
-    }
-    let mut times: Vec<f64> = recording.take_records()?.iter().map(|launch| launch.duration.as_secs_f64()).collect();
-    Ok(if times.is_empty() { 0.0 } else { super::summary::median(&mut times) })
 }
 
 fn copy_seconds(device: &Device) -> Result<f64> {
@@ -81,6 +68,23 @@ fn product_seconds(device: &Device) -> Result<f64> {
     for _ in 0..REPEATS {
         ops::linear(&Tape::inference(), &x, &weight, None)?;
     }
+    median_launch(&recording)
+}
+
+fn event_seconds(device: &Device) -> Result<f64> {
+    // Launches gather behind it: where the GPU waits for one, the host's time lies between its events.
+    let mut before = device.allocate(COPIED)?;
+    let recording = device.record_launches()?;
+    for _ in 0..REPEATS {
+        before.set_zero()?;
+        for _ in 0..LAUNCHES {
+            Tensor::filled(device, &[1], DType::F32, 1.0)?;
+        }
+    }
+    median_launch(&recording)
+}
+
+fn median_launch(recording: &Recording) -> Result<f64> {
     let mut times: Vec<f64> = recording.take_records()?.iter().map(|launch| launch.duration.as_secs_f64()).collect();
     Ok(super::summary::median(&mut times))
 }

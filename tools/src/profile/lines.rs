@@ -1,9 +1,10 @@
 //! The lines of the table of operators: what is measured at which sizes, what is asked, what others reach.
 //!
 //! To add a line: add it to [`lines`], with the sizes of the models that need it, and write the function that it names. That function
-//! makes the inputs ([`Inputs`]), counts the bytes that the operator must move (each input read once, each result written
-//! once) and the operations of its matrix products, and gives a closure that runs it once, the timed part within
-//! [`Stopwatch::time`]. [`forward`], [`backward`], [`both_ways`], [`in_a_row`] and [`rotating`] do that for the usual cases.
+//! makes the inputs ([`Inputs`]), counts the bytes that a call of the operator must move (each input read once, each result
+//! written once) and the operations of its matrix products, and gives a closure that runs a repeat, of one or several calls, the
+//! timed part within [`Stopwatch::time`]. [`forward`], [`backward`], [`both_ways`], [`in_a_row`] and [`rotating`] do that for the
+//! usual cases.
 //! Sizes go through [`Inputs::size`], so that `every_line_runs_on_the_simulator` can run the line with small ones.
 
 use std::cell::{Cell, OnceCell};
@@ -238,18 +239,18 @@ pub fn lines() -> Vec<Line> {
 
 /// An operator with its inputs, ready to run.
 pub struct Prepared {
-    /// Bytes that the timed part must move at least.
+    /// Bytes that a call must move at least.
     pub bytes: u64,
-    /// Operations of its matrix products.
+    /// Operations of a call's matrix products.
     pub operations: u64,
-    /// How often the timed part runs the operator (on other buffers each time), for operators that are too short to be
-    /// timed one by one.
+    /// How often the timed part calls the operator (on other buffers each time): more than once where it is too short to be
+    /// timed by itself.
     pub calls: usize,
-    /// Runs that often.
+    /// Runs a repeat.
     pub run: Run,
 }
 
-/// Runs a repeat, the timed part within [`Stopwatch::time`].
+/// Runs a repeat: all its calls, the timed part within [`Stopwatch::time`].
 type Run = Box<dyn FnMut(&mut Stopwatch) -> Result<()>>;
 
 /// Makes inputs: normally distributed numbers, since a GPU's clocks depend on what it computes with.
@@ -282,18 +283,6 @@ impl<'a> Inputs<'a> {
     /// A size of the problem.
     fn size(&self, wanted: usize) -> usize {
         wanted.min(self.limit)
-    }
-
-    /// How often an operator that moves so much is run in a row.
-    fn calls_in_a_row(&self, cost: Cost) -> usize {
-        const MOST: usize = 8;
-        if cost.operations > 0 {
-            // Matrix products take long enough.
-            return 1;
-        }
-        let calls = (TOGETHER / cost.bytes.max(1)).clamp(1, MOST);
-        // Elsewhere no times are of interest.
-        if matches!(self.device.kind(), DeviceKind::Cuda(_)) { calls } else { calls.min(2) }
     }
 
     /// Uniform in 0..1.
@@ -405,19 +394,28 @@ fn backward(
 /// L2 cache holds, whose unwritten lines are then a small part of them.
 const TOGETHER: usize = 2 << 30;
 
-/// Gives `run` as many sets of inputs as an operator that moves so much is to run on, one call after the other. A single call of a
+/// Gives `run` as many sets of inputs as an operator of this cost is to be called with, one after the other. A single call of a
 /// tenth of a millisecond would be timed together with the events around it, and with the lines that what ran before left in the L2
-/// cache to be written: together a few per cent. In a row, each call leaves to the next one what it found itself.
+/// cache to be written: together a few per cent. In a row, all but the first find what they leave themselves.
 fn in_a_row<S: 'static>(
     make: &Inputs<'_>,
     cost: Cost,
     set: impl Fn() -> Result<S>,
     mut run: impl FnMut(&[S], &mut Stopwatch) -> Result<()> + 'static,
 ) -> Result<Prepared> {
-    let calls = make.calls_in_a_row(cost);
+    let calls = calls_in_a_row(cost);
+    // Elsewhere no times are of interest.
+    let calls = if matches!(make.device.kind(), DeviceKind::Cuda(_)) { calls } else { calls.min(2) };
     let sets = (0..calls).map(|_| set()).collect::<Result<Vec<S>>>()?;
     let prepared = prepared(cost, move |watch| run(&sets, watch));
     Ok(Prepared { calls, ..prepared })
+}
+
+fn calls_in_a_row(cost: Cost) -> usize {
+    const MOST: usize = 8;
+    /// A matrix product of so many operations takes a quarter of a millisecond, long enough for one call.
+    const LONG: usize = 100_000_000_000;
+    if cost.operations > LONG { 1 } else { (TOGETHER / cost.bytes.max(1)).clamp(1, MOST) }
 }
 
 fn leaves(tape: &Tape<'_>, inputs: &[Tensor]) -> Vec<Var> {
@@ -853,21 +851,21 @@ mod tests {
 
     #[test]
     fn what_moves_little_runs_in_a_row() {
-        let device = Device::cpu();
-        let make = Inputs::new(&device, DType::F32, 1);
-        let cost = |bytes, operations| Cost { bytes, operations };
-        assert_eq!(make.calls_in_a_row(cost(1 << 30, 0)), 2);
-        assert_eq!(make.calls_in_a_row(cost((1 << 30) + 1, 0)), 1);
-        assert_eq!(make.calls_in_a_row(cost(1 << 20, 1)), 1);
+        let calls = |bytes, operations| calls_in_a_row(Cost { bytes, operations });
+        let moving = [0, 268 << 20, 403 << 20, 1 << 30, (1 << 30) + 1, 5 << 30].map(|bytes| calls(bytes, 0));
+        assert_eq!(moving, [8, 7, 5, 2, 1, 1]);
+        assert_eq!([29_000_000_000, 100_000_000_001].map(|operations| calls(50 << 20, operations)), [8, 1]);
 
         // Each call has a set of its own.
+        let device = Device::cpu();
+        let make = Inputs::new(&device, DType::F32, 1);
         let sets = Cell::new(0);
         let set = || Ok(sets.replace(sets.get() + 1));
         let run = |sets: &[i32], _: &mut Stopwatch| {
             assert_eq!(sets, [0, 1]);
             Ok(())
         };
-        let prepared = in_a_row(&make, cost(7, 0), set, run).unwrap();
+        let prepared = in_a_row(&make, Cost { bytes: 7, operations: 0 }, set, run).unwrap();
         assert_eq!((prepared.calls, prepared.bytes), (2, 7));
         let mut stopwatch = Stopwatch::new(&device).unwrap();
         let mut run = prepared.run;

@@ -17,17 +17,19 @@ pub struct Summary {
     pub device: String,
     /// How often it was repeated.
     pub repeats: usize,
-    /// Median seconds of one repeat, without recording.
+    /// How often a repeat ran it, one call after the other. All other figures are those of a call.
+    #[serde(default = "super::one")]
+    pub calls: usize,
+    /// Median seconds, without recording.
     pub seconds: f64,
     /// The same with every kernel launched by itself, where `seconds` is of a graph that is replayed.
     pub launched_seconds: Option<f64>,
-    /// Tokens of one repeat, where it has any.
+    /// Tokens, where it has any.
     pub tokens: Option<usize>,
-    /// Seconds per repeat between the events around launches, all together.
+    /// Seconds between the events around launches, all together.
     pub busy_seconds: f64,
-    /// What the events around a launch cost at most ([`event_seconds`](super::event_seconds)).
-    pub event_seconds: f64,
-    /// The most seconds of `seconds` in which no kernel runs: what the events cost at most is taken off each launch.
+    /// The most seconds of `seconds` in which no kernel runs: what the events cost at most is taken off each launch
+    /// ([`Ceilings::event_seconds`]).
     pub gap_seconds: f64,
     /// What the device reaches.
     pub ceilings: Option<Ceilings>,
@@ -40,11 +42,11 @@ pub struct Summary {
 pub struct KernelSummary {
     /// Its name.
     pub name: String,
-    /// Launches per repeat.
+    /// Launches per call.
     pub calls: f64,
     /// Median seconds of a launch.
     pub median_seconds: f64,
-    /// Seconds of all its launches in one repeat.
+    /// Seconds of all its launches in one call.
     pub total_seconds: f64,
     /// Its share of the time in which kernels ran.
     pub share: f64,
@@ -54,14 +56,14 @@ pub struct KernelSummary {
     pub operations_per_second: Option<f64>,
 }
 
-/// Adds up the launches of `repeats` repeats: by kernel, and the seconds of all in a repeat.
-pub fn summarise(launches: &[LaunchRecord], repeats: usize) -> (Vec<KernelSummary>, f64) {
+/// Adds up the launches of `calls` calls: by kernel, and the seconds of all in a call.
+pub fn summarise(launches: &[LaunchRecord], calls: usize) -> (Vec<KernelSummary>, f64) {
     let mut by_name: BTreeMap<&str, Vec<&LaunchRecord>> = BTreeMap::new();
     for launch in launches {
         by_name.entry(&launch.kernel).or_default().push(launch);
     }
     let busy: f64 = launches.iter().map(|launch| launch.duration.as_secs_f64()).sum();
-    let per_repeat = repeats.max(1) as f64;
+    let per_call = calls.max(1) as f64;
     let mut kernels: Vec<KernelSummary> = by_name
         .into_iter()
         .map(|(name, launches)| {
@@ -73,11 +75,11 @@ pub fn summarise(launches: &[LaunchRecord], repeats: usize) -> (Vec<KernelSummar
             };
             KernelSummary {
                 name: name.to_owned(),
-                calls: launches.len() as f64 / per_repeat,
+                calls: launches.len() as f64 / per_call,
                 median_seconds: median(
                     &mut launches.iter().map(|launch| launch.duration.as_secs_f64()).collect::<Vec<_>>(),
                 ),
-                total_seconds: total / per_repeat,
+                total_seconds: total / per_call,
                 share: total / busy,
                 bytes_per_second: speed(|work| work.bytes),
                 operations_per_second: speed(|work| work.operations),
@@ -85,14 +87,14 @@ pub fn summarise(launches: &[LaunchRecord], repeats: usize) -> (Vec<KernelSummar
         })
         .collect();
     kernels.sort_by(|a, b| b.total_seconds.total_cmp(&a.total_seconds));
-    (kernels, busy / per_repeat)
+    (kernels, busy / per_call)
 }
 
-/// The most seconds of a repeat, which takes `seconds`, in which no kernel runs, when the events around a launch cost at most
-/// `overhead`.
-pub fn gap_seconds(launches: &[LaunchRecord], repeats: usize, seconds: f64, overhead: f64) -> f64 {
+/// The most seconds of a call, which takes `seconds`, in which no kernel runs, when the events around a launch cost at most
+/// `overhead`. The launches are those of `calls` calls.
+pub fn gap_seconds(launches: &[LaunchRecord], calls: usize, seconds: f64, overhead: f64) -> f64 {
     let running = launches.iter().map(|launch| (launch.duration.as_secs_f64() - overhead).max(0.0)).sum::<f64>();
-    (seconds - running / repeats.max(1) as f64).max(0.0)
+    (seconds - running / calls.max(1) as f64).max(0.0)
 }
 
 /// The middle value; of an even number the upper one of the two in the middle, of none NaN.
@@ -104,7 +106,8 @@ pub(super) fn median(values: &mut [f64]) -> f64 {
 impl Summary {
     /// A table for people.
     pub fn table(&self) -> String {
-        let mut text = format!("{} on {}, {} repeats\n", self.title, self.device, self.repeats);
+        let mut text = format!("{} on {}, {} repeats", self.title, self.device, self.repeats);
+        let _ = if self.calls > 1 { writeln!(text, " of {} calls", self.calls) } else { writeln!(text) };
         let _ = write!(text, "{:.3} ms each", self.seconds * 1e3);
         if let Some(tokens) = self.tokens {
             let _ = write!(text, ", {:.0} tokens/s", tokens as f64 / self.seconds);
@@ -114,19 +117,18 @@ impl Summary {
         }
         let _ = writeln!(
             text,
-            "; gaps between kernels at most {:.3} ms ({:.1} %); launches with the events around them {:.3} ms, the \
-             events at most {:.1} us a launch",
+            "; gaps between kernels at most {:.3} ms ({:.1} %); launches with the events around them {:.3} ms",
             self.gap_seconds * 1e3,
             100.0 * self.gap_seconds / self.seconds,
             self.busy_seconds * 1e3,
-            self.event_seconds * 1e6,
         );
         if let Some(ceilings) = self.ceilings {
             let _ = writeln!(
                 text,
-                "this device: copy {:.0} GB/s, bf16 matrix product {:.0} TFLOP/s",
+                "this device: copy {:.0} GB/s, bf16 matrix product {:.0} TFLOP/s, events at most {:.1} us a launch",
                 ceilings.copy_bytes_per_second / 1e9,
-                ceilings.matrix_operations_per_second / 1e12
+                ceilings.matrix_operations_per_second / 1e12,
+                ceilings.event_seconds * 1e6
             );
         }
         let _ = writeln!(

@@ -57,11 +57,14 @@ pub struct Measured {
     pub name: String,
     /// Its sizes, for people.
     pub sizes: String,
-    /// Median seconds.
+    /// How often it was called in a row in each repeat.
+    #[serde(default = "super::one")]
+    pub calls: usize,
+    /// Median seconds of a call.
     pub seconds: f64,
-    /// Bytes that the operator must move at least.
+    /// Bytes that a call must move at least.
     pub bytes: u64,
-    /// Operations on tensor cores; 0 where there are none.
+    /// Operations of a call on tensor cores; 0 where there are none.
     pub operations: u64,
     /// The most bytes that the operator held at a time beyond its inputs and its results.
     pub extra_memory: u64,
@@ -397,6 +400,7 @@ fn measure(line: &Line, inputs: &Inputs<'_>, repeats: usize) -> Result<Measured>
     Ok(Measured {
         name: line.name.to_owned(),
         sizes: line.sizes.to_owned(),
+        calls: prepared.calls,
         seconds: median(&mut stopwatch.take()?) / prepared.calls as f64,
         bytes: prepared.bytes,
         operations: prepared.operations,
@@ -452,12 +456,13 @@ fn today() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::profile::lines;
+    use crate::profile::{lines, summarise};
 
     fn measured(name: &str, seconds: f64, goals: &[Goal]) -> Measured {
         Measured {
             name: name.to_owned(),
             sizes: "2 x 3".to_owned(),
+            calls: 1,
             seconds,
             bytes: 3_000_000_000,
             operations: 0,
@@ -468,7 +473,7 @@ mod tests {
     }
 
     fn table(lines: Vec<Measured>) -> Table {
-        let ceilings = Ceilings { copy_bytes_per_second: 3e12, matrix_operations_per_second: 4e14 };
+        let ceilings = Ceilings { copy_bytes_per_second: 3e12, matrix_operations_per_second: 4e14, event_seconds: 0.0 };
         Table {
             device: "a GPU".to_owned(),
             date: "2026-11-23".to_owned(),
@@ -523,6 +528,19 @@ mod tests {
         assert!(markdown.contains("0 of 1 goals reached"), "{markdown}");
         let row = "| a | 2 x 3 | 2.000 | 3.000 | 50 % of copy | 5 | ≥ 88 % of copy | NO | someone 3 ms | 1.50 |\n";
         assert!(markdown.contains(row), "{markdown}");
+    }
+
+    #[test]
+    fn launches_of_calls_in_a_row_are_counted_by_call() -> Result<()> {
+        let device = Device::sim();
+        let all = lines();
+        let line = all.iter().find(|line| line.name == "rms_norm_forward").context("no such line")?;
+        let launches = launches_of(line, &Inputs::new(&device, DType::Bf16, 16), 3)?;
+        assert_eq!((launches.of_repeats.len(), launches.calls), (3, 2));
+        assert!(launches.of_repeats.iter().all(|launches| launches.len() == 2));
+        let (kernels, _) = summarise(&launches.of_repeats.concat(), 3 * launches.calls);
+        assert_eq!(kernels.iter().map(|kernel| kernel.calls).collect::<Vec<_>>(), [1.0]);
+        Ok(())
     }
 
     #[test]

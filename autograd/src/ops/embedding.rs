@@ -97,6 +97,7 @@ fn backward_gpu(gradient: &Tensor, ids: &Tensor, shape: &[usize]) -> Result<Tens
         gpu::read(&order),
         gpu::read(&runs),
         gpu::read(&repeated),
+        Argument::U32(tokens),
         Argument::U32(vocabulary),
         Argument::U32(width),
     ];

@@ -350,6 +350,40 @@ fn tokens_that_all_have_one_id() {
     }
 }
 
+/// Ids of more than 64 tokens: several whose runs' first multiples of 64 one block looks at, others that further blocks do; ids of 64 and
+/// of 65; and on GPUs as many tokens outside the vocabulary.
+#[test]
+fn many_ids_of_many_tokens() {
+    // The first multiples of 64, in 64s: 0, 3, 4, 7; 8, 9, 13, 15; 17, 18 and, outside the vocabulary, 19.
+    let counts = [65, 64, 66, 200, 70, 1, 0, 65, 300, 129, 65, 65, 65];
+    let vocabulary = counts.len();
+    // Columns of one part and of two, one by one and four at a time.
+    for (dtype, width) in [(DType::F32, 33), (DType::F32, 132), (DType::Bf16, 5), (DType::Bf16, 132)] {
+        let weight = tensor(dtype, &[vocabulary, width], &vec![0.0; vocabulary * width]);
+        let other = if weight.device().is_cpu() { 6 } else { vocabulary };
+        let runs = counts.into_iter().enumerate().chain([(other, 100)]);
+        let sorted: Vec<usize> = runs.flat_map(|(id, count)| vec![id; count]).collect();
+        let tokens = sorted.len();
+        assert_eq!(tokens, 1255);
+        // 13 and 1255 have no common factor.
+        let ids: Vec<usize> = (0..tokens).map(|token| sorted[token * 13 % tokens]).collect();
+        let gradients: Vec<f64> = (0..tokens * width).map(|index| (index % 7) as f64).collect();
+        let mut expected = vec![0.0f32; vocabulary * width];
+        for (index, gradient) in gradients.iter().enumerate() {
+            if let Some(sum) = expected.get_mut(ids[index / width] * width + index % width) {
+                *sum += *gradient as f32;
+            }
+        }
+        let tape = Tape::new();
+        let output = ops::embedding(&tape, &indices(&[tokens], &ids), &tape.leaf(&weight), dtype).unwrap();
+        let seed = tensor(dtype, &[tokens, width], &gradients);
+        // The memory that the gradient gets: a row that nobody writes shows.
+        drop(tensor(DType::F32, &[vocabulary, width], &vec![f64::NAN; vocabulary * width]));
+        let found = tape.backward_from(vec![(output, seed)]).unwrap();
+        assert_eq!(found.get(&weight).unwrap().to_f32_vec().unwrap(), expected, "{dtype:?}, {width} columns");
+    }
+}
+
 /// On GPUs, where the host does not see the ids, such a row is NaN and its gradient goes nowhere.
 #[test]
 fn an_id_outside_the_vocabulary_is_named() {

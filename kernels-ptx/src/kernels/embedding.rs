@@ -34,8 +34,8 @@ const PARTS: u32 = 8;
 const MANY: u32 = 64;
 /// Rows that each warp has on their way where a block sums.
 const AHEAD: u32 = 8;
-/// Places of `repeated` that such a block looks at: with one each, blocks without work took 15 µs at 16,384 tokens and 5120 columns on an
-/// H200.
+/// Places of `repeated` that such a block looks at: with one each, blocks without work took 15 µs at 16,384 tokens and 5120
+/// columns on an H200.
 const PLACES: u32 = 8;
 /// Ids that a block of the sort takes, one per thread.
 const IDS: u32 = 512;
@@ -332,7 +332,7 @@ impl KernelSource for EmbeddingBackward {
             name: format!("embedding_backward_{gradient_element}{}", suffix(vector)),
             summary: format!(
                 "weight_gradient[id] = sum of gradient[t] over the at most {MANY} tokens of that id, in their order; one \
-                 warp per id"
+                 warp per id and part of its row"
             ),
             block: [THREADS, 1, 1],
             target: Target::Sm80,
@@ -416,9 +416,9 @@ impl KernelSource for EmbeddingRepeated {
 
             k.comment("the places at which there is an id, as bits: every warp finds the same");
             let places = repeated.from((k.block() * PLACES).wide());
-            let last = (tokens + (MANY - 1)) >> MANY.ilog2();
-            let exist = k.lane().lt(PLACES) & (k.block().mad(PLACES, k.lane())).lt(last);
-            let left = k.variable(k.ballot(places.at(k.lane()).load_u32_if(exist, u32::MAX).lt(vocabulary)));
+            let count = (tokens + (MANY - 1)) >> MANY.ilog2();
+            let there = k.lane().lt(PLACES) & (k.block().mad(PLACES, k.lane())).lt(count);
+            let left = k.variable(k.ballot(places.at(k.lane()).load_u32_if(there, u32::MAX).lt(vocabulary)));
             let found = || left.get().ne(0);
             k.while_(found, || {
                 let lowest = left.get() & (k.constant(0u32) - left.get());

@@ -308,7 +308,7 @@ fn summary(
         title,
         device: device.to_string(),
         repeats,
-        calls,
+        calls: Some(calls),
         seconds,
         launched_seconds: None,
         tokens,

@@ -163,8 +163,20 @@ pub fn lines() -> Vec<Line> {
         Line::new("swiglu_backward", "16384 x 14336", |make| swiglu(make, backward)).asked(NEAR_COPY),
         Line::new("causal_conv1d_forward", "1 x 16384 x 4096, SiLU", |make| conv1d(make, forward)).asked(NEAR_COPY),
         Line::new("causal_conv1d_backward", "1 x 16384 x 4096, SiLU", |make| conv1d(make, backward)).asked(NEAR_COPY),
-        Line::new("embedding_forward", "16384 of 131072 x 5120", |make| embedding(make, forward)).asked(NEAR_COPY),
-        Line::new("embedding_backward", "16384 of 131072 x 5120", |make| embedding(make, backward)).asked(NEAR_COPY),
+        Line::new("embedding_forward", "16384 of 131072 x 5120", |make| {
+            embedding(make, [16_384, 131_072, 5120], Ids::Uniform, forward)
+        })
+        .asked(NEAR_COPY),
+        Line::new("embedding_backward", "16384 of 131072 x 5120", |make| {
+            embedding(make, [16_384, 131_072, 5120], Ids::Uniform, backward)
+        })
+        .asked(NEAR_COPY),
+        Line::new("embedding_zipf_backward", "16384 of 131072 x 5120, few ids most of them", |make| {
+            embedding(make, [16_384, 131_072, 5120], Ids::Zipf, backward)
+        }),
+        Line::new("embedding_smollm2_backward", "16384 of 49152 x 576, few ids most of them", |make| {
+            embedding(make, [16_384, 49_152, 576], Ids::Zipf, backward)
+        }),
         Line::new("cast_to_bf16", "16384 x 5120, from f32", |make| cast(make, DType::F32, DType::Bf16))
             .asked(NEAR_COPY),
         Line::new("cast_to_f32", "16384 x 5120, from bf16", |make| cast(make, DType::Bf16, DType::F32))
@@ -396,7 +408,8 @@ const TOGETHER: usize = 2 << 30;
 
 /// Gives `run` as many sets of inputs as an operator of this cost is to be called with, one after the other. A single call of a
 /// tenth of a millisecond would be timed together with the events around it, and with the lines that what ran before left in the L2
-/// cache to be written: together a few per cent. In a row, all but the first find what they leave themselves.
+/// cache to be written: together a few per cent. In a row, all but the first find what they leave themselves, and begin where the one
+/// before ends, as in a step.
 fn in_a_row<S: 'static>(
     make: &Inputs<'_>,
     cost: Cost,
@@ -413,7 +426,7 @@ fn in_a_row<S: 'static>(
 
 fn calls_in_a_row(cost: Cost) -> usize {
     const MOST: usize = 8;
-    /// A matrix product of so many operations takes a quarter of a millisecond, long enough for one call.
+    /// Matrix products of so many operations take a quarter of a millisecond, long enough for one call.
     const LONG: usize = 100_000_000_000;
     if cost.operations > LONG { 1 } else { (TOGETHER / cost.bytes.max(1)).clamp(1, MOST) }
 }
@@ -633,10 +646,24 @@ fn conv1d(make: &Inputs<'_>, way: Way) -> Result<Prepared> {
     way(make, &inputs, operator, [elements(2 * time * channels), elements(3 * time * channels)])
 }
 
+/// How tokens are distributed over the vocabulary.
+enum Ids {
+    /// All as often; hardly any occurs twice.
+    Uniform,
+    /// The n-th as often as 1 / n, as in text: the first is every sixteenth token or so.
+    Zipf,
+}
+
 /// Backward writes the gradient of the whole table, in f32.
-fn embedding(make: &Inputs<'_>, way: Way) -> Result<Prepared> {
-    let (tokens, vocabulary, width) = (make.size(16_384), make.size(131_072), make.size(5120));
-    let ids = make.indices(&[1, tokens], vocabulary)?;
+fn embedding(make: &Inputs<'_>, sizes: [usize; 3], ids: Ids, way: Way) -> Result<Prepared> {
+    let [tokens, vocabulary, width] = sizes.map(|size| make.size(size));
+    let ids = match ids {
+        Ids::Uniform => make.indices(&[1, tokens], vocabulary)?,
+        Ids::Zipf => {
+            let values: Vec<u32> = (0..tokens).map(|_| (vocabulary as f64).powf(make.uniform()) as u32 - 1).collect();
+            Tensor::from_slice(make.device, &[1, tokens], &values)?
+        }
+    };
     let dtype = make.dtype;
     let inputs = || Ok(vec![make.tensor(&[vocabulary, width], 1.0)?]);
     let operator: Operator = Box::new(move |tape, inputs| Ok(ops::embedding(tape, &ids, &inputs[0], dtype)?));

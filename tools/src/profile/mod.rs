@@ -15,8 +15,3 @@ pub use step::{Step, StepOptions};
 pub use summary::{KernelSummary, Summary, gap_seconds, summarise};
 pub use table::{Goal, Launches, Measured, Peer, Stopwatch, Table, launches_of};
 pub use trace::write_trace;
-
-/// The calls of a repeat in files written when it was always one.
-fn one() -> usize {
-    1
-}

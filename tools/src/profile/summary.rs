@@ -17,9 +17,9 @@ pub struct Summary {
     pub device: String,
     /// How often it was repeated.
     pub repeats: usize,
-    /// How often a repeat ran it, one call after the other. All other figures are those of a call.
-    #[serde(default = "super::one")]
-    pub calls: usize,
+    /// How often a repeat ran it, one call after the other; older files do not say. All other figures are those of a call.
+    #[serde(default)]
+    pub calls: Option<usize>,
     /// Median seconds, without recording.
     pub seconds: f64,
     /// The same with every kernel launched by itself, where `seconds` is of a graph that is replayed.
@@ -91,7 +91,7 @@ pub fn summarise(launches: &[LaunchRecord], calls: usize) -> (Vec<KernelSummary>
 }
 
 /// The most seconds of a call, which takes `seconds`, in which no kernel runs, when the events around a launch cost at most
-/// `overhead`. The launches are those of `calls` calls.
+/// `overhead` and launches do not overlap. The launches are those of `calls` calls.
 pub fn gap_seconds(launches: &[LaunchRecord], calls: usize, seconds: f64, overhead: f64) -> f64 {
     let running = launches.iter().map(|launch| (launch.duration.as_secs_f64() - overhead).max(0.0)).sum::<f64>();
     (seconds - running / calls.max(1) as f64).max(0.0)
@@ -107,7 +107,10 @@ impl Summary {
     /// A table for people.
     pub fn table(&self) -> String {
         let mut text = format!("{} on {}, {} repeats", self.title, self.device, self.repeats);
-        let _ = if self.calls > 1 { writeln!(text, " of {} calls", self.calls) } else { writeln!(text) };
+        if let Some(calls) = self.calls.filter(|&calls| calls > 1) {
+            let _ = write!(text, " of {calls} calls");
+        }
+        text.push('\n');
         let _ = write!(text, "{:.3} ms each", self.seconds * 1e3);
         if let Some(tokens) = self.tokens {
             let _ = write!(text, ", {:.0} tokens/s", tokens as f64 / self.seconds);

@@ -57,16 +57,16 @@ pub struct Measured {
     pub name: String,
     /// Its sizes, for people.
     pub sizes: String,
-    /// How often it was called in a row in each repeat.
-    #[serde(default = "super::one")]
-    pub calls: usize,
+    /// How often it was called in a row in each repeat; older files do not say.
+    #[serde(default)]
+    pub calls: Option<usize>,
     /// Median seconds of a call.
     pub seconds: f64,
     /// Bytes that a call must move at least.
     pub bytes: u64,
     /// Operations of a call on tensor cores; 0 where there are none.
     pub operations: u64,
-    /// The most bytes that the operator held at a time beyond its inputs and its results.
+    /// The most bytes that the calls in a row held at a time beyond their inputs and results.
     pub extra_memory: u64,
     /// What is asked, all of it.
     pub goals: Vec<Goal>,
@@ -192,6 +192,7 @@ impl Table {
             [
                 line.name.clone(),
                 line.sizes.clone(),
+                or_dash(line.calls.map(|calls| calls.to_string())),
                 milliseconds(line.seconds),
                 format!("{:.3}", line.bytes as f64 / 1e9),
                 or_dash(Some(reaches.join(", ")).filter(|reaches| !reaches.is_empty())),
@@ -246,8 +247,8 @@ impl Table {
         text
     }
 
-    /// What became slower or faster than in `before` by more than `tolerance`, and lines that are gone if `whole`: one
-    /// line of text each, and whether any is a loss.
+    /// What became slower or faster than in `before` by more than `tolerance`, what is timed in another way, and lines that are
+    /// gone if `whole`: one line of text each, and whether any is a loss.
     pub fn compare(&self, before: &Self, tolerance: f64, whole: bool) -> (Vec<String>, bool) {
         let (mut texts, mut lost) = (Vec::new(), false);
         for old in &before.lines {
@@ -258,6 +259,11 @@ impl Table {
                 }
                 continue;
             };
+            if now.calls != old.calls {
+                let calls =
+                    |line: &Measured| line.calls.map_or("an unknown number of".to_owned(), |calls| calls.to_string());
+                texts.push(format!("{}: timed as {} calls in a row, before as {}", now.name, calls(now), calls(old)));
+            }
             let ratio = now.seconds / old.seconds;
             // A time that is not a number is a loss as well.
             let slower = ratio.is_nan() || ratio > 1.0 + tolerance;
@@ -277,9 +283,9 @@ impl Table {
     }
 }
 
-const COLUMNS: usize = 10;
+const COLUMNS: usize = 11;
 const TITLES: [&str; COLUMNS] =
-    ["operator", "sizes", "ms", "GB", "reaches", "extra MiB", "asked", "reached", "peer", "peer / ours"];
+    ["operator", "sizes", "calls", "ms", "GB", "reaches", "extra MiB", "asked", "reached", "peer", "peer / ours"];
 
 /// Four significant digits, as times are not known better.
 fn milliseconds(seconds: f64) -> String {
@@ -400,7 +406,7 @@ fn measure(line: &Line, inputs: &Inputs<'_>, repeats: usize) -> Result<Measured>
     Ok(Measured {
         name: line.name.to_owned(),
         sizes: line.sizes.to_owned(),
-        calls: prepared.calls,
+        calls: Some(prepared.calls),
         seconds: median(&mut stopwatch.take()?) / prepared.calls as f64,
         bytes: prepared.bytes,
         operations: prepared.operations,
@@ -462,7 +468,7 @@ mod tests {
         Measured {
             name: name.to_owned(),
             sizes: "2 x 3".to_owned(),
-            calls: 1,
+            calls: Some(1),
             seconds,
             bytes: 3_000_000_000,
             operations: 0,
@@ -516,6 +522,10 @@ mod tests {
         let (texts, lost) = compare(0.5e-3, true);
         assert!(!lost && texts == ["a is faster by 50.0 %: 0.5000 ms, was 1.000 ms"], "{texts:?}");
         assert!(compare(f64::NAN, true).1);
+        let mut in_a_row = measured("a", 1e-3, &[]);
+        in_a_row.calls = Some(5);
+        let (texts, lost) = table(vec![in_a_row, measured("b", 1e-3, &[])]).compare(&before, 0.05, true);
+        assert!(!lost && texts == ["a: timed as 5 calls in a row, before as 1"], "{texts:?}");
         let without_b = table(vec![measured("a", 1e-3, &[])]);
         assert_eq!(without_b.compare(&before, 0.05, true), (vec!["b is missing".to_owned()], true));
         assert_eq!(without_b.compare(&before, 0.05, false), (vec![], false));
@@ -526,7 +536,7 @@ mod tests {
         let markdown = table(vec![measured("a", 2e-3, &[Goal::OfCopy(0.88)]), measured("b", 1e-3, &[])]).markdown();
         assert!(markdown.starts_with("    profile operator\n\na GPU, 2026-11-23, bf16"), "{markdown}");
         assert!(markdown.contains("0 of 1 goals reached"), "{markdown}");
-        let row = "| a | 2 x 3 | 2.000 | 3.000 | 50 % of copy | 5 | ≥ 88 % of copy | NO | someone 3 ms | 1.50 |\n";
+        let row = "| a | 2 x 3 | 1 | 2.000 | 3.000 | 50 % of copy | 5 | ≥ 88 % of copy | NO | someone 3 ms | 1.50 |\n";
         assert!(markdown.contains(row), "{markdown}");
     }
 

@@ -312,75 +312,65 @@ fn many_tokens_of_many_ids() {
     for (token, gradient) in [(10, 1.0), (3000, 1e8), (6001, -1e8), (9000, 0.5)] {
         (ids[token], gradients[token]) = (last, gradient);
     }
-    let weight = tensor(DType::F32, &[vocabulary, width], &vec![0.0; vocabulary * width]);
-    if !weight.device().is_cpu() {
+    if !grafter_tests::device().is_cpu() {
         for (token, id) in [(0, vocabulary), (1, 1536), (4097, vocabulary), (8999, u32::MAX as usize)] {
             ids[token] = id;
         }
     }
-    let mut expected = vec![0.0f32; vocabulary];
-    for (id, gradient) in ids.iter().zip(&gradients) {
-        if let Some(sum) = expected.get_mut(*id) {
+    let expected = check_embedding_gradient(DType::F32, [vocabulary, width], &ids, &gradients);
+    assert_eq!(expected[last], 0.5);
+}
+
+/// Compares the gradient of a table with sums of whole numbers, which are exact, in the tokens' order; gives it back.
+fn check_embedding_gradient(dtype: DType, shape: [usize; 2], ids: &[usize], gradients: &[f64]) -> Vec<f32> {
+    let ([vocabulary, width], tokens) = (shape, ids.len());
+    let mut expected = vec![0.0f32; vocabulary * width];
+    for (index, gradient) in gradients.iter().enumerate() {
+        if let Some(sum) = expected.get_mut(ids[index / width] * width + index % width) {
             *sum += *gradient as f32;
         }
     }
-    assert_eq!(expected[last], 0.5);
+    let weight = tensor(dtype, &shape, &vec![0.0; vocabulary * width]);
     let tape = Tape::new();
-    let output = ops::embedding(&tape, &indices(&[tokens], &ids), &tape.leaf(&weight), DType::F32).unwrap();
-    let found = tape.backward_from(vec![(output, tensor(DType::F32, &[tokens, width], &gradients))]).unwrap();
-    assert_eq!(found.get(&weight).unwrap().to_f32_vec().unwrap(), expected);
+    let output = ops::embedding(&tape, &indices(&[tokens], ids), &tape.leaf(&weight), dtype).unwrap();
+    let seed = tensor(dtype, &[tokens, width], gradients);
+    // The memory that the gradient gets: a row that nobody writes shows.
+    drop(tensor(DType::F32, &shape, &vec![f64::NAN; vocabulary * width]));
+    let found = tape.backward_from(vec![(output, seed)]).unwrap();
+    assert_eq!(
+        found.get(&weight).unwrap().to_f32_vec().unwrap(),
+        expected,
+        "{dtype:?}, {tokens} tokens, {width} columns"
+    );
+    expected
 }
 
 /// Padding: the sort has one id in every one of its warps' steps.
 #[test]
 fn tokens_that_all_have_one_id() {
-    let (vocabulary, width) = (600, 5);
     for tokens in [64, 65, 2049] {
-        let weight = tensor(DType::F32, &[vocabulary, width], &vec![0.0; vocabulary * width]);
-        let gradients: Vec<f64> = (0..tokens * width).map(|index| (index % 7) as f64).collect();
-        let tape = Tape::new();
-        let ids = indices(&[tokens], &vec![513; tokens]);
-        let output = ops::embedding(&tape, &ids, &tape.leaf(&weight), DType::F32).unwrap();
-        let found = tape.backward_from(vec![(output, tensor(DType::F32, &[tokens, width], &gradients))]).unwrap();
-        let mut expected = vec![0.0f32; vocabulary * width];
-        for (index, gradient) in gradients.iter().enumerate() {
-            expected[513 * width + index % width] += *gradient as f32;
-        }
-        assert_eq!(found.get(&weight).unwrap().to_f32_vec().unwrap(), expected, "{tokens} tokens");
+        let gradients: Vec<f64> = (0..tokens * 5).map(|index| (index % 7) as f64).collect();
+        check_embedding_gradient(DType::F32, [600, 5], &vec![513; tokens], &gradients);
     }
 }
 
-/// Ids of more than 64 tokens: several whose runs' first multiples of 64 one block looks at, others that further blocks do; ids of 64 and
-/// of 65; and on GPUs as many tokens outside the vocabulary.
+/// Ids of more than 64 tokens: several whose runs' first multiples of 64 one block looks at, others that further blocks do; ids of
+/// 64 and of 65; and on GPUs as many tokens outside the vocabulary.
 #[test]
 fn many_ids_of_many_tokens() {
     // The first multiples of 64, in 64s: 0, 3, 4, 7; 8, 9, 13, 15; 17, 18 and, outside the vocabulary, 19.
     let counts = [65, 64, 66, 200, 70, 1, 0, 65, 300, 129, 65, 65, 65];
-    let vocabulary = counts.len();
+    let other = if grafter_tests::device().is_cpu() { 6 } else { counts.len() };
+    let runs = counts.into_iter().enumerate().chain([(other, 100)]);
+    let sorted: Vec<usize> = runs.flat_map(|(id, count)| vec![id; count]).collect();
+    let tokens = sorted.len();
+    assert_eq!(tokens, 1255);
+    // 13 and 1255 have no common factor.
+    let ids: Vec<usize> = (0..tokens).map(|token| sorted[token * 13 % tokens]).collect();
     // Columns of one part and of two, one by one and four at a time.
     for (dtype, width) in [(DType::F32, 33), (DType::F32, 132), (DType::Bf16, 5), (DType::Bf16, 132)] {
-        let weight = tensor(dtype, &[vocabulary, width], &vec![0.0; vocabulary * width]);
-        let other = if weight.device().is_cpu() { 6 } else { vocabulary };
-        let runs = counts.into_iter().enumerate().chain([(other, 100)]);
-        let sorted: Vec<usize> = runs.flat_map(|(id, count)| vec![id; count]).collect();
-        let tokens = sorted.len();
-        assert_eq!(tokens, 1255);
-        // 13 and 1255 have no common factor.
-        let ids: Vec<usize> = (0..tokens).map(|token| sorted[token * 13 % tokens]).collect();
         let gradients: Vec<f64> = (0..tokens * width).map(|index| (index % 7) as f64).collect();
-        let mut expected = vec![0.0f32; vocabulary * width];
-        for (index, gradient) in gradients.iter().enumerate() {
-            if let Some(sum) = expected.get_mut(ids[index / width] * width + index % width) {
-                *sum += *gradient as f32;
-            }
-        }
-        let tape = Tape::new();
-        let output = ops::embedding(&tape, &indices(&[tokens], &ids), &tape.leaf(&weight), dtype).unwrap();
-        let seed = tensor(dtype, &[tokens, width], &gradients);
-        // The memory that the gradient gets: a row that nobody writes shows.
-        drop(tensor(DType::F32, &[vocabulary, width], &vec![f64::NAN; vocabulary * width]));
-        let found = tape.backward_from(vec![(output, seed)]).unwrap();
-        assert_eq!(found.get(&weight).unwrap().to_f32_vec().unwrap(), expected, "{dtype:?}, {width} columns");
+        check_embedding_gradient(dtype, [counts.len(), width], &ids, &gradients);
     }
 }
 

@@ -8,9 +8,9 @@
 //! - Backward: where rows are long, as many blocks of long stretches as an H100 has room for at a time are followed by blocks of
 //!   short ones, which even out that some multiprocessors are faster ([`Stretches`]). A thread walks a stretch, 4 steps in
 //!   hand and 12 on their way to shared memory (`Stream`), computes the gradient `dq` of the convolution's sum again from x,
-//!   and keeps the `W − 1` sums `dx` under way in registers. What the first `W − 1` steps of a stretch give to the inputs before it goes to the
-//!   thread before through shared memory (`Handed`); the last thread of a block walks the `W − 1` steps after its own itself,
-//!   and so has fewer of its own.
+//!   and keeps the `W − 1` sums `dx` under way in registers. What the first `W − 1` steps of a stretch give to the inputs before
+//!   it goes to the thread before through shared memory (`Handed`); the last thread of a block walks the `W − 1` steps after its
+//!   own itself, and so has fewer of its own.
 //! - The gradients of weight and bias are summed per block in a fixed order. A block that comes after all others of its
 //!   channels adds their sums in order (`block_sums`).
 //! - Traffic: forward reads and writes one element, backward reads two and writes one. Bound by memory.

@@ -511,3 +511,26 @@ fn load_columns<'a>(
         _ => words.into_iter().map(Value::as_f32).collect(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{Element, EmbeddingBackward, EmbeddingRepeated};
+
+    #[test]
+    fn grids_cover_tables_as_far_as_warps_can_be_counted() {
+        let backward = |vocabulary, width| EmbeddingBackward::new(Element::Bf16, width).grid(vocabulary, width);
+        // Five warps a row of 5120, one of 576; of 577, which is no multiple of 4, three.
+        assert_eq!(backward(131_072, 5120), Some([81_920, 1, 1]));
+        assert_eq!(backward(49_152, 576), Some([6144, 1, 1]));
+        assert_eq!(backward(8, 577), Some([3, 1, 1]));
+        assert_eq!(backward(0, 8), Some([0, 1, 1]));
+        assert_eq!(backward(u32::MAX - 7, 8), Some([u32::MAX / 8, 1, 1]));
+        assert_eq!(backward(u32::MAX, 8), None);
+        assert_eq!(backward(1 << 30, 5120), None);
+        let repeated = |tokens, width| EmbeddingRepeated::new(Element::Bf16, width).grid(tokens, width);
+        assert_eq!(repeated(16_384, 5120), Some([32, 40, 1]));
+        assert_eq!(repeated(513, 33), Some([2, 2, 1]));
+        assert_eq!(repeated(0, 8), Some([0, 1, 1]));
+        assert_eq!(repeated(1, 65_536 * 128), None);
+    }
+}

@@ -4,8 +4,7 @@
 //! makes the inputs ([`Inputs`]), counts the bytes that a call of the operator must move (each input read once, each result
 //! written once) and the operations of its matrix products, and gives a closure that runs a repeat, of one or several calls, the
 //! timed part within [`Stopwatch::time`]. [`forward`], [`backward`], [`both_ways`], [`in_a_row`] and [`rotating`] do that for the
-//! usual cases.
-//! Sizes go through [`Inputs::size`], so that `every_line_runs_on_the_simulator` can run the line with small ones.
+//! usual cases. Sizes go through [`Inputs::size`], so that `every_line_runs_on_the_simulator` can run the line with small ones.
 
 use std::cell::{Cell, OnceCell};
 
@@ -347,9 +346,11 @@ impl<'a> Inputs<'a> {
 
 /// An operator of some inputs.
 type Operator = Box<dyn Fn(&Tape<'_>, &[Var]) -> Result<Var>>;
-/// What of an operator is measured: what makes a set of its inputs, itself, and bytes and operations of its forward and of its
-/// backward pass.
-type Way = fn(&Inputs<'_>, &dyn Fn() -> Result<Vec<Tensor>>, Operator, [Cost; 2]) -> Result<Prepared>;
+/// Makes a set of its inputs.
+type MakeSet<'a> = &'a dyn Fn() -> Result<Vec<Tensor>>;
+/// What of an operator is measured: what makes its inputs, itself, and bytes and operations of its forward and of its backward
+/// pass.
+type Way = fn(&Inputs<'_>, MakeSet<'_>, Operator, [Cost; 2]) -> Result<Prepared>;
 
 /// What a pass must do at least.
 #[derive(Clone, Copy, Default)]
@@ -364,13 +365,8 @@ fn elements(count: usize) -> Cost {
 }
 
 /// The forward pass, with what it saves for the backward pass.
-fn forward(
-    make: &Inputs<'_>,
-    inputs: &dyn Fn() -> Result<Vec<Tensor>>,
-    operator: Operator,
-    [cost, _]: [Cost; 2],
-) -> Result<Prepared> {
-    in_a_row(make, cost, inputs, move |sets, watch| {
+fn forward(make: &Inputs<'_>, set: MakeSet<'_>, operator: Operator, [cost, _]: [Cost; 2]) -> Result<Prepared> {
+    in_a_row(make, cost, set, move |sets, watch| {
         let tape = Tape::new();
         let sets: Vec<Vec<Var>> = sets.iter().map(|inputs| leaves(&tape, inputs)).collect();
         watch.time(|| sets.iter().map(|inputs| operator(&tape, inputs)).collect::<Result<Vec<Var>>>())?;
@@ -379,14 +375,9 @@ fn forward(
 }
 
 /// The backward pass.
-fn backward(
-    make: &Inputs<'_>,
-    inputs: &dyn Fn() -> Result<Vec<Tensor>>,
-    operator: Operator,
-    [_, cost]: [Cost; 2],
-) -> Result<Prepared> {
+fn backward(make: &Inputs<'_>, set: MakeSet<'_>, operator: Operator, [_, cost]: [Cost; 2]) -> Result<Prepared> {
     let mut seeds = Vec::new();
-    in_a_row(make, cost, inputs, move |sets, watch| {
+    in_a_row(make, cost, set, move |sets, watch| {
         seeds.resize(sets.len(), None);
         let mut tapes = Vec::new();
         for (inputs, seed) in sets.iter().zip(&mut seeds) {
@@ -654,13 +645,18 @@ enum Ids {
     Zipf,
 }
 
+/// An id below `vocabulary` by Zipf's law, from a number uniform in 0..1: in text, a few tokens are most of all tokens.
+pub(super) fn zipf(uniform: f64, vocabulary: usize) -> u32 {
+    (vocabulary as f64).powf(uniform) as u32 - 1
+}
+
 /// Backward writes the gradient of the whole table, in f32.
 fn embedding(make: &Inputs<'_>, sizes: [usize; 3], ids: Ids, way: Way) -> Result<Prepared> {
     let [tokens, vocabulary, width] = sizes.map(|size| make.size(size));
     let ids = match ids {
         Ids::Uniform => make.indices(&[1, tokens], vocabulary)?,
         Ids::Zipf => {
-            let values: Vec<u32> = (0..tokens).map(|_| (vocabulary as f64).powf(make.uniform()) as u32 - 1).collect();
+            let values: Vec<u32> = (0..tokens).map(|_| zipf(make.uniform(), vocabulary)).collect();
             Tensor::from_slice(make.device, &[1, tokens], &values)?
         }
     };

@@ -11,6 +11,8 @@ use model::{Model, Precision, TokenBatch};
 use runtime::cuda::Graph;
 use runtime::{Device, LaunchRecord};
 
+use super::lines::zipf;
+
 /// What is distilled.
 #[derive(Clone, Debug)]
 pub struct StepOptions {
@@ -71,10 +73,8 @@ impl Step {
         );
         let mut noise = 1_u64;
         let mut token = || {
-            // Zipf's law: in text, a few tokens are most of all tokens.
             noise = noise.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            let uniform = (noise >> 11) as f64 / (1_u64 << 53) as f64;
-            (teacher.config.vocabulary_size as f64).powf(uniform) as u32 - 1
+            zipf((noise >> 11) as f64 / (1_u64 << 53) as f64, teacher.config.vocabulary_size)
         };
         let rows: Vec<Vec<u32>> =
             (0..options.batch).map(|_| (0..options.sequence).map(|_| token()).collect()).collect();

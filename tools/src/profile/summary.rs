@@ -91,7 +91,8 @@ pub fn summarise(launches: &[LaunchRecord], calls: usize) -> (Vec<KernelSummary>
 }
 
 /// The most seconds of a call, which takes `seconds`, in which no kernel runs, when the events around a launch cost at most
-/// `overhead` and launches do not overlap. The launches are those of `calls` calls.
+/// `overhead`. The launches are those of `calls` calls. Where launches overlap, a call hides each one's way to
+/// the entry at which it waits; recorded times hold it, and so does an `overhead` that was measured around a launch.
 pub fn gap_seconds(launches: &[LaunchRecord], calls: usize, seconds: f64, overhead: f64) -> f64 {
     let running = launches.iter().map(|launch| (launch.duration.as_secs_f64() - overhead).max(0.0)).sum::<f64>();
     (seconds - running / calls.max(1) as f64).max(0.0)
